@@ -1,0 +1,5 @@
+"""`python -m clipkit`, which torchrun can launch."""
+
+from clipkit.cli import main
+
+main()

@@ -1,0 +1,277 @@
+"""The `clipkit` command. Nothing heavy is imported before a command runs, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from clipkit._version import __version__
+from clipkit.errors import ClipkitError, UsageError
+
+_RECIPE_HELP = """
+    RECIPE is a TOML file or the name of a shipped recipe; OVERRIDES are section.key=value words. The same command
+    resumes an interrupted run."""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="clipkit")
+def cli() -> None:
+    """Train CLIP on image-text shards, use it zero-shot, and draw with it.
+
+    \b
+    Start with:
+      clipkit demo                                    the whole chain on drawings, some minutes
+      clipkit pack photos/ packs/photos               your own images
+      clipkit pretrain drawings_clip.toml
+      clipkit zeroshot --model runs/clip --dataset cifar100
+      clipkit guided-sample "a rocket" --model runs/drawings
+    """
+
+
+@cli.command()
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--classnames", type=click.Path(path_type=Path), help="JSON: class folder -> list of names, or name.")
+@click.option("--templates", type=click.Path(path_type=Path), help="Text file, one caption template with {} a line.")
+@click.option("--csv", "table", type=click.Path(path_type=Path), help="CSV with the columns image,caption.")
+@click.option("--shard-size", type=click.IntRange(min=1), default=10_000, show_default=True, help="Samples a shard.")
+@click.option("--holdout", type=click.IntRange(min=0), default=0, help="Samples set aside in OUT-val.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Decides captions and drawings.")
+@click.option("--split", default="train", show_default=True, help="drawings: train, val or heldout.")
+@click.option("--count", type=int, default=20_000, show_default=True, help="drawings: how many.")
+@click.option("--size", type=click.IntRange(min=8), default=32, show_default=True, help="drawings: pixels.")
+def pack(
+    source: str,
+    out: Path,
+    classnames: Path | None,
+    templates: Path | None,
+    table: Path | None,
+    shard_size: int,
+    holdout: int,
+    seed: int,
+    split: str,
+    count: int,
+    size: int,
+) -> None:
+    """Pack captioned images into webdataset shards with an index.
+
+    SOURCE is a folder or tar laid out <class>/<image>, or a folder or tar of images with --csv, or the word
+    "drawings" for the embedded data set.
+
+    \b
+    Examples:
+      clipkit pack photos/ packs/photos --classnames names.json
+      clipkit pack emoji.tar.xz packs/emoji --csv captions.csv --holdout 500
+      clipkit pack drawings packs/drawings --count 20000
+    """
+    from clipkit import pack as packing
+
+    if source == "drawings":
+        data = packing.drawings_source(split, count, size, seed)
+    elif not Path(source).exists():
+        raise UsageError(f'no folder or tar at {source} (the embedded data set is called "drawings")')
+    elif table is not None:
+        data = packing.csv_source(table, Path(source))
+    else:
+        lines = _lines(templates) if templates else packing.DEFAULT_TEMPLATES
+        data = packing.class_source(Path(source), _class_names(classnames) if classnames else None, lines, seed)
+    index = packing.pack(data, out, shard_size, holdout)
+    skipped = ", ".join(f"{n} {reason}" for reason, n in index["skipped"].items()) or "none"
+    click.echo(f"{out}: {index['samples']} samples in {len(index['shards'])} shards; skipped: {skipped}")
+
+
+def _class_names(path: Path) -> dict[str, list[str]]:
+    data = _json(path)
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} must map each class folder to its names; found a {type(data).__name__}")
+    return {str(k): [v] if isinstance(v, str) else list(v) for k, v in data.items()}
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is not readable JSON: {error}") from None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is not a readable text file: {error}") from None
+    if not lines:
+        raise UsageError(f"{path} is empty; it needs one entry a line")
+    return lines
+
+
+def _training_command(name: str, module: str, summary: str, recipe: str) -> None:
+    """Register the command that trains with `clipkit.train.<module>`; the three differ in nothing else."""
+
+    def command(recipe: str, overrides: Sequence[str], dry_run: bool) -> None:
+        from importlib import import_module
+
+        import_module(f"clipkit.train.{module}").run(recipe, overrides, dry_run)
+
+    command.__doc__ = f"{summary}\n{_RECIPE_HELP}\n\n    \b\n    Example:\n      clipkit {name} {recipe} run.steps=500\n    "
+    decorated: Callable[..., None] = click.argument("overrides", nargs=-1)(command)
+    decorated = click.option("--dry-run", is_flag=True, help="Print the resolved recipe and stop.")(decorated)
+    cli.command(name)(click.argument("recipe")(decorated))
+
+
+_training_command("pretrain", "pretrain", "Pretrain CLIP on a pack.", "drawings_clip.toml")
+_training_command("denoiser", "denoiser", "Train a diffusion denoiser on a pack's images.", "drawings_denoiser.toml")
+_training_command("noisy-clip", "noisy_clip", "Teach a pretrained CLIP to see noise.", "drawings_noisy_clip.toml")
+
+
+@cli.command()
+@click.option("--model", required=True, help="A run's folder.")
+@click.option("--dataset", required=True, help="cifar10, cifar100, fashion-mnist, folder:DIR, tar:FILE or shards:DIR.")
+@click.option("--classnames", type=click.Path(path_type=Path), help="JSON list (a name or names per class), or text file.")
+@click.option("--templates", type=click.Path(path_type=Path), help="Text file, one prompt template with {} a line.")
+@click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
+@click.option("--download", is_flag=True, help="Fetch a named data set into --data-dir if it is not there.")
+@click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, and nothing else there.")
+def zeroshot(
+    model: str,
+    dataset: str,
+    classnames: Path | None,
+    templates: Path | None,
+    data_dir: Path,
+    download: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Classify a data set without training on it.
+
+    In a folder or tar the class is the directory's name. Scores are fractions.
+
+    \b
+    Examples:
+      clipkit zeroshot --model runs/clip --dataset cifar100 --download
+      clipkit zeroshot --model runs/clip --dataset folder:photos --json
+    """
+    from clipkit.pretrained import load
+    from clipkit.zeroshot import classify
+    from clipkit.zeroshot.datasets import open_set
+
+    images = open_set(dataset, data_dir, download)
+    classes = _class_list(classnames, images.classes) if classnames else images.classes
+    lines = _lines(templates) if templates else images.templates
+    clip = load(model, device)
+    head = classify.class_head(clip.model, clip.tokenizer, classes, lines)
+    scores = classify.evaluate(clip.model, head, images)
+    if as_json:
+        fields = ("n", "top1", "top5", "mean_per_class")
+        click.echo(json.dumps({"dataset": dataset, "model": model, **{f: getattr(scores, f) for f in fields}}))
+        return
+    click.echo(f"{dataset}: {scores.n} images, {len(classes)} classes, {len(lines)} templates")
+    click.echo(f"top-1 {scores.top1:.2%}   top-5 {scores.top5:.2%}   mean per class {scores.mean_per_class:.2%}")
+
+
+def _class_list(path: Path, found: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Names that replace the data set's own: in its order, or keyed by its directory names."""
+    data = _json(path) if path.suffix == ".json" else _lines(path)
+    if isinstance(data, dict):
+        missing = [c[0] for c in found if c[0] not in data and c[0].replace(" ", "_") not in data]
+        if missing:
+            raise UsageError(f"{path} has no names for class {missing[0]!r} ({len(missing)} missing)")
+        data = [data.get(c[0], data.get(c[0].replace(" ", "_"))) for c in found]
+    if not isinstance(data, list) or len(data) != len(found):
+        size = len(data) if isinstance(data, list) else type(data).__name__
+        raise UsageError(f"{path} lists {size} classes; the data set has {len(found)}")
+    return [[entry] if isinstance(entry, str) else [str(n) for n in entry] for entry in data]
+
+
+@cli.command("guided-sample")
+@click.argument("prompt")
+@click.option("--model", required=True, help="Folder that holds the runs clip, denoiser and noisy_clip.")
+@click.option("--n", type=click.IntRange(min=1), default=16, show_default=True, help="Pictures.")
+@click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True, help="Sampler steps.")
+@click.option("--scale", type=float, default=None, help="Guidance scale; 0 is unguided.  [default: the model's own]")
+@click.option("--sampler", type=click.Choice(["dpmpp-2m", "ddim", "ddpm"]), default="dpmpp-2m", show_default=True)
+@click.option("--negative", multiple=True, help="What the pictures should not show; may be repeated.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("grid.png"), show_default=True)
+@click.option("--gif", type=click.Path(path_type=Path), help="Also write the denoising as an animation.")
+@click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def guided_sample(
+    prompt: str,
+    model: str,
+    n: int,
+    steps: int,
+    scale: float | None,
+    sampler: str,
+    negative: tuple[str, ...],
+    seed: int,
+    out: Path,
+    gif: Path | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Draw pictures of PROMPT: a denoiser steered by a noise-aware CLIP.
+
+    Writes a PNG grid whose metadata holds prompt, seed, scale and version, and prints each picture's CLIP score. The same
+    seed gives the same bytes on a CPU.
+
+    \b
+    Example:
+      clipkit guided-sample "a rocket" --model runs/drawings --n 16 --gif rocket.gif
+    """
+    from clipkit.guidance.draw import Studio, save_gif, save_grid
+
+    studio = Studio.open(model, device)
+    drawn = studio.draw(prompt, n=n, steps=steps, scale=scale, sampler=sampler, negative=negative, seed=seed)
+    save_grid(drawn, out)
+    if gif is not None:
+        save_gif(drawn, gif)
+    if as_json:
+        click.echo(json.dumps({**drawn.about, "out": str(out), "clip_scores": drawn.scores}))
+        return
+    click.echo(f"{out}: {n} x {prompt!r}, guidance scale {drawn.about['scale']:g}, seed {seed}")
+    click.echo("CLIP scores: " + " ".join(f"{s:.3f}" for s in drawn.scores))
+
+
+@cli.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--quick", is_flag=True, help="A few steps of everything: shows that it runs, not that it works.")
+def demo(out: Path, seed: int, quick: bool) -> None:
+    """Run the whole chain on the embedded drawings, with no download.
+
+    Trains a small CLIP and scores it on (object, colour) pairs it never saw, trains a denoiser and a noise-aware CLIP,
+    and draws four prompts unguided and guided. Writes grid.png, loss.png and metrics.json into OUT. At most 15 minutes on
+    2 CPU cores; run again, it goes on where it was stopped.
+
+    \b
+    Example:
+      clipkit demo --out runs/demo
+    """
+    from clipkit.demo import run
+
+    run(out, seed, quick)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Entry point: runs the command and turns what went wrong into one line and an exit code."""
+    try:
+        cli.main(args=None if arguments is None else list(arguments), prog_name="clipkit", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(0)
+    except click.ClickException as error:
+        click.echo(f"clipkit: {' '.join(error.format_message().split())} (see --help)", err=True)
+        sys.exit(error.exit_code)
+    except ClipkitError as error:
+        click.echo(f"clipkit: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        click.echo("clipkit: interrupted; the same command goes on from the last checkpoint", err=True)
+        sys.exit(130)
+    sys.exit(0)

@@ -1,0 +1,157 @@
+"""`clipkit demo`: the whole chain on the embedded drawings, from nothing to pictures drawn from prompts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from clipkit import distributed, drawings, records
+from clipkit.pack import drawings_source, pack
+from clipkit.pretrained import Pretrained, load
+
+PROMPTS = ("a red rocket", "a yellow star", "a blue fish", "a pink house")
+_QUICK = ("run.steps=4", "run.batch_size=32", "optim.warmup=1", "run.log_every=2", "data.workers=0")
+
+
+def run(out: Path, seed: int = 0, quick: bool = False) -> dict[str, Any]:
+    """Pack, pretrain (twice: the second CLIP only judges), train denoiser and noise-aware CLIP, draw -> the metrics.
+
+    Everything lands in `out`; each part that is already there is not done again.
+    """
+    began = time.perf_counter()
+    packs = _pack(out, quick)
+    parts = [("clip", "pretrain", "clip", 0), ("judge", "pretrain", "clip", 1)]
+    parts += [("denoiser", "denoiser", "denoiser", 0), ("noisy_clip", "noisy-clip", "noisy_clip", 0)]
+    for name, command, recipe, offset in parts:
+        words = [f"run.out={out / name}", f"run.seed={seed + offset}", f"data.shards={packs['train']}"]
+        words += [f"data.val={packs['heldout']}"] if recipe != "denoiser" else []
+        words += [f"model.clip={out / 'clip'}"] if recipe == "noisy_clip" else []
+        _train(command, f"drawings_{recipe}.toml", [*words, *(_QUICK if quick else ())])
+    metrics = {"seed": seed, **_score_clip(out, packs["heldout"]), **_draw(out, seed, quick)}
+    _plot(out)
+    metrics["minutes"] = round((time.perf_counter() - began) / 60, 2)
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    _report(out, metrics)
+    return metrics
+
+
+def _pack(out: Path, quick: bool) -> dict[str, Path]:
+    counts = {"train": 400 if quick else 20_000, "heldout": 64 if quick else 1600}
+    packs = {split: out / "packs" / split for split in counts}
+    for split, count in counts.items():
+        if not (packs[split] / "index.json").is_file():
+            records.say(f"drawing and packing {count} {split} pictures")
+            pack(drawings_source(split, count, 32, seed=0), packs[split])
+    return packs
+
+
+def _train(command: str, recipe: str, words: list[str]) -> None:
+    """Run a training command in its own process: one rank per core, as a user with torchrun would."""
+    ranks = 1 if torch.cuda.is_available() or os.name == "nt" else min(2, os.cpu_count() or 1)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
+    arguments = ["clipkit", command, recipe, *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
+    done = subprocess.run([*launcher, *arguments] if ranks > 1 else [sys.executable, "-m", *arguments], env=environment)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+
+
+def _score_clip(out: Path, heldout: Path) -> dict[str, float]:
+    """Zero-shot top-1 on drawings of pairs never seen in training, among all pairs."""
+    from clipkit.shards import Shards
+    from clipkit.zeroshot import classify
+    from clipkit.zeroshot.datasets import from_shards
+
+    images, scores = from_shards("held-out pairs", Shards(heldout)), {}
+    for name in ("clip", "judge"):
+        clip = load(out / name)
+        head = classify.class_head(clip.model, clip.tokenizer, images.classes, images.templates)
+        scores[f"{name}_heldout_top1"] = round(classify.evaluate(clip.model, head, images).top1, 4)
+    return scores
+
+
+def _draw(out: Path, seed: int, quick: bool) -> dict[str, float]:
+    """Draw every object and the four prompts, unguided and guided, and let the judge name what it sees."""
+    from clipkit.guidance.draw import Studio
+
+    studio, judge, steps = Studio.open(out), load(out / "judge"), 3 if quick else 25
+    objects, each = list(drawings.OBJECTS), 1 if quick else 8
+    right = {"unguided": 0, "guided": 0}
+    blind = studio.draw("a rocket", n=each * len(objects), steps=steps, scale=0, seed=seed).images
+    for i, name in enumerate(records.progress(objects, len(objects), "objects")):
+        guided = studio.draw(f"a {name}", n=each, steps=steps, seed=seed + i).images
+        right["guided"] += _named(judge, guided).count(name)
+        right["unguided"] += _named(judge, blind[i * each : (i + 1) * each]).count(name)
+    rows = []
+    for scale in (0.0, None):
+        for prompt in PROMPTS:
+            rows.append(studio.draw(prompt, n=4, steps=steps, scale=scale, seed=seed).images)
+    _comparison(rows).save(out / "grid.png")
+    return {f"judge_names_{kind}": round(n / (each * len(objects)), 4) for kind, n in right.items()}
+
+
+@torch.no_grad()
+def _named(judge: Pretrained, images: Tensor) -> list[str]:
+    """The object that the judge sees in each picture, among all objects."""
+    from clipkit.images import to_image
+    from clipkit.zeroshot.classify import class_head
+
+    objects = list(drawings.OBJECTS)
+    head = class_head(judge.model, judge.tokenizer, objects, drawings.TEMPLATES)
+    pixels = torch.stack([judge.preprocess(to_image(image)) for image in images]).to(head.device)
+    return [objects[i] for i in (judge.model.encode_image(pixels) @ head.T).argmax(dim=1).tolist()]
+
+
+def _comparison(rows: list[Tensor]) -> Image.Image:
+    """One row per prompt: its words, four unguided pictures, four guided ones."""
+    from clipkit.guidance.draw import grid
+
+    pairs = list(zip(rows[: len(PROMPTS)], rows[len(PROMPTS) :], strict=True))
+    strips = [grid(torch.cat([unguided, guided]), columns=8) for unguided, guided in pairs]
+    width, height, margin = strips[0].width, strips[0].height, 96
+    sheet = Image.new("RGB", (margin + width, 18 + height * len(strips)), (255, 255, 255))
+    pen = ImageDraw.Draw(sheet)
+    pen.text((margin + width // 4 - 24, 3), "unguided", fill=(0, 0, 0))
+    pen.text((margin + 3 * width // 4 - 20, 3), "guided", fill=(0, 0, 0))
+    for i, (prompt, strip) in enumerate(zip(PROMPTS, strips, strict=True)):
+        pen.text((4, 18 + i * height + height // 2 - 6), prompt, fill=(0, 0, 0))
+        sheet.paste(strip, (margin, 18 + i * height))
+    return sheet
+
+
+def _plot(out: Path) -> None:
+    """loss.png: the loss of each part over its steps, drawn with Pillow so that the demo needs no extra."""
+    sheet = Image.new("RGB", (4 * 240, 180), (255, 255, 255))
+    pen = ImageDraw.Draw(sheet)
+    for k, name in enumerate(("clip", "judge", "denoiser", "noisy_clip")):
+        lines = [line for line in records.read(out / name / "log.jsonl") if "loss" in line]
+        steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+        low, high = min(losses), max(losses)
+        x = [k * 240 + 20 + 200 * (s - steps[0]) / max(1, steps[-1] - steps[0]) for s in steps]
+        y = [160 - 120 * (v - low) / max(1e-9, high - low) for v in losses]
+        pen.line([(k * 240 + 20, 30), (k * 240 + 20, 160), (k * 240 + 225, 160)], fill=(140, 140, 140))
+        pen.line(list(zip(x, y, strict=True)), fill=(36, 84, 210), width=2)
+        pen.text((k * 240 + 24, 8), f"{name}: loss {losses[0]:.3g} to {losses[-1]:.3g}", fill=(0, 0, 0))
+        pen.text((k * 240 + 150, 164), f"step {steps[-1]}", fill=(90, 90, 90))
+    sheet.save(out / "loss.png")
+
+
+def _report(out: Path, metrics: dict[str, Any]) -> None:
+    device = distributed.choose_device()
+    records.say(
+        f"\nDone in {metrics['minutes']:.1f} minutes on {device}:\n"
+        f"  zero-shot on pairs never seen: {metrics['clip_heldout_top1']:.1%} (chance {1 / len(drawings.PAIRS):.1%})\n"
+        f"  the judge names the object in {metrics['judge_names_guided']:.1%} of guided pictures, "
+        f"{metrics['judge_names_unguided']:.1%} of unguided ones (chance {1 / len(drawings.OBJECTS):.1%})\n"
+        f"  look at {out / 'grid.png'} and {out / 'loss.png'}; more with\n"
+        f'  clipkit guided-sample "a green cat" --model {out}'
+    )

@@ -1,0 +1,142 @@
+"""Ranks: starting and ending the process group that torchrun asks for, and the few collectives clipkit needs.
+
+Everything here is right on a single process too, where it does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from clipkit.errors import UsageError
+
+
+def active() -> bool:
+    """Whether several processes work together."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's number, 0 when alone."""
+    return dist.get_rank() if active() else 0
+
+
+def world_size() -> int:
+    """How many processes work together."""
+    return dist.get_world_size() if active() else 1
+
+
+def choose_device(wanted: str = "auto") -> torch.device:
+    """"auto" -> cuda, mps or cpu, whichever is there first; under torchrun each rank takes its own GPU.
+
+    Raises UsageError for a device that is not here.
+    """
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if wanted == "cuda" and "LOCAL_RANK" in os.environ:
+        wanted = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {wanted!r} is not available here: {str(error).splitlines()[0][:100]}") from None
+    return device
+
+
+@cache
+def computes_in_bf16(device_type: str) -> bool:
+    """Whether bf16 is done in hardware: elsewhere it is emulated, and slower than fp32."""
+    if device_type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device_type == "cpu" and platform.system() == "Linux" and os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            flags = next((line.split() for line in file if line.startswith("flags")), [])
+        return "avx512_bf16" in flags or "amx_bf16" in flags
+    return False
+
+
+@contextmanager
+def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator[None]:
+    """Join the group that torchrun describes in the environment (nccl on GPUs, gloo elsewhere); leave it at the end."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if active():
+        dist.barrier()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Elementwise sum over all ranks, on every rank; no gradient."""
+    if active():
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+@torch.no_grad()
+def average_buffers(model: nn.Module) -> None:
+    """Make the floating buffers (BatchNorm's running statistics) the same on all ranks: their mean."""
+    buffers = [b for b in model.buffers() if b.is_floating_point() and b.numel()]
+    if not active() or not buffers:
+        return
+    flat = torch.cat([b.flatten() for b in buffers])
+    dist.all_reduce(flat)
+    for buffer, mean in zip(buffers, (flat / world_size()).split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenate [b_r, D] over ranks; backward sums, over ranks, each rank's gradient of the gathered rows."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, local: Tensor, sizes: list[int]) -> Tensor:
+        ctx.sizes = sizes  # type: ignore[attr-defined]
+        # Collectives want equal shapes: ranks with fewer rows are padded, and the padding dropped again.
+        padded = local.new_zeros(max(sizes), *local.shape[1:])
+        padded[: len(local)] = local
+        pieces = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(pieces, padded)
+        return torch.cat([piece[:n] for piece, n in zip(pieces, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0].contiguous()
+        dist.all_reduce(gradient)
+        return gradient.split(ctx.sizes)[rank()], None  # type: ignore[attr-defined]
+
+
+def batch_sizes(local: int, device: torch.device) -> list[int]:
+    """Rows of the batch that each rank holds; ranks may differ when samples were skipped."""
+    if not active():
+        return [local]
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([local], device=device))
+    return [int(n) for n in torch.cat(sizes).tolist()]
+
+
+def gather(local: Tensor, sizes: list[int]) -> Tensor:
+    """[b_r, ...] of each rank -> [sum b_r, ...] on every rank, differentiable: gradients flow back to their owners."""
+    if len(sizes) == 1:
+        return local
+    gathered: Tensor = _Gather.apply(local, sizes)  # type: ignore[no-untyped-call]
+    return gathered

@@ -1,0 +1,205 @@
+"""CLIP: an image tower (any of timm's), a text transformer, and the logit scale between them.
+
+Radford et al. 2021 (arXiv 2103.00020), section 2.3 and figure 3.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipkit.errors import RecipeError, did_you_mean
+
+MAX_LOGIT_SCALE = 100.0
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Shape of both towers."""
+
+    image_tower: str = "convnext_atto"
+    """Name of a timm model."""
+    image_size: int = 32
+    """Side of the square input, in pixels."""
+    image_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of timm's constructor, for instance patch_size."""
+    embed_dim: int = 256
+    """Width of the shared embedding."""
+    text_width: int = 128
+    """Width of the text transformer."""
+    text_layers: int = 2
+    """Its blocks."""
+    text_heads: int = 4
+    """Its attention heads."""
+    context_length: int = 77
+    """Longest caption in tokens, start and end included."""
+    vocab_size: int = 4096
+    """Largest vocabulary of a tokenizer trained for this model; a given merges file brings its own."""
+    merges: str = ""
+    """CLIP's merges file, for its vocabulary instead of a trained one."""
+
+    def __post_init__(self) -> None:
+        if self.text_width % self.text_heads:
+            raise RecipeError(f"text_width {self.text_width} does not divide by text_heads {self.text_heads}")
+        if self.context_length < 3:
+            raise RecipeError(f"context_length is {self.context_length}; it must be at least 3")
+
+
+class ImageTower(nn.Module):
+    """A timm model without its classifier, and a linear projection: pixels -> [B, embed_dim].
+
+    Raises RecipeError for a name timm does not know or arguments it refuses.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.trunk = _timm(config)
+        width = self._width(config.image_size)
+        self.projection = nn.Linear(width, config.embed_dim, bias=False)
+        nn.init.normal_(self.projection.weight, std=width**-0.5)
+        # The statistics of OpenAI's models; fixed, so that one preprocessing serves every tower.
+        mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def _width(self, size: int) -> int:
+        self.trunk.eval()
+        try:
+            width = int(self.trunk(torch.zeros(1, 3, size, size)).shape[1])
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise RecipeError(f"this image tower does not take {size}x{size} pixels: {str(error)[:120]}") from None
+        self.trunk.train()
+        return width
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S], or float in [0, 1] -> zero-mean, unit-variance float."""
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.projection(self.trunk(self.normalise(images)))
+        return features
+
+
+def _timm(config: CLIPConfig) -> nn.Module:
+    import timm
+
+    if not timm.is_model(config.image_tower):
+        known = timm.list_models(f"*{config.image_tower.split('_')[0]}*") or timm.list_models("resnet*")
+        raise RecipeError(f"timm has no model {config.image_tower!r}; {did_you_mean(config.image_tower, known[:12])}")
+    arguments = dict(config.image_kwargs)
+    try:
+        try:  # transformers are built for one image size and must be told; CNNs refuse the argument
+            return _create(config.image_tower, {"img_size": config.image_size, **arguments})
+        except TypeError:
+            return _create(config.image_tower, arguments)
+    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"timm cannot build {config.image_tower!r} with {arguments}: {str(error)[:120]}") from None
+
+
+def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
+    import timm
+
+    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+    return model
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with GELU; causal self-attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, length, width = x.shape
+        qkv = self.qkv(self.norm1(x)).reshape(b, length, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, L, width / heads] each
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).reshape(b, length, width))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class TextTower(nn.Module):
+    """Token ids [B, L] -> [B, embed_dim], read where the first END token stands.
+
+    Attention is causal, so nothing after END matters: ids may be cut to the longest caption, or padded with anything.
+    """
+
+    def __init__(self, config: CLIPConfig, vocab_size: int, end_id: int) -> None:
+        super().__init__()
+        width, layers = config.text_width, config.text_layers
+        self.end_id = end_id
+        self.tokens = nn.Embedding(vocab_size, width)
+        self.positions = nn.Parameter(torch.empty(config.context_length, width))
+        self.blocks = nn.ModuleList(Block(width, config.text_heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.projection = nn.Linear(width, config.embed_dim, bias=False)
+        self._init(width, layers)
+
+    def _init(self, width: int, layers: int) -> None:
+        """openai/CLIP model.py, initialize_parameters: residual outputs shrink with depth."""
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        nn.init.normal_(self.positions, std=0.01)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            nn.init.normal_(block.qkv.weight, std=width**-0.5)
+            nn.init.normal_(block.out.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+            nn.init.normal_(block.mlp[0].weight, std=(2 * width) ** -0.5)  # type: ignore[arg-type]
+            nn.init.normal_(block.mlp[2].weight, std=width**-0.5 * (2 * layers) ** -0.5)  # type: ignore[arg-type]
+        nn.init.normal_(self.projection.weight, std=width**-0.5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids) + self.positions[: ids.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        end = (ids == self.end_id).int().argmax(dim=1)  # first END of each row
+        features: Tensor = self.projection(self.norm(x[torch.arange(len(x), device=x.device), end]))
+        return features
+
+
+class CLIP(nn.Module):
+    """Both towers and the logit scale.
+
+    `encode_image` and `encode_text` return unit vectors, float32 [B, embed_dim], whatever the autocast.
+    """
+
+    def __init__(self, config: CLIPConfig, vocab_size: int, end_id: int) -> None:
+        super().__init__()
+        self.config = config
+        self.image = ImageTower(config)
+        self.text = TextTower(config, vocab_size, end_id)
+        self.log_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """exp of the learned value."""
+        return self.log_logit_scale.exp()
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Bring the scale back to at most 100 (Radford et al. 2021, section 2.5); to be called after each step."""
+        self.log_logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """uint8 (or float in [0, 1]) [B, 3, S, S] -> unit vectors [B, embed_dim]."""
+        return F.normalize(self.image(images).float(), dim=-1)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """Token ids [B, L] -> unit vectors [B, embed_dim]."""
+        return F.normalize(self.text(ids).float(), dim=-1)

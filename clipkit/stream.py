@@ -1,0 +1,139 @@
+"""The stream of training batches: its order is a function of (seed, epoch, position), and of nothing else.
+
+Epoch e visits the samples in the permutation drawn from (seed, e); the epochs follow each other without a seam, and
+batch k is positions k*B to (k+1)*B - 1 of that endless sequence. So every sample comes once per epoch, any step can be
+started at without replaying the ones before it, and neither ranks, workers nor time can change what comes when.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from clipkit.config import DataConfig
+from clipkit.errors import DataError, SampleError
+from clipkit.images import augment, decode, to_tensor
+from clipkit.shards import Shards
+
+
+@dataclass
+class Batch:
+    """A rank's share of one step.
+
+    images: uint8 [b, 3, S, S]. captions: b strings. groups: int64 [b]; samples of one group have interchangeable
+    captions (the class of a classed pack, the hash of the caption elsewhere). skipped: bad samples by reason.
+    """
+
+    images: Tensor
+    captions: list[str]
+    groups: Tensor
+    keys: list[str]
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+class _Samples(Dataset[Batch]):
+    """Global positions -> decoded, augmented samples; each sample's randomness comes from (seed, position)."""
+
+    def __init__(self, shards: Shards, config: DataConfig, image_size: int, seed: int) -> None:
+        self.shards, self.config, self.image_size, self.seed = shards, config, image_size, seed
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def index(self, position: int) -> int:
+        """Which sample stands at this position of the endless sequence."""
+        epoch, offset = divmod(position, len(self.shards))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.shards))
+        return int(self._order[offset])
+
+    def __getitem__(self, position: int) -> Batch:
+        return self.__getitems__([position])
+
+    def __getitems__(self, positions: list[int]) -> Batch:
+        with warnings.catch_warnings():  # Pillow warns of odd metadata; what matters, it raises
+            warnings.simplefilter("ignore")
+            return self._load(positions)
+
+    def _load(self, positions: list[int]) -> Batch:
+        images, captions, groups, keys, skipped = [], [], [], [], Counter[str]()
+        for position in positions:
+            rng = np.random.default_rng([self.seed, 1, position])
+            try:
+                sample = self.shards.read(self.index(position))
+                image = decode(sample.image)
+            except SampleError as error:
+                skipped[error.reason] += 1
+                continue
+            images.append(augment(image, self.image_size, self.config.crop_scale, self.config.flip, rng))
+            captions.append(sample.captions[rng.integers(len(sample.captions))])
+            label = zlib.crc32(sample.captions[0].encode()) if sample.label is None else sample.label
+            groups.append(label)
+            keys.append(sample.key)
+        size = self.image_size
+        stacked = to_tensor(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
+        return Batch(stacked, captions, torch.tensor(groups, dtype=torch.int64), keys, skipped)
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
+
+
+class Stream:
+    """Batches of one rank, from any step on.
+
+    `batch_size` is global: rank r of W takes positions r*B/W to (r+1)*B/W - 1 of each batch.
+    Raises DataError when W does not divide the batch.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        config: DataConfig,
+        image_size: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size % world_size:
+            raise DataError(f"batch_size {batch_size} does not divide over {world_size} ranks; change run.batch_size")
+        if not len(shards):
+            raise DataError(f"{shards.folder} holds no sample")
+        self.samples = _Samples(shards, config, image_size, seed)
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+
+    def positions(self, step: int) -> list[int]:
+        """Global positions of this rank's share of the batch of `step` (counted from 0)."""
+        share = self.batch_size // self.world_size
+        start = step * self.batch_size + self.rank * share
+        return list(range(start, start + share))
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of steps start to stop - 1. Stops with DataError when too many samples are bad."""
+        loader = DataLoader(
+            self.samples,
+            batch_sampler=[self.positions(step) for step in range(start, stop)],
+            num_workers=self.samples.config.workers,
+            collate_fn=_as_is,
+            prefetch_factor=4 if self.samples.config.workers else None,
+            pin_memory=False,
+        )
+        seen, skipped = 0, Counter[str]()
+        for batch in loader:
+            seen += len(batch.captions) + batch.skipped.total()
+            skipped += batch.skipped
+            # A handful of bad samples at the very start says nothing about the share of them in the whole.
+            if skipped.total() > self.samples.config.max_bad_fraction * max(seen, 1000) or not batch.captions:
+                reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.most_common())
+                raise DataError(
+                    f"{skipped.total()} of {seen} samples are bad ({reasons}), more than data.max_bad_fraction = "
+                    f"{self.samples.config.max_bad_fraction}; pack the data again or raise the limit"
+                )
+            yield batch

@@ -1,0 +1,147 @@
+"""Byte-pair tokenizer: CLIP's own vocabulary from its merges file, or one trained on a pack's captions.
+
+Both share the cleaning, the pre-tokenization and the layout of Radford et al. 2021 (openai/CLIP): lower case, words cut
+by CLIP's pattern, bytes as printable characters, `</w>` at the end of a word. Only the vocabulary differs.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import html
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipkit.errors import CheckpointError, DataError, UsageError
+from clipkit.shards import MAX_CAPTION
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+_PATTERN = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_CLIP_MERGES = 49152 - 256 - 2
+
+
+class Tokenizer:
+    """Captions -> token ids [B, L], L being the longest caption of the batch, never more than `context_length`.
+
+    A row is START, the caption's tokens, END, then zeros; a caption that does not fit is cut and still ends with END.
+    The text of a special token inside a caption is ordinary text: no caption can end itself.
+    """
+
+    def __init__(self, encoder: Any, context_length: int = 77) -> None:
+        self._encoder, self.context_length = encoder, context_length
+        start, end = encoder.token_to_id(START), encoder.token_to_id(END)
+        if start is None or end is None:
+            raise CheckpointError(f"tokenizer has no {START} or {END} token; it is not a clipkit or CLIP tokenizer")
+        self.start_id, self.end_id = int(start), int(end)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, special ones included."""
+        return int(self._encoder.get_vocab_size())
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the vocabulary and merges; weights belong to one."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int = 4096, context_length: int = 77) -> Tokenizer:
+        """Learn a vocabulary of at most `vocab_size` from captions. Raises DataError without any."""
+        from tokenizers import pre_tokenizers, trainers
+
+        texts = [clean(c) for c in captions]
+        if not any(texts):
+            raise DataError("no captions to train a tokenizer on")
+        encoder = _encoder({}, [])
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            initial_alphabet=alphabet,
+            end_of_word_suffix="</w>",
+            special_tokens=[START, END],
+            show_progress=False,
+        )
+        encoder.train_from_iterator(texts, trainer)
+        # Training registers START and END as tokens to be found in text; rebuilt from the vocabulary they are not.
+        return cls.from_json(encoder.to_str(), context_length)
+
+    @classmethod
+    def clip(cls, merges: str | Path, context_length: int = 77) -> Tokenizer:
+        """CLIP's vocabulary of 49,408 tokens from its file `bpe_simple_vocab_16e6.txt[.gz]`.
+
+        Raises UsageError if the file is missing or is something else.
+        """
+        path = Path(merges)
+        if not path.is_file():
+            raise UsageError(f"no merges file at {path}; it is bpe_simple_vocab_16e6.txt.gz of the CLIP repository")
+        raw = path.read_bytes()
+        lines = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8").split("\n")
+        pairs = [tuple(line.split()) for line in lines[1 : _CLIP_MERGES + 1]]
+        if len(pairs) != _CLIP_MERGES or any(len(p) != 2 for p in pairs):
+            raise UsageError(f"{path} is not CLIP's merges file: {_CLIP_MERGES} lines of two tokens expected")
+        characters = _byte_characters()
+        tokens = [*characters, *(c + "</w>" for c in characters), *("".join(p) for p in pairs), START, END]
+        return cls(_encoder({t: i for i, t in enumerate(tokens)}, [(p[0], p[1]) for p in pairs]), context_length)
+
+    @classmethod
+    def from_json(cls, text: str, context_length: int = 77) -> Tokenizer:
+        """From what `to_json` gave. Raises CheckpointError for anything else."""
+        import json
+
+        try:
+            model = json.loads(text)["model"]
+            merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
+            return cls(_encoder(model["vocab"], [(a, b) for a, b in merges]), context_length)
+        except CheckpointError:
+            raise
+        except Exception as error:  # the Rust side raises bare Exception
+            raise CheckpointError(f"damaged tokenizer.json: {str(error)[:80]}") from None
+
+    def to_json(self) -> str:
+        """The tokenizer.json of the `tokenizers` library."""
+        return str(self._encoder.to_str())
+
+    def __call__(self, texts: str | Sequence[str]) -> Tensor:
+        """One caption or several -> int64 [B, L]."""
+        batch = [clean(t) for t in ([texts] if isinstance(texts, str) else texts)]
+        room = self.context_length - 2
+        rows = [e.ids[:room] for e in self._encoder.encode_batch(batch, add_special_tokens=False)]
+        ids = torch.zeros(len(rows), max(map(len, rows), default=0) + 2, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            ids[i, : len(row) + 2] = torch.tensor([self.start_id, *row, self.end_id])
+        return ids
+
+
+def clean(text: str) -> str:
+    """CLIP's cleaning: ftfy, HTML entities, white space; at most 4,096 characters; lone surrogates become '?'."""
+    text = text[:MAX_CAPTION]
+    if not text.isascii():
+        import ftfy
+
+        text = ftfy.fix_text(text.encode("utf-8", errors="replace").decode("utf-8"))
+    return " ".join(html.unescape(html.unescape(text)).split()).lower()
+
+
+def _encoder(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Any:
+    from tokenizers import Regex, models, pre_tokenizers
+    from tokenizers import Tokenizer as Encoder
+
+    encoder = Encoder(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>", fuse_unk=False))
+    encoder.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PATTERN), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return encoder
+
+
+def _byte_characters() -> list[str]:
+    """GPT-2's printable character for each byte, in the order of CLIP's vocabulary."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]

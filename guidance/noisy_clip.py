@@ -1,0 +1,126 @@
+"""The noise-aware CLIP: a pretrained CLIP whose image tower is told how noisy its input is.
+
+Nichol et al. 2021 (GLIDE, arXiv 2112.10741, section 3.2) trained a CLIP on noised images for guidance; here the noise
+level is the continuous lambda, which ties the model to no schedule, and it modulates every block of any timm tower.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipkit.guidance.guiders import LogProb, softmax_log_prob
+from clipkit.guidance.schedule import expand
+from clipkit.guidance.unet import noise_embedding
+from clipkit.model import CLIP, MAX_LOGIT_SCALE
+
+
+@dataclass(frozen=True)
+class NoisyCLIPConfig:
+    """How a clean CLIP learns to see noise."""
+
+    clip: str
+    """Run of the clean CLIP to start from."""
+    width: int = 128
+    """Width of the noise embedding."""
+    clean_fraction: float = 0.1
+    """Share of clean images in each batch."""
+    train_text: bool = False
+    """Also train the text tower, which is otherwise left as it is."""
+    bank: int = 256
+    """Captions kept beside the weights as the alternatives of a prompt."""
+
+
+def residual_blocks(trunk: nn.Module) -> list[tuple[nn.Module, int]]:
+    """The blocks of a timm tower with their widths, first to last.
+
+    timm's feature_info names the stages of every family; a stage is a block, a Sequential of blocks, or has `.blocks`.
+    """
+    found: list[tuple[nn.Module, int]] = []
+    for info in trunk.feature_info:  # type: ignore[union-attr]
+        stage = trunk.get_submodule(info["module"])
+        blocks = getattr(stage, "blocks", stage)
+        children = list(blocks.children()) if isinstance(blocks, nn.Sequential) else [blocks]
+        found += [(block, int(info["num_chs"])) for block in children]
+    return found
+
+
+class NoisyCLIP(nn.Module):
+    """x_t and lambda -> unit vectors in the space of the text tower; clean images at lambda = infinity.
+
+    After each block, its output is scaled and shifted by linear functions of the noise embedding that start at zero
+    (adaLN-zero, Peebles & Xie 2022, arXiv 2212.09748): before training, features equal the clean model's. So do the
+    features of clean images for ever, if the embedding is told they are clean and nothing was trained.
+    """
+
+    def __init__(self, clip: CLIP, width: int) -> None:
+        super().__init__()
+        self.clip, self.width = clip, width
+        blocks = residual_blocks(clip.image.trunk)
+        self.embed = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.modulations = nn.ModuleList(nn.Linear(width, 2 * channels) for _, channels in blocks)
+        # log tau(lambda): starts at the clean model's logit scale for every lambda.
+        self.temperature = nn.Linear(width, 1)
+        for layer in [*self.modulations, self.temperature]:
+            assert isinstance(layer, nn.Linear)
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self._embedding: Tensor | None = None
+        for (block, channels), modulation in zip(blocks, self.modulations, strict=True):
+            block.register_forward_hook(self._modulator(modulation, channels))
+
+    def _modulator(self, modulation: nn.Module, channels: int) -> Any:
+        """A forward hook: the one way to reach inside every timm tower without rewriting it."""
+
+        def hook(block: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            if self._embedding is None:  # the clean tower, used by itself
+                return output
+            scale, shift = modulation(self._embedding).chunk(2, dim=1)  # [B, C] each
+            channels_first = output.ndim == 4 and output.shape[1] == channels
+            shape = (len(output), channels, 1, 1) if channels_first else (len(output), *[1] * (output.ndim - 2), channels)
+            return output * (1 + scale.view(shape)) + shift.view(shape)
+
+        return hook
+
+    def _embed(self, lam: Tensor) -> Tensor:
+        embedded: Tensor = self.embed(noise_embedding(lam.clamp(-12, 12), self.width))  # "clean" is lambda = 12 and above
+        return embedded
+
+    def encode_image(self, x: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t [B, 3, S, S] in the scale of images in [-1, 1], lam [B] -> unit vectors [B, D] and tau [B] (at most 100)."""
+        embedding = self._embed(lam)
+        # Divided by a alone, x_t would grow without bound; x_t itself has unit variance at every lambda.
+        pixels = (x + 1) / 2
+        self._embedding = embedding
+        try:
+            features = F.normalize(self.clip.image(pixels).float(), dim=-1)
+        finally:
+            self._embedding = None
+        tau = (self.clip.log_logit_scale + self.temperature(embedding)[:, 0].float()).exp().clamp(max=MAX_LOGIT_SCALE)
+        return features, tau
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """Token ids [B, L] -> unit vectors [B, D]."""
+        return self.clip.encode_text(ids)
+
+    def log_prob(self, wanted: Tensor, others: Tensor) -> LogProb:
+        """log p(wanted | x_t) among `wanted` [P, D] and `others` [J, D] text embeddings, as a guider's log-probability."""
+        texts = torch.cat([wanted, others])
+
+        def log_p(x: Tensor, lam: Tensor) -> Tensor:
+            features, tau = self.encode_image(x, lam)
+            return softmax_log_prob(features @ texts.T, tau, len(wanted))
+
+        return log_p
+
+
+def noised(x0: Tensor, lam: Tensor, noise: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
+    """x_t and its lambda, with the rows marked in `clean` [B] left as they are, at lambda = infinity."""
+    from clipkit.guidance.schedule import add_noise
+
+    x = torch.where(expand(clean, x0), x0, add_noise(x0, noise, lam))
+    return x, torch.where(clean, torch.full_like(lam, torch.inf), lam)

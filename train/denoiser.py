@@ -1,0 +1,63 @@
+"""Train a diffusion denoiser on the images of a pack (captions are not used: what to draw comes from guidance).
+
+    torchrun --nproc_per_node 2 train/denoiser.py tiny_imagenet_denoiser.toml
+    clipkit denoiser drawings_denoiser.toml run.steps=200      # the same on one process
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from clipkit import distributed
+from clipkit.guidance.denoiser import Denoiser, DiffusionConfig, target
+from clipkit.guidance.schedule import add_noise, sample_log_snr
+from clipkit.guidance.unet import UNetConfig
+from clipkit.shards import Shards
+from clipkit.stream import Batch
+from clipkit.train.launch import Recipe, launch
+from clipkit.train.loop import Task
+
+
+@dataclass(frozen=True)
+class DenoiserRecipe(Recipe):
+    """Everything that decides what a denoiser's training does."""
+
+    model: UNetConfig
+    diffusion: DiffusionConfig
+
+
+class Denoising(Task):
+    """A denoiser under the simple loss: squared error of what the network predicts (Ho et al. 2020, eq. 14)."""
+
+    kind = "denoiser"
+
+    def __init__(self, recipe: DenoiserRecipe, shards: Shards) -> None:
+        super().__init__()
+        self.image_size = recipe.model.image_size
+        self.model: Denoiser = Denoiser(recipe.model, recipe.diffusion)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean squared error over the batch, at stratified noise levels."""
+        x0 = batch.images.float() / 127.5 - 1
+        config = self.model.diffusion
+        lam, eps = sample_log_snr(config.schedule, len(x0)).to(x0.device), torch.randn_like(x0)
+        output = self.model.output(add_noise(x0, eps, lam), lam)
+        error = (output - target(config.prediction, x0, eps, lam)).square().mean()
+        # Ranks may hold different numbers of images: weighted so that the mean over ranks is the mean over all images.
+        sizes = distributed.batch_sizes(len(x0), x0.device)
+        return error * (len(x0) * len(sizes) / sum(sizes)), {}
+
+
+run = partial(launch, DenoiserRecipe, Denoising)
+"""Run a recipe: `run(path, overrides, dry_run)` -> the run's folder."""
+
+
+if __name__ == "__main__":
+    from clipkit.cli import main
+
+    main(["denoiser", *sys.argv[1:]])

@@ -1,0 +1,56 @@
+"""From a recipe to a run: what the training scripts have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from clipkit import distributed
+from clipkit.config import DataConfig, OptimConfig, RunConfig, load_recipe, to_toml
+from clipkit.shards import Shards
+from clipkit.stream import Stream
+from clipkit.train.loop import Task, seed_everything, train
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The sections that every recipe has; each script adds its model's."""
+
+    run: RunConfig
+    data: DataConfig
+    optim: OptimConfig
+
+
+R = TypeVar("R", bound=Recipe)
+MakeTask = Callable[[R, Shards], Task]
+
+
+def launch(
+    kind: type[R], make_task: MakeTask[R], path: str | Path, overrides: Sequence[str] = (), dry_run: bool = False
+) -> Path | None:
+    """Load the recipe at `path` and train it -> the run's folder; with `dry_run` only print it, resolved.
+
+    Under torchrun every rank calls this.
+    """
+    recipe = load_recipe(kind, path, overrides)
+    if dry_run:
+        print(to_toml(recipe), end="")
+        return None
+    device = distributed.choose_device(recipe.run.device)
+    with distributed.process_group(device):
+        return train_recipe(recipe, make_task, device)
+
+
+def train_recipe(recipe: R, make_task: MakeTask[R], device: torch.device) -> Path:
+    """Open the pack, build the task and its stream, train -> the run's folder."""
+    rank, world_size = distributed.rank(), distributed.world_size()
+    shards = Shards(recipe.data.shards, verify=rank == 0)
+    seed_everything(recipe.run.seed, 0, 0)  # the same initial weights on every rank
+    task = make_task(recipe, shards)
+    run = recipe.run
+    stream = Stream(shards, recipe.data, task.image_size, run.batch_size, run.seed, rank, world_size)
+    return train(task, stream, run, recipe.optim, recipe, device)

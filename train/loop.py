@@ -1,0 +1,271 @@
+"""The one training loop: pretraining, denoisers and noise-aware CLIPs all go through `train`.
+
+A run is a folder. Each step's randomness is a function of (seed, step, rank), so the state of a run is its weights, its
+optimizer and its step: the same command resumes, and on a CPU ends with the bits of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import platform
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from clipkit import checkpoint, distributed
+from clipkit._version import __version__
+from clipkit.config import OptimConfig, RunConfig
+from clipkit.errors import CheckpointError, NonFiniteError
+from clipkit.records import Records, say
+from clipkit.stream import Batch, Stream
+from clipkit.train import optim
+
+
+class Task(nn.Module):
+    """What is trained: a model, and the loss of a batch.
+
+    Subclasses set these three, and define `forward`; the rest has defaults. Only `model` is saved.
+    """
+
+    kind: str
+    model: nn.Module
+    image_size: int
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to minimise, and scalars to log; the mean over ranks is what counts."""
+        raise NotImplementedError
+
+    def after_step(self) -> None:
+        """Called after each optimizer step."""
+
+    def evaluate(self, device: torch.device) -> dict[str, float]:
+        """Scores of the averaged weights, the same on every rank; called on all of them."""
+        return {}
+
+    def texts(self) -> Mapping[str, str]:
+        """Text files that belong beside the weights."""
+        return {}
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """bf16 where asked for, or where "auto" finds the hardware."""
+    enabled = precision == "bf16" or (precision == "auto" and distributed.computes_in_bf16(device.type))
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def seed_everything(seed: int, step: int, rank: int) -> None:
+    """Make what follows a function of these three numbers."""
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+
+
+def train(task: Task, stream: Stream, run: RunConfig, optimizer: OptimConfig, recipe: Any, device: torch.device) -> Path:
+    """Train `task` on `stream` as `run` says, resuming what lies in `run.out` -> the run's folder.
+
+    Raises CheckpointError if that folder holds a run of another recipe, NonFiniteError when the loss or the gradient is
+    no longer a number.
+    """
+    folder = Path(run.out)
+    task.to(device)
+    loop = _Loop(task, run, optimizer, dataclasses.asdict(recipe), device)
+    start = loop.resume(folder)
+    main = distributed.rank() == 0
+    if main:
+        parameters = sum(p.numel() for p in task.model.parameters())
+        where = f"{device}, {distributed.world_size()} rank(s)"
+        say(f"{task.kind}: {parameters / 1e6:.2f}M parameters on {where}, step {start} of {run.steps}, in {folder}")
+    records = Records(folder, start, run.steps, task.kind, run.tensorboard, main)
+    try:
+        loop.steps(stream, start, folder, records)
+    finally:
+        records.close()
+    return folder
+
+
+class _Loop:
+    """State of one run, and its steps."""
+
+    def __init__(
+        self, task: Task, run: RunConfig, config: OptimConfig, recipe: dict[str, Any], device: torch.device
+    ) -> None:
+        self.task, self.run, self.config, self.recipe, self.device = task, run, config, recipe, device
+        self.optimizer = optim.adamw(task, config)
+        self.ema = optim.EMA(task.model, run.ema_decay)
+        parallel = distributed.active()
+        self.module: nn.Module = DistributedDataParallel(task, broadcast_buffers=False) if parallel else task
+        self.skipped: Counter[str] = Counter()
+
+    def resume(self, folder: Path) -> int:
+        """Load the newest checkpoint of the run -> steps already done."""
+        folder.mkdir(parents=True, exist_ok=True)
+        found = checkpoint.latest(folder)
+        if found is None:
+            return 0
+        _same_recipe(found, self.recipe)
+        self.task.model.load_state_dict(found.tensors("model"))
+        self.ema.shadow = {n: t.to(self.device) for n, t in found.tensors("ema").items()}
+        _load_optimizer(self.optimizer, found.tensors("optimizer"))
+        return found.step
+
+    def steps(self, stream: Stream, start: int, folder: Path, records: Records) -> None:
+        """Run from step `start` to the end, logging, evaluating and saving when due."""
+        run, meter = self.run, _Meter(self.device)
+        self.task.train()
+        batches = stream.batches(start, run.steps)
+        for step in range(start, run.steps):
+            meter.waiting()
+            batch = next(batches)
+            meter.working()
+            values = self.step(step, batch)
+            meter.add(len(batch.captions) * distributed.world_size(), values)
+            self.skipped += batch.skipped
+            records.bar.update(1)
+            done, last = step + 1, step + 1 == run.steps
+            if done % run.log_every == 0 or last:
+                line = {**meter.take(), "lr": self.optimizer.param_groups[0]["lr"]}
+                records.write(done, {**line, **({"skipped": dict(self.skipped)} if self.skipped else {})})
+            if last or (run.eval_every and done % run.eval_every == 0):
+                if scores := self.evaluate():
+                    records.write(done, scores)
+            if last or done % run.save_every == 0:
+                self.save(folder, done)
+
+    def step(self, step: int, batch: Batch) -> dict[str, Tensor]:
+        """One optimizer step -> values to log. Raises NonFiniteError, on every rank, before any weight changes."""
+        seed_everything(self.run.seed, step, distributed.rank())
+        for group in self.optimizer.param_groups:
+            group["lr"] = optim.learning_rate(step, self.run.steps, self.config)
+        with autocast(self.device, self.run.precision):
+            loss, values = self.module(_to(batch, self.device))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.task.parameters(), self.run.grad_clip)
+        # A bad loss on one rank reaches every rank through the averaged gradient, so all stop at the same step.
+        if not torch.isfinite(norm):
+            raise NonFiniteError(
+                f"step {step}: loss {float(loss.detach()):g}, gradient norm {float(norm):g} on rank "
+                f"{distributed.rank()}; no weight was changed. Lower optim.lr, or look at samples {batch.keys[:3]} ..."
+            )
+        self.optimizer.step()
+        self.task.after_step()
+        distributed.average_buffers(self.task.model)
+        self.ema.update(self.task.model, step)
+        return {"loss": loss.detach(), "grad_norm": norm, **values}
+
+    def evaluate(self) -> dict[str, float]:
+        """Scores of the averaged weights; the trained ones come back afterwards."""
+        trained = copy.deepcopy(self.task.model.state_dict())
+        self.task.model.load_state_dict(self.ema.shadow)
+        self.task.eval()
+        with torch.no_grad(), autocast(self.device, self.run.precision):
+            scores = self.task.evaluate(self.device)
+        self.task.model.load_state_dict(trained)
+        self.task.train()
+        return scores
+
+    def save(self, folder: Path, step: int) -> None:
+        """Write a checkpoint on rank 0 while the others wait."""
+        if distributed.rank() == 0:
+            state = {"kind": self.task.kind, "step": step, "recipe": self.recipe, "versions": _versions()}
+            tensors = {
+                "model": self.task.model.state_dict(),
+                "ema": self.ema.shadow,
+                "optimizer": _optimizer_tensors(self.optimizer),
+            }
+            checkpoint.save(folder, state, tensors, self.task.texts(), self.run.keep_last)
+        distributed.barrier()
+
+
+class _Meter:
+    """Means of the logged values, throughput, and the share of time spent waiting for data."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._mark = time.perf_counter()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._samples, self._wait, self._count = 0, 0.0, 0
+        self._sums: dict[str, Tensor] = {}
+        self._began = time.perf_counter()
+
+    def waiting(self) -> None:
+        self._mark = time.perf_counter()
+
+    def working(self) -> None:
+        self._wait += time.perf_counter() - self._mark
+
+    def add(self, samples: int, values: Mapping[str, Tensor]) -> None:
+        self._samples, self._count = self._samples + samples, self._count + 1
+        for name, value in values.items():
+            self._sums[name] = self._sums[name] + value.detach() if name in self._sums else value.detach().clone()
+
+    def take(self) -> dict[str, float]:
+        """Means since the last call; the only place where a step waits for the device."""
+        names = list(self._sums)
+        stacked = torch.stack([self._sums[n].float() for n in names]) / self._count
+        means = (distributed.sum_over_ranks(stacked) / distributed.world_size()).tolist()
+        elapsed = time.perf_counter() - self._began
+        line = {**dict(zip(names, means, strict=True)), "samples_per_s": self._samples / elapsed}
+        line["data_wait"] = self._wait / elapsed
+        self._reset()
+        return line
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return dataclasses.replace(batch, images=batch.images.to(device), groups=batch.groups.to(device))
+
+
+def _versions() -> dict[str, str]:
+    return {"clipkit": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state as flat names: `<parameter number>.<quantity>`."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{k}": torch.as_tensor(v) for i, entry in state.items() for k, v in entry.items()}
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        number, _, quantity = name.partition(".")
+        state.setdefault(int(number), {})[quantity] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+_FREE_TO_CHANGE = {("run", k) for k in ("out", "device", "log_every", "save_every", "keep_last", "eval_every")} | {
+    ("run", "tensorboard"),
+    ("data", "workers"),
+}
+
+
+def _same_recipe(found: checkpoint.Checkpoint, recipe: dict[str, Any]) -> None:
+    """Refuse to resume a run with a recipe that would have trained something else. Raises CheckpointError."""
+    import json
+
+    ours = json.loads(json.dumps(recipe))  # tuples become lists, as in the file
+    theirs = found.state["recipe"]
+    changed = [
+        f"{section}.{key}: {_show(theirs.get(section, {}).get(key))} there, {_show(values.get(key))} here"
+        for section, values in ours.items()
+        for key in values
+        if theirs.get(section, {}).get(key) != values.get(key) and (section, key) not in _FREE_TO_CHANGE
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{found.path.parent.parent} holds a run of another recipe ({'; '.join(changed)}); "
+            "give run.out another folder, or the recipe its old values"
+        )
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,122 @@
+"""Teach a pretrained CLIP to see noise, so that it can guide a denoiser at every noise level.
+
+    torchrun --nproc_per_node 2 train/noisy_clip.py tiny_imagenet_noisy_clip.toml
+    clipkit noisy-clip drawings_noisy_clip.toml run.steps=200  # the same on one process
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clipkit.guidance.noisy_clip import NoisyCLIP, NoisyCLIPConfig, noised
+from clipkit.guidance.schedule import sample_log_snr
+from clipkit.images import decode, preprocess
+from clipkit.losses import LossConfig, info_nce
+from clipkit.pretrained import load
+from clipkit.shards import Shards
+from clipkit.stream import Batch
+from clipkit.train.launch import Recipe, launch
+from clipkit.train.loop import Task
+from clipkit.zeroshot.classify import class_head
+
+_LEVELS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, float("inf"))
+_EVALUATED = 1000
+
+
+@dataclass(frozen=True)
+class NoisyCLIPRecipe(Recipe):
+    """Everything that decides what this training does."""
+
+    model: NoisyCLIPConfig
+    loss: LossConfig
+
+
+class NoisyPretraining(Task):
+    """The contrastive loss of pretraining, on noised images, with a temperature that depends on the noise."""
+
+    kind = "noisy_clip"
+
+    def __init__(self, recipe: NoisyCLIPRecipe, shards: Shards) -> None:
+        super().__init__()
+        clean = load(recipe.model.clip, "cpu")
+        self.recipe, self.tokenizer, self.image_size = recipe, clean.tokenizer, clean.model.config.image_size
+        self.model: NoisyCLIP = NoisyCLIP(clean.model, recipe.model.width)
+        self.model.clip.text.requires_grad_(recipe.model.train_text)
+        self.bank = caption_bank(shards, recipe.model.bank, recipe.run.seed)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Symmetric InfoNCE of the noised batch; logs the mean temperature."""
+        x0 = batch.images.float() / 127.5 - 1
+        lam = sample_log_snr("cosine", len(x0)).to(x0.device)
+        clean = torch.rand(len(x0), device=x0.device) < self.recipe.model.clean_fraction
+        x, lam = noised(x0, lam, torch.randn_like(x0), clean)
+        image, tau = self.model.encode_image(x, lam)
+        text = self.model.encode_text(self.tokenizer(batch.captions).to(x.device))
+        groups = batch.groups if self.recipe.loss.positives == "group" else None
+        return info_nce(image, text, tau, groups), {"temperature": tau.mean()}
+
+    def after_step(self) -> None:
+        """Keep the clean tower's logit scale at 100 or less."""
+        self.model.clip.clamp_logit_scale()
+
+    def evaluate(self, device: torch.device) -> dict[str, float]:
+        """Zero-shot accuracy at several noise levels, on the first images of a classed validation set."""
+        shards = Shards(self.recipe.data.val, verify=False) if self.recipe.data.val else None
+        if shards is None or not shards.classes:
+            return {}
+        head = class_head(self.model.clip, self.tokenizer, shards.classes, shards.templates)
+        samples = [shards.read(i) for i in np.linspace(0, len(shards) - 1, min(_EVALUATED, len(shards))).astype(int)]
+        images = torch.stack([preprocess(decode(s.image), self.image_size) for s in samples]).to(device)
+        labels = torch.tensor([s.label for s in samples], device=device)
+        return {f"top1_at_{level:g}": accuracy_at(self.model, head, images, labels, level) for level in _LEVELS}
+
+    def texts(self) -> Mapping[str, str]:
+        """Tokenizer, caption bank, and the shape of the clean CLIP inside."""
+        shape = dataclasses.asdict(self.model.clip.config)
+        return {
+            "tokenizer.json": self.tokenizer.to_json(),
+            "bank.json": json.dumps(self.bank, ensure_ascii=False),
+            "clip.json": json.dumps(shape),
+        }
+
+
+def caption_bank(shards: Shards, size: int, seed: int) -> list[str]:
+    """Up to `size` different captions of a pack, drawn at random: the alternatives among which a prompt is chosen."""
+    rng = np.random.default_rng([seed, 2])
+    drawn = rng.choice(len(shards), min(len(shards), 4 * size), replace=False)
+    captions = [c for i in drawn for c in shards.read(int(i)).captions]
+    distinct = sorted(set(captions))
+    return [distinct[i] for i in sorted(rng.choice(len(distinct), min(size, len(distinct)), replace=False))]
+
+
+def accuracy_at(model: NoisyCLIP, head: Tensor, images: Tensor, labels: Tensor, level: float) -> float:
+    """Share of images [N, 3, S, S] (uint8), noised to lambda = `level` with fixed noise, whose nearest class is right."""
+    noise = torch.Generator().manual_seed(0)
+    right = 0
+    for pixels, truth in zip(images.split(256), labels.split(256), strict=True):
+        x0 = pixels.float() / 127.5 - 1
+        eps = torch.randn(x0.shape, generator=noise).to(x0.device)
+        lam = torch.full((len(x0),), level, device=x0.device)
+        x, lam = noised(x0, lam, eps, lam.isinf())
+        features, _ = model.encode_image(x, lam)
+        right += int(((features @ head.T).argmax(dim=1) == truth).sum())
+    return right / len(images)
+
+
+run = partial(launch, NoisyCLIPRecipe, NoisyPretraining)
+"""Run a recipe: `run(path, overrides, dry_run)` -> the run's folder."""
+
+
+if __name__ == "__main__":
+    from clipkit.cli import main
+
+    main(["noisy-clip", *sys.argv[1:]])

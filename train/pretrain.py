@@ -1,0 +1,106 @@
+"""Pretrain CLIP on a pack.
+
+    torchrun --nproc_per_node 2 train/pretrain.py tiny_imagenet_clip.toml data.shards=packs/tiny-imagenet
+    clipkit pretrain drawings_clip.toml run.steps=200          # the same on one process
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clipkit import distributed
+from clipkit.losses import LossConfig, info_nce
+from clipkit.model import CLIP, CLIPConfig
+from clipkit.shards import Shards
+from clipkit.stream import Batch
+from clipkit.tokenizer import Tokenizer
+from clipkit.train.launch import Recipe, launch
+from clipkit.train.loop import Task
+
+
+@dataclass(frozen=True)
+class PretrainRecipe(Recipe):
+    """Everything that decides what a pretraining run does."""
+
+    model: CLIPConfig
+    loss: LossConfig
+
+
+class Pretraining(Task):
+    """CLIP under the symmetric contrastive loss."""
+
+    kind = "clip"
+
+    def __init__(self, recipe: PretrainRecipe, shards: Shards) -> None:
+        super().__init__()
+        self.recipe, self.image_size = recipe, recipe.model.image_size
+        self.tokenizer = make_tokenizer(recipe.model, shards, Path(recipe.run.out))
+        self.model: CLIP = CLIP(recipe.model, self.tokenizer.vocab_size, self.tokenizer.end_id)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Symmetric InfoNCE of the batch; logs the logit scale."""
+        ids = self.tokenizer(batch.captions).to(batch.images.device)
+        image, text = self.model.encode_image(batch.images), self.model.encode_text(ids)
+        groups = batch.groups if self.recipe.loss.positives == "group" else None
+        scale = self.model.logit_scale
+        return info_nce(image, text, scale, groups), {"logit_scale": scale}
+
+    def after_step(self) -> None:
+        """Keep the logit scale at 100 or less."""
+        self.model.clamp_logit_scale()
+
+    @cached_property
+    def validation(self) -> Shards | None:
+        """The packed validation set, if the recipe names one."""
+        return Shards(self.recipe.data.val) if self.recipe.data.val else None
+
+    def evaluate(self, device: torch.device) -> dict[str, float]:
+        """Zero-shot scores on the validation set, or retrieval where it has no classes."""
+        from clipkit.zeroshot import classify, retrieval
+        from clipkit.zeroshot.datasets import from_shards
+
+        if self.validation is None:
+            return {}
+        if not self.validation.classes:
+            return retrieval.evaluate(self.model, self.tokenizer, self.validation)
+        images = from_shards("validation", self.validation)
+        head = classify.class_head(self.model, self.tokenizer, images.classes, images.templates)
+        scores = classify.evaluate(self.model, head, images)
+        return {"zeroshot_top1": scores.top1, "zeroshot_top5": scores.top5}
+
+    def texts(self) -> Mapping[str, str]:
+        """The tokenizer belongs to the weights."""
+        return {"tokenizer.json": self.tokenizer.to_json()}
+
+
+def make_tokenizer(config: CLIPConfig, shards: Shards, run: Path) -> Tokenizer:
+    """CLIP's tokenizer if the recipe names its merges file, else one trained on the pack's captions.
+
+    A trained one is made once, on rank 0, and kept in the run's folder.
+    """
+    if config.merges:
+        return Tokenizer.clip(config.merges, config.context_length)
+    path = run / "tokenizer.json"
+    if distributed.rank() == 0 and not path.is_file():
+        captions = sorted({c for i in range(len(shards)) for c in shards.read(i).captions})
+        run.mkdir(parents=True, exist_ok=True)
+        path.write_text(Tokenizer.train(captions, config.vocab_size).to_json(), encoding="utf-8")
+    distributed.barrier()
+    return Tokenizer.from_json(path.read_text(encoding="utf-8"), config.context_length)
+
+
+run = partial(launch, PretrainRecipe, Pretraining)
+"""Run a recipe: `run(path, overrides, dry_run)` -> the run's folder."""
+
+
+if __name__ == "__main__":
+    from clipkit.cli import main
+
+    main(["pretrain", *sys.argv[1:]])

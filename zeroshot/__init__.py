@@ -1,0 +1,1 @@
+"""Zero-shot: class heads from prompts, data sets, classification and retrieval scores."""
