@@ -58,7 +58,11 @@ class Checkpoint:
 
 
 def save(
-    run: Path, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str], keep: int
+    run: Path,
+    state: Mapping[str, Any],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    texts: Mapping[str, str],
+    keep: int,
 ) -> Path:
     """Write the checkpoint of `state["step"]` into RUN/checkpoints, then drop all but the newest `keep`."""
     folder = run / "checkpoints"

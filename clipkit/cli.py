@@ -117,7 +117,9 @@ def _training_command(name: str, module: str, summary: str, recipe: str) -> None
 
         import_module(f"clipkit.train.{module}").run(recipe, overrides, dry_run)
 
-    command.__doc__ = f"{summary}\n{_RECIPE_HELP}\n\n    \b\n    Example:\n      clipkit {name} {recipe} run.steps=500\n    "
+    command.__doc__ = (
+        f"{summary}\n{_RECIPE_HELP}\n\n    \b\n    Example:\n      clipkit {name} {recipe} run.steps=500\n    "
+    )
     decorated: Callable[..., None] = click.argument("overrides", nargs=-1)(command)
     decorated = click.option("--dry-run", is_flag=True, help="Print the resolved recipe and stop.")(decorated)
     cli.command(name)(click.argument("recipe")(decorated))
@@ -131,7 +133,9 @@ _training_command("noisy-clip", "noisy_clip", "Teach a pretrained CLIP to see no
 @cli.command()
 @click.option("--model", required=True, help="A run's folder.")
 @click.option("--dataset", required=True, help="cifar10, cifar100, fashion-mnist, folder:DIR, tar:FILE or shards:DIR.")
-@click.option("--classnames", type=click.Path(path_type=Path), help="JSON list (a name or names per class), or text file.")
+@click.option(
+    "--classnames", type=click.Path(path_type=Path), help="JSON list (a name or names per class), or text file."
+)
 @click.option("--templates", type=click.Path(path_type=Path), help="Text file, one prompt template with {} a line.")
 @click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
 @click.option("--download", is_flag=True, help="Fetch a named data set into --data-dir if it is not there.")
@@ -217,8 +221,8 @@ def guided_sample(
 ) -> None:
     """Draw pictures of PROMPT: a denoiser steered by a noise-aware CLIP.
 
-    Writes a PNG grid whose metadata holds prompt, seed, scale and version, and prints each picture's CLIP score. The same
-    seed gives the same bytes on a CPU.
+    Writes a PNG grid whose metadata holds prompt, seed, scale and version, and prints each picture's CLIP score. The
+    same seed gives the same bytes on a CPU.
 
     \b
     Example:
@@ -246,8 +250,8 @@ def demo(out: Path, seed: int, quick: bool) -> None:
     """Run the whole chain on the embedded drawings, with no download.
 
     Trains a small CLIP and scores it on (object, colour) pairs it never saw, trains a denoiser and a noise-aware CLIP,
-    and draws four prompts unguided and guided. Writes grid.png, loss.png and metrics.json into OUT. At most 15 minutes on
-    2 CPU cores; run again, it goes on where it was stopped.
+    and draws four prompts unguided and guided. Writes grid.png, loss.png and metrics.json into OUT. At most 15 minutes
+    on 2 CPU cores; run again, it goes on where it was stopped.
 
     \b
     Example:

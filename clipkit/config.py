@@ -173,7 +173,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
             raise RecipeError(f"{where} is {value!r}; {did_you_mean(str(value), map(str, arguments))}")
         return value
     if origin in (typing.Union, types.UnionType):
-        chosen = [a for a in arguments if a is not type(None)][0]
+        chosen = next(a for a in arguments if a is not type(None))
         return None if value is None else _coerce(chosen, value, where)
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_coerce(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))

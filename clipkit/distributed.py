@@ -35,7 +35,7 @@ def world_size() -> int:
 
 
 def choose_device(wanted: str = "auto") -> torch.device:
-    """"auto" -> cuda, mps or cpu, whichever is there first; under torchrun each rank takes its own GPU.
+    """ "auto" -> cuda, mps or cpu, whichever is there first; under torchrun each rank takes its own GPU.
 
     Raises UsageError for a device that is not here.
     """
@@ -101,7 +101,7 @@ def average_buffers(model: nn.Module) -> None:
         return
     flat = torch.cat([b.flatten() for b in buffers])
     dist.all_reduce(flat)
-    for buffer, mean in zip(buffers, (flat / world_size()).split([b.numel() for b in buffers]), strict=True):
+    for buffer, mean in zip(buffers, torch.split(flat / world_size(), [b.numel() for b in buffers]), strict=True):
         buffer.copy_(mean.view_as(buffer))
 
 
@@ -122,7 +122,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
         gradient = gradients[0].contiguous()
         dist.all_reduce(gradient)
-        return gradient.split(ctx.sizes)[rank()], None  # type: ignore[attr-defined]
+        return torch.split(gradient, ctx.sizes)[rank()], None  # type: ignore[attr-defined]
 
 
 def batch_sizes(local: int, device: torch.device) -> list[int]:
@@ -138,5 +138,5 @@ def gather(local: Tensor, sizes: list[int]) -> Tensor:
     """[b_r, ...] of each rank -> [sum b_r, ...] on every rank, differentiable: gradients flow back to their owners."""
     if len(sizes) == 1:
         return local
-    gathered: Tensor = _Gather.apply(local, sizes)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _Gather.apply(local, sizes)
     return gathered

@@ -232,8 +232,9 @@ class Drawing:
 
 
 def draw(split: str, seed: int, index: int, size: int = 32) -> Drawing:
-    """Drawing `index` of `split` ("train", "val": seen pairs, other drawings; "heldout": unseen pairs), `size` pixels square.
+    """Drawing `index` of `split`, `size` pixels square.
 
+    "train" and "val" draw the same pairs differently; "heldout" draws the others.
     Raises UsageError for an unknown split.
     """
     if split not in SPLITS:

@@ -7,6 +7,7 @@ uint8; the model normalises them on its own device.
 from __future__ import annotations
 
 import io
+import math
 import struct
 
 import numpy as np
@@ -67,13 +68,14 @@ def preprocess(image: Image.Image, size: int) -> Tensor:
 def augment(image: Image.Image, size: int, crop_scale: float, flip: bool, rng: np.random.Generator) -> Image.Image:
     """Training transform: random resized crop (area from `crop_scale` to 1, ratio 3/4 to 4/3), flip -> size x size."""
     width, height = image.size
+    w = h = float(min(width, height))
+    place_x = place_y = 0.5
     if crop_scale < 1:
         area = rng.uniform(crop_scale, 1.0) * width * height
-        ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-        w, h = min(width, np.sqrt(area * ratio)), min(height, np.sqrt(area / ratio))
-    else:
-        w = h = float(min(width, height))
-    left, top = rng.uniform(0, 1, 2) * (width - w, height - h) if crop_scale < 1 else ((width - w) / 2, (height - h) / 2)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = min(width, math.sqrt(area * ratio)), min(height, math.sqrt(area / ratio))
+        place_x, place_y = rng.random(2).tolist()
+    left, top = place_x * (width - w), place_y * (height - h)
     if (w, h) != (size, size) or image.size != (size, size):
         box = (left, top, left + w, top + h)
         image = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)

@@ -45,7 +45,7 @@ def info_nce(image: Tensor, text: Tensor, logit_scale: Tensor, groups: Tensor | 
     by_text = (text @ all_images.T) * all_scales  # [b, B]
     targets = _targets(len(image), start, groups, all_groups, by_image)
     rows = -(targets * (by_image.log_softmax(dim=1) + by_text.log_softmax(dim=1))).sum(dim=1) / 2  # [b]
-    # Ranks may hold different numbers of rows: the mean over ranks of W / B * (sum over rows) is the mean over all rows.
+    # Ranks may hold different numbers of rows; the mean over ranks of W / B * (their sum) is the mean over all rows.
     return rows.sum() * (len(sizes) / sum(sizes))
 
 

@@ -102,9 +102,11 @@ def _timm(config: CLIPConfig) -> nn.Module:
     try:
         try:  # transformers are built for one image size and must be told; CNNs refuse the argument
             return _create(config.image_tower, {"img_size": config.image_size, **arguments})
-        except TypeError:
-            return _create(config.image_tower, arguments)
-    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+        return _create(config.image_tower, arguments)
+    except Exception as error:  # timm's constructors raise whatever they run into
         raise RecipeError(f"timm cannot build {config.image_tower!r} with {arguments}: {str(error)[:120]}") from None
 
 

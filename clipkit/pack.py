@@ -91,8 +91,8 @@ def class_source(source: Path, classes: dict[str, list[str]] | None, templates: 
 
 
 def _draw_caption(names: Sequence[str], templates: Sequence[str], rng: np.random.Generator) -> str:
-    name = names[0] if rng.random() < 0.5 else names[rng.integers(len(names))]
-    return templates[rng.integers(len(templates))].format(name)
+    name = names[0] if rng.random() < 0.5 else names[int(rng.integers(len(names)))]
+    return templates[int(rng.integers(len(templates)))].format(name)
 
 
 def csv_source(table: Path, source: Path) -> Source:

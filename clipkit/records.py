@@ -75,7 +75,7 @@ def _summary_writer(folder: Path, start: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UsageError("run.tensorboard needs TensorBoard: pip install 'clipkit[track]'") from None
-    return SummaryWriter(str(folder), purge_step=start)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder), purge_step=start)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -3,11 +3,12 @@
 A pack is a folder of `shard-000000.tar` ... with an `index.json`. A sample is a group of members that share a key:
 `<key>.jpg|png|webp`, `<key>.txt` (its first caption) and `<key>.json` ({"captions": [...], "label": int or null}).
 The index holds each shard's size, sha256 and sample count, and beside each shard lies `shard-000000.npy`, the byte
-ranges of its members: once the hash of a shard is known to be right, reading sample i is three `pread` calls.
+ranges of its members: once the hash of a shard is known to be right, reading sample i is one `pread`.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import hashlib
 import json
@@ -15,6 +16,7 @@ import os
 import tarfile
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +97,7 @@ def write_index(folder: Path, extra: dict[str, Any] | None = None) -> dict[str, 
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise ShardError(f"no .tar shards in {folder}; make some with `clipkit pack`")
-    shards = []
+    shards: list[dict[str, Any]] = []
     for tar in tars:
         offsets = scan(tar)
         np.save(tar.with_suffix(".npy"), offsets, allow_pickle=False)
@@ -137,11 +139,11 @@ class Shards:
             raise ShardError(f"no pack at {self.folder}; make one with `clipkit pack SOURCE {self.folder}`")
         self.index = self._load_index()
         self._shards = [self._check(entry, verify) for entry in self.index["shards"]]
-        self._starts = np.cumsum([0] + [int(e["samples"]) for e in self.index["shards"]])
+        self._starts = [0, *accumulate(int(e["samples"]) for e in self.index["shards"])]
         self._files: dict[int, int] = {}
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def __getstate__(self) -> dict[str, Any]:  # file descriptors do not travel to worker processes
         return {**self.__dict__, "_files": {}}
@@ -200,22 +202,28 @@ class Shards:
 
     def read(self, i: int) -> Sample:
         """Sample i, undecoded. Raises SampleError ("no image", "no caption", "bad metadata")."""
-        shard = int(np.searchsorted(self._starts, i, side="right")) - 1
-        row = self._shards[shard][1][i - self._starts[shard]]
+        shard = bisect.bisect_right(self._starts, i) - 1
+        path, offsets = self._shards[shard]
+        local = i - self._starts[shard]
+        row = offsets[local].tolist()
         if row[2 * _IMAGE] < 0:
-            raise SampleError("no image", f"sample {i} of {self.folder}")
-        image, text, meta = (self._bytes(shard, int(row[2 * c]), int(row[2 * c + 1])) for c in (_IMAGE, _TEXT, _META))
+            raise SampleError("no image", f"sample {local} of {path}")
+        # The members of a sample lie together: one read fetches them all.
+        present = [(row[c], row[c] + row[c + 1]) for c in (0, 2, 4) if row[c] >= 0]
+        start, stop = min(p[0] for p in present), max(p[1] for p in present)
+        block = os.pread(self._descriptor(shard), stop - start, start)
+        image, text, meta = (
+            block[row[c] - start : row[c] - start + row[c + 1]] if row[c] >= 0 else None for c in (0, 2, 4)
+        )
         captions, label = _captions(text or b"", meta)
         if not captions:
-            raise SampleError("no caption", f"sample {i} of {self.folder}")
-        return Sample(f"{self._shards[shard][0].stem}/{i - self._starts[shard]}", image or b"", captions, label)
+            raise SampleError("no caption", f"sample {local} of {path}")
+        return Sample(f"{path.stem}/{local}", image or b"", captions, label)
 
-    def _bytes(self, shard: int, offset: int, size: int) -> bytes | None:
-        if offset < 0:
-            return None
+    def _descriptor(self, shard: int) -> int:
         if shard not in self._files:
             self._files[shard] = os.open(self._shards[shard][0], os.O_RDONLY)
-        return os.pread(self._files[shard], size, offset)
+        return self._files[shard]
 
 
 def _captions(text: bytes, meta: bytes | None) -> tuple[tuple[str, ...], int | None]:
@@ -230,4 +238,4 @@ def _captions(text: bytes, meta: bytes | None) -> tuple[tuple[str, ...], int | N
             well_formed = False
         if not well_formed:
             raise SampleError("bad metadata", repr(meta[:60]))
-    return tuple(c[:MAX_CAPTION] for c in captions if c.strip()), label
+    return tuple(c[:MAX_CAPTION] for c in captions if c and not c.isspace()), label

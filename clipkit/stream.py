@@ -12,6 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +82,7 @@ class _Samples(Dataset[Batch]):
         return Batch(stacked, captions, torch.tensor(groups, dtype=torch.int64), keys, skipped)
 
 
-def _as_is(batch: Batch) -> Batch:
+def _as_is(batch: Any) -> Any:  # `__getitems__` has made the batch already
     return batch
 
 

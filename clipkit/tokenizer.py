@@ -58,15 +58,18 @@ class Tokenizer:
             raise DataError("no captions to train a tokenizer on")
         encoder = _encoder({}, [])
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        # The trainer numbers the word-final characters in the order of a hash map, another one each time; given to it as
+        # special tokens they have fixed numbers, and ties between merges are broken alike in every run.
+        fixed = [START, END, *(c + "</w>" for c in alphabet)]
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             initial_alphabet=alphabet,
             end_of_word_suffix="</w>",
-            special_tokens=[START, END],
+            special_tokens=fixed,
             show_progress=False,
         )
         encoder.train_from_iterator(texts, trainer)
-        # Training registers START and END as tokens to be found in text; rebuilt from the vocabulary they are not.
+        # Special tokens would be looked for in text; rebuilt from the vocabulary alone, the encoder has none.
         return cls.from_json(encoder.to_str(), context_length)
 
     @classmethod
@@ -119,7 +122,7 @@ class Tokenizer:
 def clean(text: str) -> str:
     """CLIP's cleaning: ftfy, HTML entities, white space; at most 4,096 characters; lone surrogates become '?'."""
     text = text[:MAX_CAPTION]
-    if not text.isascii():
+    if not (text.isascii() and text.isprintable() and "&" not in text):  # else there is nothing for ftfy to mend
         import ftfy
 
         text = ftfy.fix_text(text.encode("utf-8", errors="replace").decode("utf-8"))

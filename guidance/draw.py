@@ -10,6 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from clipkit.guidance import samplers
+from clipkit.guidance.denoiser import Denoise, Denoiser, DiffusionConfig, clipped
+from clipkit.guidance.guiders import score_shift
+from clipkit.guidance.noisy_clip import NoisyCLIP
+from clipkit.guidance.schedule import karras, leading, log_snr
+from clipkit.guidance.unet import UNetConfig
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -18,12 +24,6 @@ from clipkit import distributed
 from clipkit._version import __version__
 from clipkit.config import from_dict
 from clipkit.errors import UsageError, did_you_mean
-from clipkit.guidance import samplers
-from clipkit.guidance.denoiser import Denoise, Denoiser, DiffusionConfig, clipped
-from clipkit.guidance.guiders import score_shift
-from clipkit.guidance.noisy_clip import NoisyCLIP
-from clipkit.guidance.schedule import karras, leading, log_snr
-from clipkit.guidance.unet import UNetConfig
 from clipkit.images import preprocess, to_image
 from clipkit.model import CLIP, CLIPConfig
 from clipkit.pretrained import Pretrained, find, load, load_weights
@@ -47,7 +47,9 @@ class Drawn:
 class Studio:
     """A denoiser, a noise-aware CLIP and a clean CLIP that belong together."""
 
-    def __init__(self, denoiser: Denoiser, guide: NoisyCLIP, tokenizer: Tokenizer, bank: list[str], clip: Pretrained):
+    def __init__(
+        self, denoiser: Denoiser, guide: NoisyCLIP, tokenizer: Tokenizer, bank: list[str], clip: Pretrained
+    ) -> None:
         self.denoiser, self.guide, self.tokenizer, self.bank, self.clip = denoiser, guide, tokenizer, bank, clip
 
     @classmethod
@@ -95,11 +97,11 @@ class Studio:
     def guided(self, prompt: str, negative: Sequence[str], scale: float) -> Denoise:
         """The denoiser under guidance towards `prompt` and away from each of `negative`."""
         wanted = self._embed([prompt])
-        others = self._embed(alternatives(prompt, [*self.bank, *negative]))
+        others = self._embed([*alternatives(prompt, self.bank), *negative])
         denoise: Denoise = score_shift(self.guide.log_prob(wanted, others), scale)(self.denoiser)
         if negative:
-            unwanted = self._embed(list(negative))
-            denoise = score_shift(self.guide.log_prob(torch.cat([wanted, others[: -len(negative)]]), unwanted), scale)(denoise)
+            welcome, unwanted = torch.cat([wanted, others[: -len(negative)]]), self._embed(list(negative))
+            denoise = score_shift(self.guide.log_prob(welcome, unwanted), scale)(denoise)
         return denoise
 
     def _embed(self, texts: list[str]) -> Tensor:
@@ -139,7 +141,7 @@ class Studio:
 
 
 def load_noisy_clip(path: str | Path) -> tuple[NoisyCLIP, Tokenizer, list[str]]:
-    """The averaged weights of a noisy_clip run, its tokenizer and its caption bank, on the CPU. Raises CheckpointError."""
+    """Averaged weights of a noisy_clip run, its tokenizer and its caption bank, on the CPU. Raises CheckpointError."""
     found = find(path, "noisy_clip")
     config = from_dict(CLIPConfig, json.loads(found.text("clip.json")))
     tokenizer = Tokenizer.from_json(found.text("tokenizer.json"), config.context_length)

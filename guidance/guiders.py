@@ -1,7 +1,7 @@
-"""Guiders: a guider takes a `Denoise` and returns one, so that guiders compose with each other and with every sampler.
+"""Guiders: a guider takes a `Denoise` and returns one, so that guiders compose with each other and every sampler.
 
-The score shift: with g = grad_x log p(c | x_t), x0' = x0 + w (s^2 / a) g, which is eps' = eps - w s g (Dhariwal & Nichol
-2021, arXiv 2105.05233, section 4.2 with algorithm 2). For exact p(c | x_t) and w = 1 this is the exact conditional score.
+The score shift: with g = grad_x log p(c | x_t), x0' = x0 + w (s^2 / a) g, which is eps' = eps - w s g (Dhariwal &
+Nichol 2021, arXiv 2105.05233, section 4.2, algorithm 2). With exact p(c | x_t) and w = 1 it is the conditional score.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
-
 from clipkit.guidance.denoiser import Denoise, Prediction, from_x0
 from clipkit.guidance.schedule import alpha, expand, sigma
+from torch import Tensor
 
 LogProb = Callable[[Tensor, Tensor], Tensor]
 """(x_t [B, ...], lambda [B]) -> log p(c | x_t) [B], differentiable in x_t."""
@@ -48,9 +47,9 @@ def gradient(log_prob: LogProb, x: Tensor, lam: Tensor) -> Tensor:
 def softmax_log_prob(similarity: Tensor, temperature: Tensor, wanted: int) -> Tensor:
     """log softmax_j(tau <f, g_j>) of the first `wanted` texts together -> [B].
 
-    similarity: [B, J] cosine similarities to the wanted prompts and then all others; temperature: [B]. The softmax takes
-    out of the score what every caption has in common, which a raw dot product (GLIDE, arXiv 2112.10741, section 3.2)
-    keeps.
+    similarity: [B, J] cosine similarities to the wanted prompts and then all others; temperature: [B]. The softmax
+    takes out of the score what every caption has in common, which a raw dot product (GLIDE, arXiv 2112.10741, section
+    3.2) keeps.
     """
     log_p = (temperature[:, None] * similarity).log_softmax(dim=1)
     return log_p[:, :wanted].logsumexp(dim=1)

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from clipkit.guidance.guiders import LogProb, softmax_log_prob
 from clipkit.guidance.schedule import expand
 from clipkit.guidance.unet import noise_embedding
+from torch import Tensor, nn
+
 from clipkit.model import CLIP, MAX_LOGIT_SCALE
 
 
@@ -81,17 +81,22 @@ class NoisyCLIP(nn.Module):
                 return output
             scale, shift = modulation(self._embedding).chunk(2, dim=1)  # [B, C] each
             channels_first = output.ndim == 4 and output.shape[1] == channels
-            shape = (len(output), channels, 1, 1) if channels_first else (len(output), *[1] * (output.ndim - 2), channels)
-            return output * (1 + scale.view(shape)) + shift.view(shape)
+            shape = (
+                (len(output), channels, 1, 1) if channels_first else (len(output), *[1] * (output.ndim - 2), channels)
+            )
+            modulated: Tensor = output * (1 + scale.view(shape)) + shift.view(shape)
+            return modulated
 
         return hook
 
     def _embed(self, lam: Tensor) -> Tensor:
-        embedded: Tensor = self.embed(noise_embedding(lam.clamp(-12, 12), self.width))  # "clean" is lambda = 12 and above
+        embedded: Tensor = self.embed(
+            noise_embedding(lam.clamp(-12, 12), self.width)
+        )  # "clean" is lambda = 12 and above
         return embedded
 
     def encode_image(self, x: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t [B, 3, S, S] in the scale of images in [-1, 1], lam [B] -> unit vectors [B, D] and tau [B] (at most 100)."""
+        """x_t [B, 3, S, S] on the scale of images in [-1, 1], lam [B] -> unit vectors [B, D], tau [B] (at most 100)."""
         embedding = self._embed(lam)
         # Divided by a alone, x_t would grow without bound; x_t itself has unit variance at every lambda.
         pixels = (x + 1) / 2
@@ -108,7 +113,7 @@ class NoisyCLIP(nn.Module):
         return self.clip.encode_text(ids)
 
     def log_prob(self, wanted: Tensor, others: Tensor) -> LogProb:
-        """log p(wanted | x_t) among `wanted` [P, D] and `others` [J, D] text embeddings, as a guider's log-probability."""
+        """log p(wanted | x_t) among the text embeddings `wanted` [P, D] and `others` [J, D], for a guider."""
         texts = torch.cat([wanted, others])
 
         def log_p(x: Tensor, lam: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
-from torch import Tensor
-
 from clipkit.guidance.denoiser import Denoise
+from torch import Tensor
 
 Watch = Callable[[Tensor], None]
 
@@ -39,7 +39,7 @@ def ddim(
 ) -> Tensor:
     """DDIM (Song et al. 2020, arXiv 2010.02502, eq. 12); eta = 0 is deterministic, eta = 1 has DDPM's variance."""
     levels = _levels(lambdas)
-    for (lam, a, s), (_, a_next, s_next) in zip(levels, levels[1:], strict=False):
+    for (lam, a, s), (_, a_next, s_next) in pairwise(levels):
         x0, eps = denoise(x, torch.tensor(lam))
         if watch is not None:
             watch(x0)
@@ -64,7 +64,7 @@ def ddpm(
     steps on, where the two hardly differ and the large one is less prone to blur.
     """
     levels = _levels(lambdas)
-    for (lam, a, s), (_, a_next, s_next) in zip(levels, levels[1:], strict=False):
+    for (lam, a, s), (_, a_next, s_next) in pairwise(levels):
         x0, _ = denoise(x, torch.tensor(lam))
         if watch is not None:
             watch(x0)
@@ -89,7 +89,7 @@ def dpmpp_2m(
     """
     levels = _levels(lambdas)
     previous: tuple[Tensor, float] | None = None
-    for (lam, _, s), (lam_next, a_next, s_next) in zip(levels, levels[1:], strict=False):
+    for (lam, _, s), (lam_next, a_next, s_next) in pairwise(levels):
         x0, _ = denoise(x, torch.tensor(lam))
         if watch is not None:
             watch(x0)

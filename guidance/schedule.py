@@ -1,7 +1,7 @@
 """Noise levels: everything in guidance is a function of lambda = log(a^2 / s^2), the log signal-to-noise ratio.
 
-x_t = a x_0 + s e with a^2 + s^2 = 1 (variance preserving), so a^2 = sigmoid(lambda) and s^2 = sigmoid(-lambda). Schedules
-map time to lambda in float64; samplers walk a list of lambdas and never see a timestep.
+x_t = a x_0 + s e with a^2 + s^2 = 1 (variance preserving), so a^2 = sigmoid(lambda) and s^2 = sigmoid(-lambda).
+Schedules map time to lambda in float64; samplers walk a list of lambdas and never see a timestep.
 """
 
 from __future__ import annotations

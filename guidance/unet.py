@@ -1,7 +1,7 @@
 """The U-Net denoiser network: residual blocks modulated by the noise level, self-attention where the picture is small.
 
-Ho et al. 2020 (arXiv 2006.11239) with the scale-shift residual blocks of Dhariwal & Nichol 2021 (arXiv 2105.05233) and a
-space-to-depth stem, so that on a CPU the highest resolution does not eat the budget.
+Ho et al. 2020 (arXiv 2006.11239) with the scale-shift residual blocks of Dhariwal & Nichol 2021 (arXiv 2105.05233) and
+a space-to-depth stem, so that on a CPU the highest resolution does not eat the budget.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _zero(module: nn.Module) -> nn.Module:
 
 
 class _ResidualBlock(nn.Module):
-    """GroupNorm, SiLU, conv, twice; the second norm is scaled and shifted by the noise embedding; last conv starts at 0."""
+    """GroupNorm, SiLU, conv, twice; the noise embedding modulates the second norm; the last conv starts at 0."""
 
     def __init__(self, channels_in: int, channels_out: int, embedding: int, dropout: float) -> None:
         super().__init__()
@@ -100,7 +100,8 @@ class _Attention(nn.Module):
         qkv = self.qkv(tokens).reshape(b, h * w, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, H*W, C / heads] each
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
-        return x + self.out(attended).transpose(1, 2).reshape(b, c, h, w)
+        out: Tensor = x + self.out(attended).transpose(1, 2).reshape(b, c, h, w)
+        return out
 
 
 class _Level(nn.Module):
@@ -127,7 +128,9 @@ class UNet(nn.Module):
         self.config = config
         widths = [config.channels * m for m in config.multipliers]
         self.width, embedding, depth = config.channels, 4 * config.channels, 3 * config.patch_size**2
-        self.embed = nn.Sequential(nn.Linear(self.width, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
+        self.embed = nn.Sequential(
+            nn.Linear(self.width, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
+        )
         self.stem = nn.Conv2d(depth, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips, width = [widths[0]], widths[0]
@@ -142,7 +145,9 @@ class UNet(nn.Module):
         self.middle = _Level(width, width, embedding, True, config.dropout)
         for level, out in reversed(list(enumerate(widths))):
             for _ in range(config.blocks + 1):
-                self.up.append(_Level(width + skips.pop(), out, embedding, level >= config.attention_from, config.dropout))
+                self.up.append(
+                    _Level(width + skips.pop(), out, embedding, level >= config.attention_from, config.dropout)
+                )
                 width = out
             if level > 0:
                 self.up.append(nn.Conv2d(width, width, 3, padding=1))

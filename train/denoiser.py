@@ -1,7 +1,7 @@
 """Train a diffusion denoiser on the images of a pack (captions are not used: what to draw comes from guidance).
 
-    torchrun --nproc_per_node 2 train/denoiser.py tiny_imagenet_denoiser.toml
-    clipkit denoiser drawings_denoiser.toml run.steps=200      # the same on one process
+torchrun --nproc_per_node 2 train/denoiser.py tiny_imagenet_denoiser.toml
+clipkit denoiser drawings_denoiser.toml run.steps=200      # the same on one process
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
-
-from clipkit import distributed
 from clipkit.guidance.denoiser import Denoiser, DiffusionConfig, target
 from clipkit.guidance.schedule import add_noise, sample_log_snr
 from clipkit.guidance.unet import UNetConfig
-from clipkit.shards import Shards
-from clipkit.stream import Batch
 from clipkit.train.launch import Recipe, launch
 from clipkit.train.loop import Task
+from torch import Tensor
+
+from clipkit import distributed
+from clipkit.shards import Shards
+from clipkit.stream import Batch
 
 
 @dataclass(frozen=True)

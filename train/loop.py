@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from clipkit.train import optim
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,7 +27,6 @@ from clipkit.config import OptimConfig, RunConfig
 from clipkit.errors import CheckpointError, NonFiniteError
 from clipkit.records import Records, say
 from clipkit.stream import Batch, Stream
-from clipkit.train import optim
 
 
 class Task(nn.Module):
@@ -66,7 +66,9 @@ def seed_everything(seed: int, step: int, rank: int) -> None:
     torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
 
 
-def train(task: Task, stream: Stream, run: RunConfig, optimizer: OptimConfig, recipe: Any, device: torch.device) -> Path:
+def train(
+    task: Task, stream: Stream, run: RunConfig, optimizer: OptimConfig, recipe: Any, device: torch.device
+) -> Path:
     """Train `task` on `stream` as `run` says, resuming what lies in `run.out` -> the run's folder.
 
     Raises CheckpointError if that folder holds a run of another recipe, NonFiniteError when the loss or the gradient is
@@ -99,7 +101,7 @@ class _Loop:
         self.optimizer = optim.adamw(task, config)
         self.ema = optim.EMA(task.model, run.ema_decay)
         parallel = distributed.active()
-        self.module: nn.Module = DistributedDataParallel(task, broadcast_buffers=False) if parallel else task
+        self.module: nn.Module = DistributedDataParallel(task) if parallel else task
         self.skipped: Counter[str] = Counter()
 
     def resume(self, folder: Path) -> int:
@@ -131,9 +133,9 @@ class _Loop:
             if done % run.log_every == 0 or last:
                 line = {**meter.take(), "lr": self.optimizer.param_groups[0]["lr"]}
                 records.write(done, {**line, **({"skipped": dict(self.skipped)} if self.skipped else {})})
-            if last or (run.eval_every and done % run.eval_every == 0):
-                if scores := self.evaluate():
-                    records.write(done, scores)
+            evaluate = last or (run.eval_every and done % run.eval_every == 0)
+            if evaluate and (scores := self.evaluate()):
+                records.write(done, scores)
             if last or done % run.save_every == 0:
                 self.save(folder, done)
 

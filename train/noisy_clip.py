@@ -1,7 +1,7 @@
 """Teach a pretrained CLIP to see noise, so that it can guide a denoiser at every noise level.
 
-    torchrun --nproc_per_node 2 train/noisy_clip.py tiny_imagenet_noisy_clip.toml
-    clipkit noisy-clip drawings_noisy_clip.toml run.steps=200  # the same on one process
+torchrun --nproc_per_node 2 train/noisy_clip.py tiny_imagenet_noisy_clip.toml
+clipkit noisy-clip drawings_noisy_clip.toml run.steps=200  # the same on one process
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from clipkit.guidance.noisy_clip import NoisyCLIP, NoisyCLIPConfig, noised
 from clipkit.guidance.schedule import sample_log_snr
+from clipkit.train.launch import Recipe, launch
+from clipkit.train.loop import Task
+from clipkit.zeroshot.classify import class_head
+from torch import Tensor
+
 from clipkit.images import decode, preprocess
 from clipkit.losses import LossConfig, info_nce
 from clipkit.pretrained import load
 from clipkit.shards import Shards
 from clipkit.stream import Batch
-from clipkit.train.launch import Recipe, launch
-from clipkit.train.loop import Task
-from clipkit.zeroshot.classify import class_head
 
 _LEVELS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, float("inf"))
 _EVALUATED = 1000
@@ -99,10 +99,10 @@ def caption_bank(shards: Shards, size: int, seed: int) -> list[str]:
 
 
 def accuracy_at(model: NoisyCLIP, head: Tensor, images: Tensor, labels: Tensor, level: float) -> float:
-    """Share of images [N, 3, S, S] (uint8), noised to lambda = `level` with fixed noise, whose nearest class is right."""
+    """Share of uint8 images [N, 3, S, S], noised to lambda = `level` with fixed noise, whose nearest class is right."""
     noise = torch.Generator().manual_seed(0)
     right = 0
-    for pixels, truth in zip(images.split(256), labels.split(256), strict=True):
+    for pixels, truth in zip(torch.split(images, 256), torch.split(labels, 256), strict=True):
         x0 = pixels.float() / 127.5 - 1
         eps = torch.randn(x0.shape, generator=noise).to(x0.device)
         lam = torch.full((len(x0),), level, device=x0.device)

@@ -1,7 +1,7 @@
 """Pretrain CLIP on a pack.
 
-    torchrun --nproc_per_node 2 train/pretrain.py tiny_imagenet_clip.toml data.shards=packs/tiny-imagenet
-    clipkit pretrain drawings_clip.toml run.steps=200          # the same on one process
+torchrun --nproc_per_node 2 train/pretrain.py tiny_imagenet_clip.toml data.shards=packs/tiny-imagenet
+clipkit pretrain drawings_clip.toml run.steps=200          # the same on one process
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
+from clipkit.train.launch import Recipe, launch
+from clipkit.train.loop import Task
 from torch import Tensor
 
 from clipkit import distributed
@@ -21,8 +23,6 @@ from clipkit.model import CLIP, CLIPConfig
 from clipkit.shards import Shards
 from clipkit.stream import Batch
 from clipkit.tokenizer import Tokenizer
-from clipkit.train.launch import Recipe, launch
-from clipkit.train.loop import Task
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from clipkit.zeroshot.datasets import ImageSet
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -18,7 +19,6 @@ from clipkit.errors import UsageError
 from clipkit.model import CLIP
 from clipkit.records import progress
 from clipkit.tokenizer import Tokenizer
-from clipkit.zeroshot.datasets import ImageSet
 
 _TEXT_BATCH = 512
 
@@ -32,7 +32,8 @@ def embed_texts(model: CLIP, tokenizer: Tokenizer, texts: Sequence[str]) -> Tens
     device = model.log_logit_scale.device
     distinct = sorted(set(texts), key=lambda t: (len(t), t))
     features = [
-        model.encode_text(tokenizer(distinct[i : i + _TEXT_BATCH]).to(device)) for i in range(0, len(distinct), _TEXT_BATCH)
+        model.encode_text(tokenizer(distinct[i : i + _TEXT_BATCH]).to(device))
+        for i in range(0, len(distinct), _TEXT_BATCH)
     ]
     place = {text: i for i, text in enumerate(distinct)}
     return torch.cat(features)[[place[t] for t in texts]]
@@ -55,7 +56,7 @@ def class_head(
         raise UsageError(f"template {bad[0]!r} must hold exactly one {{}} where the class name goes")
     prompts = [[t.format(n) for n in group for t in templates] for group in names]
     features = embed_texts(model, tokenizer, [p for group in prompts for p in group])
-    return torch.stack([F.normalize(f.mean(dim=0), dim=0) for f in features.split([len(p) for p in prompts])])
+    return torch.stack([F.normalize(f.mean(dim=0), dim=0) for f in torch.split(features, [len(p) for p in prompts])])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,119 @@
+import hashlib
+import io
+import json
+import tarfile
+
+import pytest
+from PIL import Image
+
+from clipkit.errors import DataError, UsageError
+from clipkit.pack import class_source, csv_source, drawings_source, pack
+from clipkit.shards import Shards
+
+
+def png(colour):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, colour in (("n01", "red"), ("n02", "blue")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(6):
+            (tmp_path / "images" / name / f"{i}.png").write_bytes(png(colour))
+    return tmp_path / "images"
+
+
+CLASSES = {"n01": ["goldfish", "Carassius auratus"], "n02": ["bullfrog"]}
+
+
+def test_a_classed_folder_draws_synonyms_and_templates(folder, tmp_path):
+    index = pack(class_source(folder, CLASSES, ["a {}.", "one {}."], 0), tmp_path / "out")
+    shards = Shards(tmp_path / "out")
+    assert index["samples"] == 12
+    captions = {c for i in range(12) for c in shards.read(i).captions}
+    assert captions == {f"{t} {n}." for t in ("a", "one") for n in ("goldfish", "Carassius auratus", "bullfrog")}
+    assert shards.classes == list(CLASSES.values())
+    assert [shards.read(i).label for i in range(12)] == [0] * 6 + [1] * 6
+
+
+@pytest.mark.parametrize("compression", ["", "gz", "xz"])
+def test_a_tar_of_any_compression_equals_its_folder(folder, tmp_path, compression):
+    archive = tmp_path / f"images.tar.{compression}"
+    with tarfile.open(archive, f"w:{compression}") as tar:
+        for path in sorted(folder.rglob("*.png")):
+            tar.add(path, path.relative_to(folder))
+    first = pack(class_source(folder, CLASSES, ["a {}."], 3), tmp_path / "a")
+    second = pack(class_source(archive, CLASSES, ["a {}."], 3), tmp_path / "b")
+    assert first == second
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path):
+    def digest(name):
+        pack(drawings_source("train", 30, 32, 5), tmp_path / name)
+        return hashlib.sha256((tmp_path / name / "shard-000000.tar").read_bytes()).hexdigest()
+
+    assert digest("a") == digest("b")
+
+
+def test_directory_names_serve_as_class_names(folder, tmp_path):
+    pack(class_source(folder, None, ["a {}."], 0), tmp_path / "out")
+    assert Shards(tmp_path / "out").classes == [["n01"], ["n02"]]
+
+
+def test_csv_with_several_captions_and_every_kind_of_gap(folder, tmp_path):
+    table = tmp_path / "captions.csv"
+    table.write_text('image,caption\nn01/0.png,"red, square"\nn01/0.png,a square\nn02/1.png,\nlost.png,gone\n')
+    index = pack(csv_source(table, folder), tmp_path / "out")
+    sample = Shards(tmp_path / "out").read(0)
+    assert sample.captions == ("red, square", "a square")
+    assert sample.label is None
+    assert index["samples"] == 1
+    assert index["skipped"] == {"not in the table": 10, "no caption": 1, "image missing": 1}
+
+
+def test_unreadable_images_are_skipped_and_counted(folder, tmp_path):
+    (folder / "n01" / "broken.png").write_bytes(b"not an image")
+    index = pack(class_source(folder, CLASSES, ["a {}."], 0), tmp_path / "out")
+    assert (index["samples"], index["skipped"]) == (12, {"not an image": 1})
+    assert json.loads((tmp_path / "out" / "index.json").read_text())["skipped"] == {"not an image": 1}
+
+
+def test_holdout_splits_without_overlap(tmp_path):
+    index = pack(drawings_source("train", 50, 32, 0), tmp_path / "out", holdout=10)
+    val = Shards(tmp_path / "out-val")
+    train = Shards(tmp_path / "out")
+    assert (index["samples"], len(val)) == (40, 10)
+    assert not {val.read(i).image for i in range(10)} & {train.read(i).image for i in range(40)}
+    assert val.classes == train.classes
+
+
+def test_shards_have_the_asked_size(tmp_path):
+    index = pack(drawings_source("train", 25, 32, 0), tmp_path / "out", shard_size=10)
+    assert [s["samples"] for s in index["shards"]] == [10, 10, 5]
+
+
+def test_nothing_to_pack(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no <class>/<image> layout"):
+        pack(class_source(tmp_path / "empty", None, ["a {}."], 0), tmp_path / "out")
+    (tmp_path / "no.csv").write_text("file,text\n")
+    with pytest.raises(DataError, match="it needs image,caption"):
+        csv_source(tmp_path / "no.csv", tmp_path / "empty")
+    (tmp_path / "yes.csv").write_text("image,caption\n")
+    with pytest.raises(DataError, match="nothing to pack"):
+        pack(csv_source(tmp_path / "yes.csv", tmp_path / "empty"), tmp_path / "out")
+
+
+def test_a_source_that_is_no_tar(tmp_path):
+    (tmp_path / "x.tar").write_text("hello")
+    with pytest.raises(DataError, match="neither a folder nor a readable tar"):
+        class_source(tmp_path / "x.tar", None, ["a {}."], 0)
+
+
+def test_never_writes_over_something(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(UsageError, match="not empty"):
+        pack(drawings_source("train", 5, 32, 0), tmp_path)

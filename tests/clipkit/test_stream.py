@@ -1,0 +1,86 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipkit.config import DataConfig
+from clipkit.errors import DataError
+from clipkit.shards import Shards
+from clipkit.stream import Stream
+
+
+def keys(stream, start, stop):
+    return [key for batch in stream.batches(start, stop) for key in batch.keys]
+
+
+def make(packs, batch=32, seed=0, rank=0, world=1, workers=0):
+    return Stream(
+        Shards(packs / "heldout", verify=False), DataConfig("", workers=workers), 32, batch, seed, rank, world
+    )
+
+
+def order(stream, start, stop):
+    """Sample indices of steps start to stop, without reading them."""
+    return [stream.samples.index(p) for step in range(start, stop) for p in stream.positions(step)]
+
+
+@given(batch=st.integers(1, 90), seed=st.integers(0, 5))
+@settings(deadline=None, max_examples=30)
+def test_each_sample_once_per_epoch_and_epochs_differ(packs, batch, seed):
+    stream = make(packs, batch, seed)
+    steps = -(-3 * 64 // batch)
+    sequence = order(stream, 0, steps)
+    epochs = [sequence[e * 64 : (e + 1) * 64] for e in range(3)]
+    assert all(sorted(e) == list(range(64)) for e in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+@given(world=st.integers(1, 6), share=st.integers(1, 9), start=st.integers(0, 20))
+@settings(deadline=None, max_examples=40)
+def test_any_number_of_ranks_continues_the_same_order_from_any_step(packs, world, share, start):
+    batch = world * share
+    ranks = [make(packs, batch, rank=r, world=world) for r in range(world)]
+    together = [i for step in range(start, start + 4) for r in ranks for i in order(r, step, step + 1)]
+    assert together == order(make(packs, batch), start, start + 4)
+
+
+def test_pixels_and_captions_do_not_depend_on_workers_or_ranks(packs):
+    def content(batches):
+        return [(k, c, i.sum().item()) for b in batches for k, c, i in zip(b.keys, b.captions, b.images, strict=True)]
+
+    alone = content(make(packs, 16).batches(0, 4))
+    assert content(make(packs, 16, workers=2).batches(0, 4)) == alone
+    halves = [content(make(packs, 16, rank=r, world=2).batches(0, 4)) for r in range(2)]
+    assert sorted(halves[0] + halves[1]) == sorted(alone)
+
+
+def test_resumes_in_the_middle(packs):
+    assert keys(make(packs), 0, 6) == keys(make(packs), 0, 3) + keys(make(packs), 3, 6)
+
+
+def test_indivisible_batch(packs):
+    with pytest.raises(DataError, match="batch_size 10 does not divide over 3 ranks"):
+        make(packs, 10, rank=0, world=3)
+
+
+def _with_bad_images(tmp_path, bad, good=40):
+    import webdataset
+
+    from clipkit.drawings import draw
+    from clipkit.pack import encode_png
+
+    with webdataset.TarWriter(str(tmp_path / "shard-000000.tar")) as writer:
+        for i in range(good + bad):
+            image = b"not an image" if i < bad else encode_png(draw("train", 0, i).image)
+            writer.write({"__key__": f"{i}", "png": image, "txt": b"a drawing"})
+    return Stream(Shards(tmp_path), DataConfig("", workers=0), 32, 41, 0)
+
+
+def test_a_bad_sample_is_skipped_and_counted(tmp_path):
+    (batch,) = _with_bad_images(tmp_path, bad=1).batches(0, 1)
+    assert len(batch.captions) == len(batch.images) == 40
+    assert batch.skipped == {"not an image": 1}
+
+
+def test_too_many_bad_samples_stop_the_run(tmp_path):
+    with pytest.raises(DataError, match=r"not an image\), more than data.max_bad_fraction"):
+        list(_with_bad_images(tmp_path, bad=20).batches(0, 60))

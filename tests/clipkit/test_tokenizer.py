@@ -1,0 +1,111 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipkit.errors import CheckpointError, DataError, UsageError
+from clipkit.tokenizer import END, START, Tokenizer
+
+CAPTIONS = ["a red rocket", "a drawing of a blue fish on white", "two cats, one dog's house!", "ÉCOLE naïve 北京"]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return Tokenizer.train(CAPTIONS, vocab_size=600, context_length=16)
+
+
+@pytest.fixture(scope="module")
+def clip_pair():
+    open_clip = pytest.importorskip("open_clip")
+    from open_clip import tokenizer as theirs
+
+    return Tokenizer.clip(theirs.default_bpe()), open_clip.SimpleTokenizer()
+
+
+def test_rows_start_end_and_are_as_long_as_the_longest(trained):
+    ids = trained(["a red rocket", "a"])
+    assert ids.dtype == torch.int64
+    assert ids[:, 0].tolist() == [trained.start_id] * 2
+    assert ids[0, -1] == trained.end_id
+    assert (ids[1] == trained.end_id).sum() == 1
+
+
+def test_long_captions_are_cut_and_still_end(trained):
+    ids = trained("rocket fish " * 50)
+    assert ids.shape == (1, 16)
+    assert ids[0, -1] == trained.end_id
+
+
+def test_a_caption_cannot_end_itself(trained):
+    ids = trained(f"a {END} {START} b")
+    assert (ids == trained.end_id).sum() == 1
+    assert (ids == trained.start_id).sum() == 1
+
+
+@given(st.text(max_size=40))
+@settings(deadline=None, max_examples=100)
+def test_any_text_becomes_ids(trained, text):
+    ids = trained(text)
+    assert ids.min() >= 0
+    assert ids.max() < trained.vocab_size
+    assert (ids == trained.end_id).sum() == 1
+
+
+def test_lone_surrogates_and_nul(trained):
+    assert trained("a \ud800 \x00 b").shape[0] == 1
+
+
+def test_saved_and_loaded_it_is_the_same(trained):
+    again = Tokenizer.from_json(trained.to_json(), 16)
+    assert torch.equal(again(CAPTIONS), trained(CAPTIONS))
+    assert again.fingerprint == trained.fingerprint
+
+
+def test_training_is_deterministic(trained):
+    assert Tokenizer.train(CAPTIONS, 600, 16).to_json() == trained.to_json()
+
+
+def test_nothing_to_train_on():
+    with pytest.raises(DataError, match="no captions"):
+        Tokenizer.train(["", " "])
+
+
+def test_damaged_file():
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        Tokenizer.from_json('{"model": {}}')
+
+
+def test_missing_or_wrong_merges_file(tmp_path):
+    with pytest.raises(UsageError, match="no merges file"):
+        Tokenizer.clip(tmp_path / "none")
+    (tmp_path / "wrong").write_text("hello")
+    with pytest.raises(UsageError, match="not CLIP's merges file"):
+        Tokenizer.clip(tmp_path / "wrong")
+
+
+def ids_equal(pair, texts):
+    ours, theirs = pair
+    padded = theirs(texts)
+    ids = ours(texts)
+    assert torch.equal(ids, padded[:, : ids.shape[1]])
+    assert not padded[:, ids.shape[1] :].any()
+
+
+def test_ids_equal_open_clips(clip_pair):
+    texts = [
+        "a photo of a cat",
+        "Hello,   World!!",
+        "it's 2024 &amp; we're",
+        "naïve café — “quotes”",
+        "日本語 🙂",
+        "a" * 400,
+    ]
+    ids_equal(clip_pair, texts)
+    assert clip_pair[0].vocab_size == 49408
+
+
+# Characters not yet in Unicode may be letters to one library and symbols to the other: tables differ by version.
+@given(st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=60))
+@settings(deadline=None, max_examples=300)
+def test_ids_equal_open_clips_on_any_text(clip_pair, text):
+    ids_equal(clip_pair, [text])

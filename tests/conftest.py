@@ -1,0 +1,56 @@
+"""Shared fixtures: small packs of drawings, and one tiny chain of trained runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+TINY = ("run.steps=4", "run.batch_size=32", "run.log_every=2", "run.save_every=2", "optim.warmup=1", "data.workers=0")
+
+
+@pytest.fixture(scope="session")
+def packs(tmp_path_factory) -> Path:
+    """A folder with the packs `train` (240 drawings) and `heldout` (64)."""
+    from clipkit.pack import drawings_source, pack
+
+    folder = tmp_path_factory.mktemp("packs")
+    pack(drawings_source("train", 240, 32, 0), folder / "train", shard_size=100)
+    pack(drawings_source("heldout", 64, 32, 0), folder / "heldout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chain(packs, tmp_path_factory) -> Path:
+    """A folder with the runs `clip`, `denoiser` and `noisy_clip`, each trained for four steps."""
+    from clipkit.train import denoiser, noisy_clip, pretrain
+
+    runs = tmp_path_factory.mktemp("chain")
+    data = [*TINY, f"data.shards={packs / 'train'}"]
+    val = f"data.val={packs / 'heldout'}"
+    pretrain.run("drawings_clip", [*data, val, f"run.out={runs / 'clip'}"])
+    denoiser.run("drawings_denoiser", [*data, f"run.out={runs / 'denoiser'}"])
+    noisy_clip.run("drawings_noisy_clip", [*data, val, f"run.out={runs / 'noisy_clip'}", f"model.clip={runs / 'clip'}"])
+    return runs
+
+
+@pytest.fixture
+def command(capsys):
+    """Run the command line in this process -> (exit code, stdout, stderr)."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        from clipkit.cli import main
+
+        with pytest.raises(SystemExit) as stop:
+            main([str(w) for w in words])
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return run
