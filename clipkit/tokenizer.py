@@ -58,8 +58,8 @@ class Tokenizer:
             raise DataError("no captions to train a tokenizer on")
         encoder = _encoder({}, [])
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        # The trainer numbers the word-final characters in the order of a hash map, another one each time; given to it as
-        # special tokens they have fixed numbers, and ties between merges are broken alike in every run.
+        # The trainer numbers the word-final characters in the order of a hash map, another one each time; given to it
+        # as special tokens they have fixed numbers, and ties between merges are broken alike in every run.
         fixed = [START, END, *(c + "</w>" for c in alphabet)]
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,

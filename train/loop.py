@@ -112,7 +112,8 @@ class _Loop:
             return 0
         _same_recipe(found, self.recipe)
         self.task.model.load_state_dict(found.tensors("model"))
-        self.ema.shadow = {n: t.to(self.device) for n, t in found.tensors("ema").items()}
+        for name, tensor in found.tensors("ema").items():
+            self.ema.shadow[name].copy_(tensor)
         _load_optimizer(self.optimizer, found.tensors("optimizer"))
         return found.step
 
@@ -230,17 +231,19 @@ def _versions() -> dict[str, str]:
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state as flat names: `<parameter number>.<quantity>`."""
+    """AdamW's state as flat names: `<parameter number>.<quantity>`, numbered over all groups."""
     state = optimizer.state_dict()["state"]
     return {f"{i}.{k}": torch.as_tensor(v) for i, entry in state.items() for k, v in entry.items()}
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, tensor in tensors.items():
         number, _, quantity = name.partition(".")
-        state.setdefault(int(number), {})[quantity] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        parameter = parameters[int(number)]
+        # In the parameter's own memory format: the fused kernel walks all of a parameter's tensors in one order.
+        like = torch.empty_like(parameter) if tensor.shape == parameter.shape else torch.empty_like(tensor)
+        optimizer.state[parameter][quantity] = like.copy_(tensor)
 
 
 _FREE_TO_CHANGE = {("run", k) for k in ("out", "device", "log_every", "save_every", "keep_last", "eval_every")} | {

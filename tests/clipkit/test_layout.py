@@ -1,0 +1,117 @@
+"""The house: what is importable from where, what importing costs, and which names are free."""
+
+import importlib
+import os
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+import clipkit
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("train", "zeroshot", "guidance")
+
+
+def python(code, cwd, env=None, flags=()):
+    environment = {**os.environ, **(env or {})}
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_all_names_what_the_package_exports():
+    assert sorted(clipkit.__all__) == clipkit.__dir__()
+    for name in clipkit.__all__:
+        assert getattr(clipkit, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = clipkit.nothing
+
+
+def test_no_module_shadows_one_that_others_import():
+    """`python train/pretrain.py` puts train/ first on sys.path."""
+    taken = sys.stdlib_module_names | packages_distributions().keys()
+    for room in ROOMS:
+        stems = {p.stem for p in (ROOT / room).glob("*.py")} - {"__init__"}
+        assert not stems & taken, f"{room}/ shadows {stems & taken}"
+
+
+@pytest.mark.parametrize("module", ["clipkit", "clipkit.cli", "clipkit.config", "clipkit.checkpoint"])
+def test_importing_is_light(module, tmp_path):
+    show = "print(len(sys.modules), *sorted({'torch', 'timm', 'numpy', 'PIL'} & set(sys.modules)))"
+    count, *heavy = python(f"import {module}, sys; {show}", tmp_path).split()
+    if module != "clipkit.checkpoint":  # which reads shards' hashes with numpy beside it
+        assert not heavy
+        assert int(count) < 200
+    assert "torch" not in heavy
+
+
+@pytest.mark.parametrize("where", ["root", "elsewhere"])
+def test_rooms_are_inside_the_package_from_anywhere(where, tmp_path):
+    cwd = ROOT if where == "root" else tmp_path
+    code = "import clipkit.train, clipkit.zeroshot, clipkit.guidance, clipkit; print(clipkit.__version__)"
+    assert python(code, cwd) == clipkit.__version__
+
+
+def test_console_script(tmp_path):
+    script = Path(sys.executable).with_name("clipkit")
+    done = subprocess.run([script, "--version"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == f"clipkit, version {clipkit.__version__}"
+
+
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]])
+@pytest.mark.parametrize("where", ["root", "elsewhere"])
+def test_scripts_run_by_path(launcher, where, tmp_path):
+    cwd = ROOT if where == "root" else tmp_path
+    script = "train/pretrain.py" if where == "root" else str(ROOT / "train/pretrain.py")
+    words = [sys.executable, *launcher, script, "drawings_clip", "--dry-run", "run.steps=77"]
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("steps = 77") == (2 if launcher else 1)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """`pip install .` into a folder of its own, without fetching anything."""
+    target = tmp_path_factory.mktemp("installed")
+    source = tmp_path_factory.mktemp("source") / "clipkit"
+    subprocess.run(["git", "clone", "-q", "--no-hardlinks", str(ROOT), str(source)], check=True)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--target", str(target), "."], cwd=source, check=True)
+    return source, target
+
+
+@pytest.mark.parametrize("where", ["root", "elsewhere"])
+def test_plain_install(installed, where, tmp_path):
+    source, target = installed
+    code = (
+        "import clipkit, clipkit.train, clipkit.zeroshot.datasets as d; from clipkit.config import SHIPPED; "
+        "print(clipkit.__file__, len(d.known()) > 2, (SHIPPED / 'drawings_clip.toml').is_file())"
+    )
+    file, registry, recipes = python(code, source if where == "root" else tmp_path, {"PYTHONPATH": str(target)}).split()
+    assert Path(file).is_relative_to(source if where == "root" else target)
+    assert (registry, recipes) == ("True", "True")
+
+
+def test_an_install_adds_one_name_and_types(installed):
+    _, target = installed
+    names = {p.name for p in target.iterdir()} - {"bin"}
+    assert {n for n in names if not n.endswith(".dist-info")} == {"clipkit"}
+    assert (target / "clipkit" / "py.typed").is_file()
+    assert (target / "clipkit" / "train" / "recipes").is_dir()
+
+
+@pytest.mark.parametrize(
+    "path", [p for room in ("clipkit", *ROOMS) for p in sorted((ROOT / room).glob("*.py"))], ids=lambda p: p.stem
+)
+def test_every_module_imports_and_says_what_it_is(path):
+    room = path.parent.name
+    name = f"clipkit.{path.stem}" if room == "clipkit" else f"clipkit.{room}.{path.stem}"
+    if path.stem in ("__main__", "_version"):
+        return
+    module = importlib.import_module(name.removesuffix(".__init__"))
+    assert module.__doc__

@@ -1,0 +1,106 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clipkit.errors import RecipeError
+from clipkit.model import CLIP, CLIPConfig, ImageTower, TextTower
+
+TINY = {"embed_dim": 16, "text_width": 32, "text_layers": 2, "text_heads": 2, "context_length": 12}
+CNN = CLIPConfig("convnext_atto", 32, {"patch_size": 2, "depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}, **TINY)
+VIT = CLIPConfig("vit_tiny_patch16_224", 32, {"patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}, **TINY)
+END = 2
+
+
+def ids(*lengths, width=None):
+    rows = torch.zeros(len(lengths), width or max(lengths), dtype=torch.int64)
+    for row, n in zip(rows, lengths, strict=True):
+        row[:n] = torch.randint(5, 50, (n,))
+        row[0], row[n - 1] = 1, END
+    return rows
+
+
+@pytest.mark.parametrize("config", [CNN, VIT], ids=["cnn", "vit"])
+def test_features_are_unit_vectors_and_gradients_reach_everything(config):
+    model = CLIP(config, 50, END)
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    image, text = model.encode_image(images), model.encode_text(ids(4, 6, 5))
+    assert image.shape == text.shape == (3, 16)
+    torch.testing.assert_close(image.norm(dim=1), torch.ones(3))
+    (image * text).sum().backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None]
+    assert without == ["log_logit_scale"]
+
+
+def test_uint8_and_unit_floats_are_the_same_image():
+    tower = ImageTower(CNN).eval()
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(tower(images), tower(images.float() / 255))
+
+
+def test_text_costs_what_it_contains():
+    """Cut to the longest caption or padded to the full context, with zeros or rubbish: the same features."""
+    tower = TextTower(CNN, 50, END).double()
+    short = ids(4, 7)
+    padded, rubbish = ids(4, 7, width=12), torch.randint(5, 50, (2, 12))
+    padded[:, :7] = short
+    rubbish[:, :7] = short
+    for other in (padded, rubbish):
+        torch.testing.assert_close(tower(other), tower(short), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(tower(short[:1, :4]), tower(short)[:1], rtol=1e-10, atol=1e-12)
+
+
+def test_text_attention_is_causal():
+    tower = TextTower(CNN, 50, END)
+    one, other = ids(9), None
+    other = one.clone()
+    other[0, 8] = 7  # END moves out: read at position 0, before anything that differs
+    one[0, 4], other[0, 4] = END, END
+    torch.testing.assert_close(tower(one), tower(other))
+
+
+def test_text_blocks_equal_torchs_own_transformer_layer():
+    tower = TextTower(CNN, 50, END).eval()
+    block = tower.blocks[0]
+    layer = torch.nn.TransformerEncoderLayer(32, 2, 128, 0.0, F.gelu, batch_first=True, norm_first=True).eval()
+    layer.load_state_dict(
+        {
+            "self_attn.in_proj_weight": block.qkv.weight,
+            "self_attn.in_proj_bias": block.qkv.bias,
+            "self_attn.out_proj.weight": block.out.weight,
+            "self_attn.out_proj.bias": block.out.bias,
+            "linear1.weight": block.mlp[0].weight,
+            "linear1.bias": block.mlp[0].bias,
+            "linear2.weight": block.mlp[2].weight,
+            "linear2.bias": block.mlp[2].bias,
+            "norm1.weight": block.norm1.weight,
+            "norm1.bias": block.norm1.bias,
+            "norm2.weight": block.norm2.weight,
+            "norm2.bias": block.norm2.bias,
+        }
+    )
+    x = torch.randn(2, 6, 32)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(6)
+    torch.testing.assert_close(block(x), layer(x, src_mask=mask, is_causal=True), rtol=1e-4, atol=1e-5)
+
+
+def test_logit_scale_starts_at_clips_value_and_is_clamped():
+    model = CLIP(CNN, 50, END)
+    assert model.logit_scale.item() == pytest.approx(1 / 0.07)
+    with torch.no_grad():
+        model.log_logit_scale.fill_(9.0)
+    model.clamp_logit_scale()
+    assert model.logit_scale.item() == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize(
+    ("tower", "arguments", "message"),
+    [
+        ("resnet1B", {}, r"timm has no model 'resnet1B'; did you mean"),
+        ("convnext_atto", {"colour": 3}, r"timm cannot build 'convnext_atto' with \{'colour': 3\}"),
+        ("convnext_atto", {"dims": [8]}, r"timm cannot build"),
+    ],
+)
+def test_wrong_towers_are_one_line(tower, arguments, message):
+    with pytest.raises(RecipeError, match=message) as error:
+        CLIP(CLIPConfig(tower, 32, arguments, **TINY), 50, END)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,53 @@
+import json
+
+import pytest
+
+from clipkit.errors import UsageError
+from clipkit.records import Records, progress, read
+
+
+def test_lines_are_appended_and_rewound_on_resume(tmp_path):
+    records = Records(tmp_path, 0, 10, "clip", False, True)
+    for step in (2, 4, 6):
+        records.write(step, {"loss": step / 2})
+    records.close()
+    records = Records(tmp_path, 4, 10, "clip", False, True)
+    records.write(6, {"loss": 9.0})
+    records.close()
+    assert read(tmp_path / "log.jsonl") == [
+        {"step": 2, "loss": 1.0},
+        {"step": 4, "loss": 2.0},
+        {"step": 6, "loss": 9.0},
+    ]
+
+
+def test_a_line_cut_by_a_kill_is_left_out(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text(json.dumps({"step": 1}) + '\n{"step": 2, "lo')
+    assert read(path) == [{"step": 1}]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    records = Records(tmp_path, 0, 10, "clip", False, False)
+    records.write(1, {"loss": 1.0})
+    records.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_quiet_without_a_terminal(capsys):
+    assert list(progress(range(3), 3, "x")) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_tensorboard_is_an_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UsageError, match=r"pip install 'clipkit\[track\]'"):
+        Records(tmp_path, 0, 10, "clip", True, True)
+
+
+def test_tensorboard_gets_every_number(tmp_path):
+    pytest.importorskip("tensorboard")
+    records = Records(tmp_path, 0, 10, "clip", True, True)
+    records.write(1, {"loss": 1.0})
+    records.close()
+    assert list((tmp_path / "tensorboard").glob("events*"))

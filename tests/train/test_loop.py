@@ -1,0 +1,164 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+
+import pytest
+import torch
+from clipkit.train import optim, pretrain
+
+from clipkit import checkpoint, records
+from clipkit.config import OptimConfig
+from clipkit.errors import CheckpointError, NonFiniteError
+
+WORDS = ["run.batch_size=16", "run.log_every=1", "optim.warmup=2", "data.workers=0", "run.save_every=2"]
+
+
+def words(packs, out, steps=6, *more):
+    return [*WORDS, f"data.shards={packs / 'train'}", "data.val=", f"run.out={out}", f"run.steps={steps}", *more]
+
+
+def final(run):
+    found = checkpoint.latest(run)
+    return {name: found.tensors(name) for name in ("model", "ema", "optimizer")}
+
+
+def same(a, b):
+    return all(torch.equal(a[group][k], b[group][k]) for group in a for k in a[group])
+
+
+def losses(run):
+    return [line["loss"] for line in records.read(run / "log.jsonl") if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(packs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    pretrain.run("drawings_clip", words(packs, out))
+    return out
+
+
+def test_the_loss_goes_down(packs, tmp_path):
+    pretrain.run("drawings_clip", words(packs, tmp_path, 30, "run.save_every=30"))
+    curve = losses(tmp_path)
+    assert sum(curve[-5:]) < sum(curve[:5])
+
+
+def test_a_stopped_run_resumes_to_the_same_bits(packs, uninterrupted, tmp_path, monkeypatch):
+    """Stopped in step 5, after the checkpoint of step 4: weights, averages, optimizer and log end up the same."""
+    step = pretrain.Pretraining.forward
+    calls = []
+
+    def dies(self, batch):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    monkeypatch.setattr(pretrain.Pretraining, "forward", dies)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.run("drawings_clip", words(packs, tmp_path))
+    monkeypatch.undo()
+    assert checkpoint.latest(tmp_path).step == 4
+    pretrain.run("drawings_clip", words(packs, tmp_path))
+    assert same(final(tmp_path), final(uninterrupted))
+    assert losses(tmp_path) == losses(uninterrupted)
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment(packs, uninterrupted, tmp_path):
+    command = [sys.executable, "-m", "clipkit", "pretrain", "drawings_clip", *words(packs, tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for seconds in (6, 7.5, 9):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, env=environment)
+    assert same(final(tmp_path), final(uninterrupted))
+
+
+def test_two_ranks_train_the_same_model(packs, tmp_path):
+    """Two gloo ranks with half of the batch each: the same loss curve and weights as one process, to rounding."""
+    pretrain.run("drawings_clip", words(packs, tmp_path / "one", 3))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "clipkit"]
+    subprocess.run(
+        [*launch, "pretrain", "drawings_clip", *words(packs, tmp_path / "two", 3)],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_a_changed_recipe_is_refused_with_its_differences(packs, uninterrupted):
+    with pytest.raises(CheckpointError, match=r"optim\.lr: 0\.002 there, 0\.5 here") as error:
+        pretrain.run("drawings_clip", words(packs, uninterrupted, 6, "optim.lr=0.5"))
+    assert "model" not in str(error.value)
+
+
+def test_logging_may_change_on_resume(packs, uninterrupted):
+    pretrain.run("drawings_clip", words(packs, uninterrupted, 6, "run.log_every=3", "data.workers=1"))
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_a_non_finite_step_changes_no_weight(packs, tmp_path, monkeypatch, poison):
+    forward = pretrain.Pretraining.forward
+    seen = {}
+
+    def poisoned(self, batch):
+        seen["before"] = {n: t.clone() for n, t in self.model.state_dict().items()}
+        seen["model"] = self.model
+        loss, values = forward(self, batch)
+        if poison == "loss":
+            return loss * float("nan"), values
+        return loss + (self.model.log_logit_scale - self.model.log_logit_scale.detach()).abs().sqrt(), values
+
+    monkeypatch.setattr(pretrain.Pretraining, "forward", poisoned)
+    with pytest.raises(NonFiniteError, match=r"step 0: loss .* no weight was changed") as error:
+        pretrain.run("drawings_clip", words(packs, tmp_path))
+    assert error.value.exit_code == 3
+    assert all(torch.equal(seen["before"][n], t) for n, t in seen["model"].state_dict().items())
+
+
+def test_log_lines_say_what_is_needed(uninterrupted):
+    line = json.loads((uninterrupted / "log.jsonl").read_text().splitlines()[0])
+    assert {"step", "loss", "grad_norm", "logit_scale", "samples_per_s", "data_wait", "lr"} <= line.keys()
+
+
+def test_schedule_warms_up_and_ends_at_its_floor():
+    config = OptimConfig(lr=1.0, warmup=10, final_lr=0.1)
+    rates = [optim.learning_rate(s, 100, config) for s in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.55)
+    assert rates[100] == pytest.approx(0.1)
+    assert all(a >= b for a, b in pairwise(rates[10:]))
+
+
+def test_decay_spares_biases_norms_embeddings_and_the_scale():
+    from clipkit.model import CLIP, CLIPConfig
+
+    model = CLIP(CLIPConfig("convnext_atto", 32, {"patch_size": 2, "depths": [1] * 4, "dims": [8] * 4}), 50, 2)
+    decayed, spared = (group["params"] for group in optim.adamw(model, OptimConfig(weight_decay=0.3)).param_groups)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert len(decayed) + len(spared) == len(names)
+    assert all(p.ndim >= 2 for p in decayed)
+    for name in ("text.tokens.weight", "text.positions", "log_logit_scale", "image.trunk.stem.0.bias"):
+        assert name in {names[id(p)] for p in spared}
+
+
+def test_ema_is_the_written_formula():
+    layer = torch.nn.Linear(2, 2)
+    ema = optim.EMA(layer, 0.9)
+    expected = layer.weight.detach().clone()
+    for step in range(20):
+        with torch.no_grad():
+            layer.weight.add_(1.0)
+        ema.update(layer, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * layer.weight.detach()
+    torch.testing.assert_close(ema.shadow["weight"], expected)
