@@ -10,8 +10,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+settings.register_profile("clipkit", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("clipkit")
 
 TINY = ("run.steps=4", "run.batch_size=32", "run.log_every=2", "run.save_every=2", "optim.warmup=1", "data.workers=0")
 

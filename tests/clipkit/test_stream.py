@@ -24,7 +24,7 @@ def order(stream, start, stop):
 
 
 @given(batch=st.integers(1, 90), seed=st.integers(0, 5))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_each_sample_once_per_epoch_and_epochs_differ(packs, batch, seed):
     stream = make(packs, batch, seed)
     steps = -(-3 * 64 // batch)
@@ -35,7 +35,7 @@ def test_each_sample_once_per_epoch_and_epochs_differ(packs, batch, seed):
 
 
 @given(world=st.integers(1, 6), share=st.integers(1, 9), start=st.integers(0, 20))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_any_number_of_ranks_continues_the_same_order_from_any_step(packs, world, share, start):
     batch = world * share
     ranks = [make(packs, batch, rank=r, world=world) for r in range(world)]

@@ -43,7 +43,7 @@ def test_a_caption_cannot_end_itself(trained):
 
 
 @given(st.text(max_size=40))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_any_text_becomes_ids(trained, text):
     ids = trained(text)
     assert ids.min() >= 0
@@ -106,6 +106,6 @@ def test_ids_equal_open_clips(clip_pair):
 
 # Characters not yet in Unicode may be letters to one library and symbols to the other: tables differ by version.
 @given(st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=60))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_ids_equal_open_clips_on_any_text(clip_pair, text):
     ids_equal(clip_pair, [text])

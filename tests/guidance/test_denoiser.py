@@ -1,0 +1,89 @@
+import pytest
+import torch
+from clipkit.guidance.denoiser import Denoiser, DiffusionConfig, clipped, from_output, target
+from clipkit.guidance.schedule import add_noise
+from clipkit.guidance.unet import UNet, UNetConfig
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clipkit.errors import RecipeError
+
+SMALL = UNetConfig(image_size=16, channels=16, multipliers=(1, 2), blocks=1)
+
+
+@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
+@given(st.floats(-9, 9))
+def test_parametrisations_round_trip(kind, level):
+    x0, eps = torch.randn(2, 3, 4, 4).double(), torch.randn(2, 3, 4, 4).double()
+    lam = torch.full((2,), level, dtype=torch.float64)
+    found = from_output(kind, target(kind, x0, eps, lam), add_noise(x0, eps, lam), lam)
+    torch.testing.assert_close(found.x0, x0, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found.eps, eps, rtol=1e-6, atol=1e-7)
+
+
+def test_noising_composes():
+    """q(x_t | x_s) q(x_s | x_0) = q(x_t | x_0): means and variances multiply out."""
+    late, early = torch.tensor([-2.0]).double(), torch.tensor([1.0]).double()
+    one = torch.ones(1, 1).double()
+    a_early, a_late = (float(add_noise(one, 0 * one, lam)) for lam in (early, late))
+    s_early, s_late = (float(add_noise(0 * one, one, lam)) for lam in (early, late))
+    ratio = a_late / a_early
+    assert s_late**2 == pytest.approx(ratio**2 * s_early**2 + (1 - ratio**2))
+
+
+def test_network_keeps_shape_and_starts_at_zero():
+    network = UNet(SMALL)
+    out = network(torch.randn(2, 3, 16, 16), torch.tensor([-3.0, 4.0]))
+    assert out.shape == (2, 3, 16, 16)
+    assert not out.any()
+
+
+def test_network_hears_the_noise_level_and_sees_everything():
+    network = UNet(SMALL)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    x = torch.randn(1, 3, 16, 16, requires_grad=True)
+    out = network(x, torch.tensor([0.0]))
+    assert not torch.allclose(out, network(x, torch.tensor([2.0])))
+    out[0, 0, 0, 0].backward()
+    assert (x.grad.abs().sum((0, 1)) > 0).all()
+
+
+def test_every_parameter_learns():
+    network = UNet(SMALL)
+    for _ in range(2):  # the head starts at zero: what is before it learns from the second step on
+        loss = (network(torch.randn(2, 3, 16, 16), torch.zeros(2)) - 1).square().mean()
+        network.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for p in network.parameters():
+                p -= 0.1 * p.grad
+    loss = (network(torch.randn(2, 3, 16, 16), torch.zeros(2)) - 1).square().mean()
+    network.zero_grad()
+    loss.backward()
+    assert all(p.grad.any() for n, p in network.named_parameters() if "qkv.bias" not in n)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_range_is_the_schedules_own(schedule):
+    low, high = Denoiser(SMALL, DiffusionConfig(schedule)).range()
+    assert -10.1 < low < -9
+    assert 9 < high <= 10
+
+
+def test_clipping_keeps_the_pair_consistent():
+    denoiser = Denoiser(SMALL, DiffusionConfig(prediction="x0"))
+    torch.nn.init.constant_(denoiser.network.head[2].bias, 3.0)
+    x, lam = torch.randn(2, 3, 16, 16), torch.tensor(0.5)
+    x0, eps = clipped(denoiser)(x, lam)
+    assert float(x0.detach().max()) == 1.0
+    torch.testing.assert_close(
+        torch.sigmoid(lam).sqrt() * x0 + torch.sigmoid(-lam).sqrt() * eps, x, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_impossible_shapes_are_refused():
+    with pytest.raises(RecipeError, match="does not divide by 8"):
+        UNetConfig(image_size=36)
+    with pytest.raises(RecipeError, match="multiple of 16"):
+        UNetConfig(channels=20)

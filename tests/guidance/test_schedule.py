@@ -1,0 +1,74 @@
+import math
+
+import pytest
+import torch
+from clipkit.guidance import schedule
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clipkit.errors import UsageError
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
+def test_tables_equal_diffusers(ours, theirs):
+    diffusers = pytest.importorskip("diffusers")
+    reference = diffusers.DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule=theirs).alphas_cumprod
+    torch.testing.assert_close(schedule.alphas_cumprod(ours).float(), reference, rtol=2e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_log_snr_is_exact_where_float32_is_not(name):
+    table = schedule.log_snr(name)
+    assert table.dtype == torch.float64
+    assert (table.diff() < 0).all()
+    a2 = schedule.alphas_cumprod(name)
+    torch.testing.assert_close(torch.sigmoid(table), a2, rtol=1e-12, atol=0)
+    beta1 = 1e-4 if name == "linear" else float(1 - a2[0])
+    assert float(table[0]) == pytest.approx(math.log((1 - beta1) / beta1), rel=1e-9)
+
+
+@given(st.floats(-20, 20))
+def test_variance_preserving(lam):
+    lam = torch.tensor(lam, dtype=torch.float64)
+    assert float(schedule.alpha(lam) ** 2 + schedule.sigma(lam) ** 2) == pytest.approx(1, abs=1e-12)
+    assert float(2 * torch.log(schedule.alpha(lam) / schedule.sigma(lam))) == pytest.approx(float(lam), abs=1e-9)
+
+
+def test_training_levels_are_stratified_over_time():
+    torch.manual_seed(0)
+    table = schedule.log_snr("cosine")
+    lam = schedule.sample_log_snr("cosine", 100)
+    ranks = torch.searchsorted(-table.float(), -lam).double() / len(table)
+    assert sorted((ranks * 100).floor().tolist()) == pytest.approx(range(100), abs=1.01)
+    assert not torch.equal(lam, lam.sort().values)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 25, 300, 600, 999, 1000])
+def test_leading_spacing_for_any_number_of_steps(steps):
+    table = schedule.log_snr("linear")
+    lam = schedule.leading(table, steps)
+    assert len(lam) == steps
+    assert lam[0] == table[-1]
+    if steps > 1:
+        index = torch.searchsorted(-table, -lam)
+        gaps = -index.diff()
+        assert gaps.max() - gaps.min() <= 1
+        assert lam[-1] == table[0]
+
+
+def test_more_steps_than_levels():
+    with pytest.raises(UsageError, match="1001 steps asked for"):
+        schedule.leading(schedule.log_snr("linear"), 1001)
+
+
+def test_karras_spacing_is_equation_5():
+    lam = schedule.karras(-8.0, 6.0, 10)
+    sigma = torch.exp(-lam / 2)
+    steps = torch.diff(sigma ** (1 / 7))
+    torch.testing.assert_close(steps, steps[0].expand(9), rtol=1e-9, atol=0)
+    assert (float(lam[0]), float(lam[-1])) == pytest.approx((-8.0, 6.0))
+
+
+def test_unknown_schedule():
+    with pytest.raises(UsageError, match="known: linear, cosine"):
+        schedule.alphas_cumprod("sigmoid")
