@@ -243,8 +243,8 @@ def draw(split: str, seed: int, index: int, size: int = 32) -> Drawing:
     object_, colour = SPLITS[split][index % len(SPLITS[split])]
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     big = rng.random() < 0.5
-    radius = rng.uniform(0.40, 0.45) if big else rng.uniform(0.30, 0.36)
-    x, y = rng.uniform(-1, 1, 2) * (0.48 - radius) + 0.5
+    radius = rng.uniform(0.41, 0.45) if big else rng.uniform(0.31, 0.35)
+    x, y = rng.uniform(-1, 1, 2) * (0.47 - radius) * 0.7 + 0.5
     canvas = size * _SUPERSAMPLE
     image = Image.new("RGB", (canvas, canvas), BACKGROUNDS[background])
     OBJECTS[object_](_Pen(image, (x * canvas, y * canvas), radius * canvas, COLOURS[colour]))

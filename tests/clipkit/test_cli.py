@@ -1,0 +1,165 @@
+"""The command line: what it prints, where, and its one-line errors."""
+
+import json
+import os
+import subprocess
+import sys
+
+import click
+import pytest
+from PIL import Image
+
+from clipkit.cli import cli
+
+
+def one_line(err, *parts):
+    assert len(err.strip().splitlines()) == 1, err
+    assert err.startswith("clipkit: ")
+    for part in parts:
+        assert part in err
+
+
+@pytest.mark.parametrize("name", sorted(cli.commands))
+def test_every_command_has_help_with_an_example(command, name):
+    code, out, _ = command(name, "--help")
+    assert code == 0
+    assert f"clipkit {name}" in out.split("Example", 1)[1]
+
+
+def test_no_command_shows_the_help(command):
+    code, out, err = command()
+    assert code == 0
+    assert "Commands:" in out + err
+
+
+def test_every_option_has_a_word_of_help_or_a_default():
+    for name, sub in cli.commands.items():
+        for parameter in sub.params:
+            if isinstance(parameter, click.Option):
+                assert parameter.help or parameter.show_default, f"{name} {parameter.opts}"
+
+
+def test_zeroshot_json_is_one_object_and_nothing_else(command, chain, packs):
+    code, out, _ = command("zeroshot", "--model", chain, "--dataset", f"shards:{packs / 'heldout'}", "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert list(result) == ["dataset", "model", "n", "top1", "top5", "mean_per_class"]
+    assert result["n"] == 64
+    assert 0 <= result["top1"] <= result["top5"] <= 1
+
+
+def test_zeroshot_on_a_folder_with_names_and_templates(command, chain, tmp_path):
+    for name in ("n1", "n2"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), "red").save(tmp_path / "set" / name / "a.png")
+    (tmp_path / "names.json").write_text('{"n2": ["house", "home"], "n1": "cup"}')
+    (tmp_path / "templates.txt").write_text("a {}\na drawing of a {}\n")
+    words = ["zeroshot", "--model", chain, "--dataset", f"folder:{tmp_path / 'set'}", "--templates"]
+    code, out, _ = command(*words, tmp_path / "templates.txt", "--classnames", tmp_path / "names.json")
+    assert code == 0
+    assert "2 images, 2 classes, 2 templates" in out
+    (tmp_path / "names.txt").write_text("only one\n")
+    code, _, err = command(*words, tmp_path / "templates.txt", "--classnames", tmp_path / "names.txt")
+    assert code == 2
+    one_line(err, "lists 1 classes; the data set has 2")
+
+
+def test_guided_sample_writes_what_it_says(command, chain, tmp_path):
+    words = ["guided-sample", "a red rocket", "--model", chain, "--n", "2", "--steps", "2", "--negative", "a cat"]
+    code, out, _ = command(*words, "--out", tmp_path / "a.png", "--gif", tmp_path / "a.gif", "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert (result["prompt"], len(result["clip_scores"])) == ("a red rocket", 2)
+    assert (tmp_path / "a.gif").is_file()
+    with Image.open(tmp_path / "a.png") as sheet:
+        assert sheet.text["prompt"] == "a red rocket"
+
+
+@pytest.mark.parametrize("name", ["pretrain", "denoiser", "noisy-clip"])
+def test_dry_run_prints_the_resolved_recipe(command, name):
+    recipe = {"pretrain": "clip", "denoiser": "denoiser", "noisy-clip": "noisy_clip"}[name]
+    code, out, _ = command(name, f"drawings_{recipe}", "--dry-run", "run.seed=7")
+    assert code == 0
+    assert "seed = 7" in out
+    assert "[optim]" in out
+
+
+def test_pack_says_what_it_packed(command, tmp_path):
+    code, out, _ = command("pack", "drawings", tmp_path / "p", "--count", 12, "--holdout", 2)
+    assert (code, out.strip()) == (0, f"{tmp_path / 'p'}: 10 samples in 1 shards; skipped: none")
+
+
+def bad_inputs(chain, packs, tmp):
+    data = f"data.shards={packs / 'train'}"
+    draw = ["guided-sample", "a cat", "--model", chain]
+    (tmp / "images").mkdir()
+    (tmp / "empty.csv").write_text("image,caption\n")
+    (tmp / "one").mkdir()
+    (tmp / "one" / "shard-000000.tar").write_bytes(b"<html>not a shard</html>" * 100)
+    (tmp / "photos" / "cat").mkdir(parents=True)
+    (tmp / "photos" / "cat" / "a.jpg").write_text("not an image")
+    (tmp / "note.txt").write_text("")
+    out = f"run.out={tmp / 'run'}"
+    return {
+        "unknown option": (2, ["zeroshot", "--datset", "x"], "No such option"),
+        "unknown command": (2, ["zeroshoot"], "No such command"),
+        "missing option": (2, ["zeroshot", "--model", "x"], "Missing option '--dataset'"),
+        "unknown recipe key": (2, ["pretrain", "drawings_clip", "run.stesp=1"], "did you mean 'steps'?"),
+        "wrong type": (2, ["pretrain", "drawings_clip", "run.steps=soon"], "must be of type int"),
+        "no recipe": (2, ["pretrain", "nothing.toml"], "no recipe at nothing.toml"),
+        "no pack": (1, ["pretrain", "drawings_clip", out, f"data.shards={tmp / 'none'}"], "no pack at"),
+        "no shards": (1, ["pretrain", "drawings_clip", out, f"data.shards={tmp / 'images'}"], "no .tar shards"),
+        "corrupt shard": (1, ["pretrain", "drawings_clip", out, f"data.shards={tmp / 'one'}"], "is damaged"),
+        "unknown tower": (2, ["pretrain", "drawings_clip", out, data, "model.image_tower=resnet1"], "timm has no"),
+        "unknown device": (2, ["pretrain", "drawings_clip", out, data, "run.device=tpu"], "device 'tpu'"),
+        "no captions": (1, ["pack", tmp / "images", tmp / "p1", "--csv", tmp / "empty.csv"], "nothing to pack"),
+        "no images": (1, ["pack", tmp / "images", tmp / "p2"], "no <class>/<image> layout"),
+        "not images": (1, ["pack", tmp / "photos", tmp / "p3"], "nothing to pack: 1 not an image"),
+        "no source": (2, ["pack", tmp / "nowhere", tmp / "p4"], "no folder or tar at"),
+        "empty templates": (2, ["pack", tmp / "photos", tmp / "p5", "--templates", tmp / "note.txt"], "is empty"),
+        "not a model": (1, ["zeroshot", "--model", tmp, "--dataset", f"folder:{tmp / 'photos'}"], "is not a model"),
+        "no model": (1, ["guided-sample", "a cat", "--model", tmp / "none"], "does not exist"),
+        "not an image": (1, ["zeroshot", "--model", chain, "--dataset", f"folder:{tmp / 'photos'}"], "not an image"),
+        "unknown data set": (2, ["zeroshot", "--model", chain, "--dataset", "cifar11"], "did you mean 'cifar10"),
+        "missing data set": (1, ["zeroshot", "--model", chain, "--dataset", "cifar100"], "--download"),
+        "empty prompt": (2, ["guided-sample", " ", "--model", chain], "the prompt is empty"),
+        "n 0": (2, [*draw, "--n", "0"], "0 is not in the range x>=1"),
+        "steps 0": (2, [*draw, "--steps", "0"], "0 is not in the range x>=1"),
+        "unknown sampler": (2, [*draw, "--sampler", "euler"], "'euler' is not one of"),
+        "unwritable": (2, [*draw, "--n", "1", "--steps", "1", "--out", tmp / "note.txt" / "a.png"], "cannot write"),
+    }
+
+
+def test_bad_input_is_one_line_and_an_exit_code(command, chain, packs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for what, (expected, words, part) in bad_inputs(chain, packs, tmp_path).items():
+        code, out, err = command(*words)
+        assert code == expected, f"{what}: {code} {err}"
+        assert out == "", what
+        one_line(err.splitlines()[-1], part)
+        assert "Traceback" not in err
+
+
+def test_a_missing_shard_of_a_pack(command, tmp_path):
+    command("pack", "drawings", tmp_path / "p", "--count", 20, "--shard-size", 10)
+    (tmp_path / "p" / "shard-000001.tar").unlink()
+    code, _, err = command("pretrain", "drawings_clip", f"data.shards={tmp_path / 'p'}", f"run.out={tmp_path / 'r'}")
+    assert code == 1
+    one_line(err, "shard-000001.tar is missing")
+
+
+def test_no_traceback_from_a_real_process(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "clipkit", "zeroshot", "--model", "nowhere", "--dataset", "cifar10"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ},
+    )
+    assert done.returncode == 1
+    one_line(done.stderr)
+
+
+def test_python_dash_m_says_its_name():
+    done = subprocess.run([sys.executable, "-m", "clipkit", "--version"], capture_output=True, text=True)
+    assert done.stdout.startswith("clipkit, version")
