@@ -43,8 +43,8 @@ def cli() -> None:
 @click.option("--holdout", type=click.IntRange(min=0), default=0, help="Samples set aside in OUT-val.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides captions and drawings.")
 @click.option("--split", default="train", show_default=True, help="drawings: train, val or heldout.")
-@click.option("--count", type=int, default=20_000, show_default=True, help="drawings: how many.")
-@click.option("--size", type=click.IntRange(min=8), default=32, show_default=True, help="drawings: pixels.")
+@click.option("--count", type=int, default=12_000, show_default=True, help="drawings: how many.")
+@click.option("--size", type=click.IntRange(min=8), default=24, show_default=True, help="drawings: pixels.")
 def pack(
     source: str,
     out: Path,

@@ -45,12 +45,12 @@ def run(out: Path, seed: int = 0, quick: bool = False) -> dict[str, Any]:
 
 
 def _pack(out: Path, quick: bool) -> dict[str, Path]:
-    counts = {"train": 400 if quick else 20_000, "heldout": 64 if quick else 1600}
+    counts = {"train": 400 if quick else 12_000, "heldout": 64 if quick else 1600}
     packs = {split: out / "packs" / split for split in counts}
     for split, count in counts.items():
         if not (packs[split] / "index.json").is_file():
             records.say(f"drawing and packing {count} {split} pictures")
-            pack(drawings_source(split, count, 32, seed=0), packs[split])
+            pack(drawings_source(split, count, drawings.SIZE, seed=0), packs[split])
     return packs
 
 

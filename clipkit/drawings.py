@@ -36,6 +36,9 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 TEMPLATES = ("a {}", "a drawing of a {}", "a picture of a {}", "one {}")
 """Prompt templates that fit this world; `pack` stores them with the data as the set's zero-shot templates."""
 
+SIZE = 24
+"""Side of a drawing in pixels: small enough that a CPU learns to draw them in minutes."""
+
 _SUPERSAMPLE = 4
 _DARK, _LIGHT = (48, 48, 56), (236, 240, 244)
 
@@ -231,7 +234,7 @@ class Drawing:
     label: int
 
 
-def draw(split: str, seed: int, index: int, size: int = 32) -> Drawing:
+def draw(split: str, seed: int, index: int, size: int = SIZE) -> Drawing:
     """Drawing `index` of `split`, `size` pixels square.
 
     "train" and "val" draw the same pairs differently; "heldout" draws the others.
@@ -243,8 +246,8 @@ def draw(split: str, seed: int, index: int, size: int = 32) -> Drawing:
     object_, colour = SPLITS[split][index % len(SPLITS[split])]
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     big = rng.random() < 0.5
-    radius = rng.uniform(0.41, 0.45) if big else rng.uniform(0.31, 0.35)
-    x, y = rng.uniform(-1, 1, 2) * (0.47 - radius) * 0.7 + 0.5
+    radius = rng.uniform(0.42, 0.45) if big else rng.uniform(0.33, 0.36)
+    x, y = rng.uniform(-1, 1, 2) * (0.47 - radius) / 2 + 0.5
     canvas = size * _SUPERSAMPLE
     image = Image.new("RGB", (canvas, canvas), BACKGROUNDS[background])
     OBJECTS[object_](_Pen(image, (x * canvas, y * canvas), radius * canvas, COLOURS[colour]))

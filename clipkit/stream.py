@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clipkit.config import DataConfig
 from clipkit.errors import DataError, SampleError
@@ -82,6 +82,19 @@ class _Samples(Dataset[Batch]):
         return Batch(stacked, captions, torch.tensor(groups, dtype=torch.int64), keys, skipped)
 
 
+class _Steps(Sampler[list[int]]):
+    """The positions of each step in turn, made when they are needed."""
+
+    def __init__(self, stream: Stream, steps: range) -> None:
+        self.stream, self.steps = stream, steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return map(self.stream.positions, self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
 def _as_is(batch: Any) -> Any:  # `__getitems__` has made the batch already
     return batch
 
@@ -120,11 +133,10 @@ class Stream:
         """The batches of steps start to stop - 1. Stops with DataError when too many samples are bad."""
         loader = DataLoader(
             self.samples,
-            batch_sampler=[self.positions(step) for step in range(start, stop)],
+            batch_sampler=_Steps(self, range(start, stop)),
             num_workers=self.samples.config.workers,
             collate_fn=_as_is,
             prefetch_factor=4 if self.samples.config.workers else None,
-            pin_memory=False,
         )
         seen, skipped = 0, Counter[str]()
         for batch in loader:

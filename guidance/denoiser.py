@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+from clipkit.guidance.dit import DiT, DiTConfig
 from clipkit.guidance.schedule import TIMESTEPS, alpha, expand, log_snr, sigma
 from clipkit.guidance.unet import UNet, UNetConfig
 from torch import Tensor, nn
+
+NetworkConfig = UNetConfig | DiTConfig
 
 
 class Prediction(NamedTuple):
@@ -59,12 +62,13 @@ def target(kind: str, x0: Tensor, eps: Tensor, lam: Tensor) -> Tensor:
 
 
 class Denoiser(nn.Module):
-    """A U-Net with its parametrisation: itself a `Denoise` for images in [-1, 1]."""
+    """A network with its parametrisation: itself a `Denoise` for images in [-1, 1]."""
 
-    def __init__(self, network: UNetConfig, diffusion: DiffusionConfig) -> None:
+    def __init__(self, network: NetworkConfig, diffusion: DiffusionConfig) -> None:
         super().__init__()
-        self.diffusion = diffusion
-        self.network = UNet(network).to(memory_format=torch.channels_last)
+        self.diffusion, self.image_size = diffusion, network.image_size
+        built = UNet(network) if isinstance(network, UNetConfig) else DiT(network)
+        self.network = built.to(memory_format=torch.channels_last)
 
     def output(self, x: Tensor, lam: Tensor) -> Tensor:
         """The raw network: x [B, 3, S, S], lam [B] -> [B, 3, S, S]."""

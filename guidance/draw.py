@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from clipkit.guidance import samplers
-from clipkit.guidance.denoiser import Denoise, Denoiser, DiffusionConfig, clipped
+from clipkit.guidance.denoiser import Denoise, Denoiser, DiffusionConfig, NetworkConfig, clipped
+from clipkit.guidance.dit import DiTConfig
 from clipkit.guidance.guiders import score_shift
 from clipkit.guidance.noisy_clip import NoisyCLIP
 from clipkit.guidance.schedule import karras, leading, log_snr
@@ -58,7 +59,9 @@ class Studio:
         where = distributed.choose_device(device)
         found = find(path, "denoiser")
         recipe = found.state["recipe"]
-        denoiser = Denoiser(from_dict(UNetConfig, recipe["model"]), from_dict(DiffusionConfig, recipe["diffusion"]))
+        unet, dit = recipe.get("unet"), recipe.get("dit")
+        network: NetworkConfig = from_dict(UNetConfig, unet) if unet else from_dict(DiTConfig, dit)
+        denoiser = Denoiser(network, from_dict(DiffusionConfig, recipe["diffusion"]))
         load_weights(denoiser, found)
         guide, tokenizer, bank = load_noisy_clip(path)
         for model in (denoiser, guide):
@@ -116,7 +119,7 @@ class Studio:
         else:
             lambdas = leading(log_snr(self.denoiser.diffusion.schedule).clamp(low, high), steps)
         generator = torch.Generator().manual_seed(seed)
-        size = self.denoiser.network.config.image_size
+        size = self.denoiser.image_size
         device = next(self.denoiser.parameters()).device
         x = torch.randn(n, 3, size, size, generator=generator).to(device)
         trajectory: list[Tensor] = []
@@ -160,7 +163,7 @@ def alternatives(prompt: str, captions: Sequence[str]) -> list[str]:
     return [c for c in captions if not words <= set(c.lower().rstrip(".").split())]
 
 
-def grid(images: Tensor, columns: int | None = None, scale: int = 3) -> Image.Image:
+def grid(images: Tensor, columns: int | None = None, scale: int = 4) -> Image.Image:
     """[N, 3, S, S] in [-1, 1] -> one picture, rows of `columns` (default: nearly square), each pixel `scale` wide."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     size = images.shape[-1] * scale

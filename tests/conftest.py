@@ -25,8 +25,8 @@ def packs(tmp_path_factory) -> Path:
     from clipkit.pack import drawings_source, pack
 
     folder = tmp_path_factory.mktemp("packs")
-    pack(drawings_source("train", 240, 32, 0), folder / "train", shard_size=100)
-    pack(drawings_source("heldout", 64, 32, 0), folder / "heldout")
+    pack(drawings_source("train", 240, 24, 0), folder / "train", shard_size=100)
+    pack(drawings_source("heldout", 64, 24, 0), folder / "heldout")
     return folder
 
 

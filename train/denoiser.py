@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from clipkit.guidance.denoiser import Denoiser, DiffusionConfig, target
+from clipkit.guidance.denoiser import Denoiser, DiffusionConfig, NetworkConfig, target
+from clipkit.guidance.dit import DiTConfig
 from clipkit.guidance.schedule import add_noise, sample_log_snr
 from clipkit.guidance.unet import UNetConfig
 from clipkit.train.launch import Recipe, launch
@@ -19,16 +20,29 @@ from clipkit.train.loop import Task
 from torch import Tensor
 
 from clipkit import distributed
+from clipkit.errors import RecipeError
 from clipkit.shards import Shards
 from clipkit.stream import Batch
 
 
 @dataclass(frozen=True)
 class DenoiserRecipe(Recipe):
-    """Everything that decides what a denoiser's training does."""
+    """Everything that decides what a denoiser's training does; its network is the section [unet] or [dit]."""
 
-    model: UNetConfig
     diffusion: DiffusionConfig
+    unet: UNetConfig | None = None
+    dit: DiTConfig | None = None
+
+    def __post_init__(self) -> None:
+        if (self.unet is None) == (self.dit is None):
+            raise RecipeError("a denoiser needs one network: give the recipe a section [unet] or [dit], not both")
+
+    @property
+    def network(self) -> NetworkConfig:
+        """The section that is there."""
+        found = self.unet or self.dit
+        assert found is not None
+        return found
 
 
 class Denoising(Task):
@@ -38,8 +52,8 @@ class Denoising(Task):
 
     def __init__(self, recipe: DenoiserRecipe, shards: Shards) -> None:
         super().__init__()
-        self.image_size = recipe.model.image_size
-        self.model: Denoiser = Denoiser(recipe.model, recipe.diffusion)
+        self.image_size = recipe.network.image_size
+        self.model: Denoiser = Denoiser(recipe.network, recipe.diffusion)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error over the batch, at stratified noise levels."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import platform
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -29,7 +31,7 @@ from clipkit.records import Records, say
 from clipkit.stream import Batch, Stream
 
 
-class Task(nn.Module):
+class Task(nn.Module, ABC):
     """What is trained: a model, and the loss of a batch.
 
     Subclasses set these three, and define `forward`; the rest has defaults. Only `model` is saved.
@@ -39,9 +41,9 @@ class Task(nn.Module):
     model: nn.Module
     image_size: int
 
+    @abstractmethod
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to minimise, and scalars to log; the mean over ranks is what counts."""
-        raise NotImplementedError
 
     def after_step(self) -> None:
         """Called after each optimizer step."""
@@ -246,23 +248,27 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tens
         optimizer.state[parameter][quantity] = like.copy_(tensor)
 
 
-_FREE_TO_CHANGE = {("run", k) for k in ("out", "device", "log_every", "save_every", "keep_last", "eval_every")} | {
-    ("run", "tensorboard"),
-    ("data", "workers"),
+_FREE_TO_CHANGE = {"data.workers"} | {
+    f"run.{key}" for key in ("out", "device", "log_every", "save_every", "keep_last", "eval_every", "tensorboard")
 }
+
+
+def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """{"section.key": value}; a section that is not there has no keys."""
+    return {f"{section}.{key}": v for section, values in recipe.items() for key, v in (values or {}).items()}
 
 
 def _same_recipe(found: checkpoint.Checkpoint, recipe: dict[str, Any]) -> None:
     """Refuse to resume a run with a recipe that would have trained something else. Raises CheckpointError."""
-    import json
-
-    ours = json.loads(json.dumps(recipe))  # tuples become lists, as in the file
-    theirs = found.state["recipe"]
+    ours, theirs = (
+        _flat(json.loads(json.dumps(recipe))),
+        _flat(found.state["recipe"]),
+    )  # lists for tuples, as in the file
+    keys = [key for key in {**theirs, **ours} if key not in _FREE_TO_CHANGE]
     changed = [
-        f"{section}.{key}: {_show(theirs.get(section, {}).get(key))} there, {_show(values.get(key))} here"
-        for section, values in ours.items()
-        for key in values
-        if theirs.get(section, {}).get(key) != values.get(key) and (section, key) not in _FREE_TO_CHANGE
+        f"{key}: {_show(theirs.get(key))} there, {_show(ours.get(key))} here"
+        for key in keys
+        if theirs.get(key) != ours.get(key)
     ]
     if changed:
         raise CheckpointError(

@@ -56,6 +56,17 @@ def test_wrong_overrides_are_one_clear_line(word, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_denoiser_has_one_network(tmp_path):
+    recipe = tmp_path / "denoiser.toml"
+    for sections, good in (("", False), ("[dit]\n", True), ("[unet]\n", True), ("[dit]\n[unet]\n", False)):
+        recipe.write_text("[run]\nout = 'x'\nsteps = 1\n[data]\nshards = 'y'\n" + sections)
+        if good:
+            assert load_recipe(DenoiserRecipe, recipe).network is not None
+        else:
+            with pytest.raises(RecipeError, match=r"\[unet\] or \[dit\], not both"):
+                load_recipe(DenoiserRecipe, recipe)
+
+
 def test_missing_and_broken_recipes(tmp_path):
     with pytest.raises(RecipeError, match="no recipe at nowhere"):
         load_recipe(PretrainRecipe, "nowhere")

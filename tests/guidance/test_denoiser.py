@@ -2,7 +2,7 @@ import pytest
 import torch
 from clipkit.guidance.denoiser import Denoiser, DiffusionConfig, clipped, from_output, target
 from clipkit.guidance.schedule import add_noise
-from clipkit.guidance.unet import UNet, UNetConfig
+from clipkit.guidance.unet import UNetConfig
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,15 +31,17 @@ def test_noising_composes():
     assert s_late**2 == pytest.approx(ratio**2 * s_early**2 + (1 - ratio**2))
 
 
-def test_network_keeps_shape_and_starts_at_zero():
-    network = UNet(SMALL)
+@NETWORKS
+def test_network_keeps_shape_and_starts_at_zero(make):
+    network = make()
     out = network(torch.randn(2, 3, 16, 16), torch.tensor([-3.0, 4.0]))
     assert out.shape == (2, 3, 16, 16)
     assert not out.any()
 
 
-def test_network_hears_the_noise_level_and_sees_everything():
-    network = UNet(SMALL)
+@NETWORKS
+def test_network_hears_the_noise_level_and_sees_everything(make):
+    network = make()
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.1)
     x = torch.randn(1, 3, 16, 16, requires_grad=True)
@@ -49,9 +51,10 @@ def test_network_hears_the_noise_level_and_sees_everything():
     assert (x.grad.abs().sum((0, 1)) > 0).all()
 
 
-def test_every_parameter_learns():
-    network = UNet(SMALL)
-    for _ in range(2):  # the head starts at zero: what is before it learns from the second step on
+@NETWORKS
+def test_every_parameter_learns(make):
+    network = make()
+    for _ in range(3):  # heads and gates start at zero: what is before them learns some steps later
         loss = (network(torch.randn(2, 3, 16, 16), torch.zeros(2)) - 1).square().mean()
         network.zero_grad()
         loss.backward()
@@ -62,6 +65,13 @@ def test_every_parameter_learns():
     network.zero_grad()
     loss.backward()
     assert all(p.grad.any() for n, p in network.named_parameters() if "qkv.bias" not in n)
+
+
+@pytest.mark.parametrize("network", [SMALL, SMALL_DIT], ids=["unet", "dit"])
+def test_either_network_makes_a_denoiser(network):
+    denoiser = Denoiser(network, DiffusionConfig())
+    assert denoiser.image_size == 16
+    assert denoiser(torch.randn(2, 3, 16, 16), torch.tensor(0.0)).x0.shape == (2, 3, 16, 16)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -87,3 +97,7 @@ def test_impossible_shapes_are_refused():
         UNetConfig(image_size=36)
     with pytest.raises(RecipeError, match="multiple of 16"):
         UNetConfig(channels=20)
+    with pytest.raises(RecipeError, match="does not divide by patch_size 4"):
+        DiTConfig(image_size=30)
+    with pytest.raises(RecipeError, match="divide by heads 5"):
+        DiTConfig(width=192, heads=5)

@@ -37,7 +37,7 @@ def test_guidance_and_negatives_change_the_picture(studio):
 @pytest.mark.parametrize("sampler", ["dpmpp-2m", "ddim", "ddpm"])
 def test_every_sampler_draws(studio, sampler):
     drawn = studio.draw("a cat", n=3, steps=3, sampler=sampler)
-    assert drawn.images.shape == (3, 3, 32, 32)
+    assert drawn.images.shape == (3, 3, 24, 24)
     assert drawn.images.abs().max() <= 1
     assert len(drawn.trajectory) == 3
     assert len(drawn.scores) == 3
