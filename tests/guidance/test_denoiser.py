@@ -1,6 +1,7 @@
 import pytest
 import torch
 from clipkit.guidance.denoiser import Denoiser, DiffusionConfig, clipped, from_output, target
+from clipkit.guidance.dit import DiT, DiTConfig
 from clipkit.guidance.schedule import add_noise
 from clipkit.guidance.unet import UNetConfig
 from hypothesis import given
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 from clipkit.errors import RecipeError
 
 SMALL = UNetConfig(image_size=16, channels=16, multipliers=(1, 2), blocks=1)
+SMALL_DIT = DiTConfig(image_size=16, width=32, depth=3, heads=2)
+NETWORKS = pytest.mark.parametrize("make", [lambda: UNet(SMALL), lambda: DiT(SMALL_DIT)], ids=["unet", "dit"])
 
 
 @pytest.mark.parametrize("kind", ["eps", "x0", "v"])
