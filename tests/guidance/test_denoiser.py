@@ -3,7 +3,7 @@ import torch
 from clipkit.guidance.denoiser import Denoiser, DiffusionConfig, clipped, from_output, target
 from clipkit.guidance.dit import DiT, DiTConfig
 from clipkit.guidance.schedule import add_noise
-from clipkit.guidance.unet import UNetConfig
+from clipkit.guidance.unet import UNet, UNetConfig
 from hypothesis import given
 from hypothesis import strategies as st
 
