@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,12 @@ from clipkit.pack import drawings_source, pack
 from clipkit.pretrained import Pretrained, load
 
 PROMPTS = ("a red rocket", "a yellow star", "a blue fish", "a pink house")
+_PARTS = (  # run, module of clipkit.train, recipe
+    ("clip", "pretrain", "clip"),
+    ("judge", "pretrain", "clip"),
+    ("denoiser", "denoiser", "denoiser"),
+    ("noisy_clip", "noisy_clip", "noisy_clip"),
+)
 _QUICK = ("run.steps=4", "run.batch_size=32", "optim.warmup=1", "run.log_every=2", "data.workers=0")
 
 
@@ -29,13 +33,12 @@ def run(out: Path, seed: int = 0, quick: bool = False) -> dict[str, Any]:
     """
     began = time.perf_counter()
     packs = _pack(out, quick)
-    parts = [("clip", "pretrain", "clip", 0), ("judge", "pretrain", "clip", 1)]
-    parts += [("denoiser", "denoiser", "denoiser", 0), ("noisy_clip", "noisy-clip", "noisy_clip", 0)]
-    for name, command, recipe, offset in parts:
-        words = [f"run.out={out / name}", f"run.seed={seed + offset}", f"data.shards={packs['train']}"]
+    for name, module, recipe in _PARTS:
+        words = [f"run.out={out / name}", f"run.seed={seed + (name == 'judge')}", f"data.shards={packs['train']}"]
         words += [f"data.val={packs['heldout']}"] if recipe != "denoiser" else []
         words += [f"model.clip={out / 'clip'}"] if recipe == "noisy_clip" else []
-        _train(command, f"drawings_{recipe}.toml", [*words, *(_QUICK if quick else ())])
+        train = import_module(f"clipkit.train.{module}").run
+        train(f"drawings_{recipe}.toml", [*words, *(_QUICK if quick else ())])
     metrics = {"seed": seed, **_score_clip(out, packs["heldout"]), **_draw(out, seed, quick)}
     _plot(out)
     metrics["minutes"] = round((time.perf_counter() - began) / 60, 2)
@@ -52,17 +55,6 @@ def _pack(out: Path, quick: bool) -> dict[str, Path]:
             records.say(f"drawing and packing {count} {split} pictures")
             pack(drawings_source(split, count, drawings.SIZE, seed=0), packs[split])
     return packs
-
-
-def _train(command: str, recipe: str, words: list[str]) -> None:
-    """Run a training command in its own process: one rank per core, as a user with torchrun would."""
-    ranks = 1 if torch.cuda.is_available() or os.name == "nt" else min(2, os.cpu_count() or 1)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
-    arguments = ["clipkit", command, recipe, *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
-    done = subprocess.run([*launcher, *arguments] if ranks > 1 else [sys.executable, "-m", *arguments], env=environment)
-    if done.returncode:
-        raise SystemExit(done.returncode)
 
 
 def _score_clip(out: Path, heldout: Path) -> dict[str, float]:

@@ -32,7 +32,7 @@ from clipkit.records import progress
 from clipkit.tokenizer import Tokenizer
 
 SAMPLERS = {"dpmpp-2m": samplers.dpmpp_2m, "ddim": samplers.ddim, "ddpm": samplers.ddpm}
-DEFAULT_SCALE = 3.0
+DEFAULT_SCALE = 10.0
 
 
 @dataclass(frozen=True)
