@@ -9,18 +9,44 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
-from clipkit.guidance.denoiser import Denoise
+from clipkit.guidance.denoiser import Denoise, Prediction
 from torch import Tensor
 
 Watch = Callable[[Tensor], None]
 
 
-def _levels(lambdas: Tensor) -> list[tuple[float, float, float]]:
-    """(lambda, a, s) of each step as Python floats, computed in float64."""
+class _Level(NamedTuple):
+    """A noise level as Python floats, computed in float64: x_t = a x_0 + s e."""
+
+    lam: float
+    a: float
+    s: float
+
+
+_Step = Callable[[Tensor, Prediction, _Level, _Level], Tensor]
+"""(x, what the denoiser says of it, its level, the next level) -> x at the next level."""
+
+
+def _walk(denoise: Denoise, x: Tensor, lambdas: Tensor, watch: Watch | None, step: _Step) -> Tensor:
+    """Take `step` from each level to the next, and at the last one what the denoiser takes for the image.
+
+    Every first-order rule agrees on that last jump: nothing is left of x when the noise is gone.
+    """
     a, s = torch.sigmoid(lambdas.double()).sqrt(), torch.sigmoid(-lambdas.double()).sqrt()
-    return list(zip(lambdas.tolist(), a.tolist(), s.tolist(), strict=True))
+    levels = [_Level(*level) for level in zip(lambdas.tolist(), a.tolist(), s.tolist(), strict=True)]
+
+    def look(x: Tensor, level: _Level) -> Prediction:
+        prediction = denoise(x, torch.tensor(level.lam))
+        if watch is not None:
+            watch(prediction.x0)
+        return prediction
+
+    for here, there in pairwise(levels):
+        x = step(x, look(x, here), here, there)
+    return look(x, levels[-1]).x0
 
 
 def _noise(x: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -38,17 +64,14 @@ def ddim(
     eta: float = 0.0,
 ) -> Tensor:
     """DDIM (Song et al. 2020, arXiv 2010.02502, eq. 12); eta = 0 is deterministic, eta = 1 has DDPM's variance."""
-    levels = _levels(lambdas)
-    for (lam, a, s), (_, a_next, s_next) in pairwise(levels):
-        x0, eps = denoise(x, torch.tensor(lam))
-        if watch is not None:
-            watch(x0)
+
+    def step(x: Tensor, prediction: Prediction, here: _Level, there: _Level) -> Tensor:
         # eq. 16: sigma^2 = eta^2 (s_next^2 / s^2) (1 - a^2 / a_next^2)
-        spread = eta * s_next / s * math.sqrt(max(0.0, 1 - (a / a_next) ** 2))
-        x = a_next * x0 + math.sqrt(max(0.0, s_next**2 - spread**2)) * eps
-        if eta > 0:
-            x = x + spread * _noise(x, generator)
-    return _finish(denoise, x, levels, watch)
+        sigma = eta * there.s / here.s * math.sqrt(max(0.0, 1 - (here.a / there.a) ** 2))
+        mean = there.a * prediction.x0 + math.sqrt(max(0.0, there.s**2 - sigma**2)) * prediction.eps
+        return mean + sigma * _noise(x, generator) if eta > 0 else mean
+
+    return _walk(denoise, x, lambdas, watch, step)
 
 
 def ddpm(
@@ -63,17 +86,15 @@ def ddpm(
     The variance follows the step count: the posterior's (fixed-small) for respaced chains, beta (fixed-large) from 800
     steps on, where the two hardly differ and the large one is less prone to blur.
     """
-    levels = _levels(lambdas)
-    for (lam, a, s), (_, a_next, s_next) in pairwise(levels):
-        x0, _ = denoise(x, torch.tensor(lam))
-        if watch is not None:
-            watch(x0)
-        ratio = a / a_next
-        beta = 1 - (a / s * s_next / a_next) ** 2  # of s_t^2: the share of x_t's noise that this step takes away
-        mean = ratio * (s_next / s) ** 2 * x + a_next * beta * x0
-        variance = beta * s**2 if len(levels) >= 800 else beta * s_next**2
-        x = mean + math.sqrt(max(0.0, variance)) * _noise(x, generator)
-    return _finish(denoise, x, levels, watch)
+
+    def step(x: Tensor, prediction: Prediction, here: _Level, there: _Level) -> Tensor:
+        # The share of x_t's noise that this step takes away: beta_t / s_t^2 in the notation of the paper.
+        share = 1 - (here.a / here.s * there.s / there.a) ** 2
+        mean = here.a / there.a * (there.s / here.s) ** 2 * x + there.a * share * prediction.x0
+        variance = share * (here.s if len(lambdas) >= 800 else there.s) ** 2
+        return mean + math.sqrt(max(0.0, variance)) * _noise(x, generator)
+
+    return _walk(denoise, x, lambdas, watch, step)
 
 
 def dpmpp_2m(
@@ -87,24 +108,14 @@ def dpmpp_2m(
 
     h is the step in log(a / s) = lambda / 2; the first and the last step are of first order.
     """
-    levels = _levels(lambdas)
-    previous: tuple[Tensor, float] | None = None
-    for (lam, _, s), (lam_next, a_next, s_next) in pairwise(levels):
-        x0, _ = denoise(x, torch.tensor(lam))
-        if watch is not None:
-            watch(x0)
-        h, d = (lam_next - lam) / 2, x0
-        if previous is not None:
-            before, h_before = previous
-            d = x0 + (x0 - before) * (h / (2 * h_before))
-        x = (s_next / s) * x - a_next * math.expm1(-h) * d
-        previous = (x0, h)
-    return _finish(denoise, x, levels, watch)
+    previous: list[tuple[Tensor, float]] = []
 
+    def step(x: Tensor, prediction: Prediction, here: _Level, there: _Level) -> Tensor:
+        h, d = (there.lam - here.lam) / 2, prediction.x0
+        if previous:
+            before, h_before = previous.pop()
+            d = d + (d - before) * (h / (2 * h_before))
+        previous.append((prediction.x0, h))
+        return (there.s / here.s) * x - there.a * math.expm1(-h) * d
 
-def _finish(denoise: Denoise, x: Tensor, levels: list[tuple[float, float, float]], watch: Watch | None) -> Tensor:
-    """From the last level to clean: what the denoiser takes for the image (every first-order rule agrees on it)."""
-    x0 = denoise(x, torch.tensor(levels[-1][0])).x0
-    if watch is not None:
-        watch(x0)
-    return x0
+    return _walk(denoise, x, lambdas, watch, step)
