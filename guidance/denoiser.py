@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor, nn
+
 from clipkit.guidance.dit import DiT, DiTConfig
 from clipkit.guidance.schedule import TIMESTEPS, alpha, expand, log_snr, sigma
 from clipkit.guidance.unet import UNet, UNetConfig
-from torch import Tensor, nn
 
 NetworkConfig = UNetConfig | DiTConfig
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from clipkit.guidance.unet import noise_embedding
 from torch import Tensor, nn
 
 from clipkit.errors import RecipeError
+from clipkit.guidance.unet import noise_embedding
 
 
 @dataclass(frozen=True)

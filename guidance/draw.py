@@ -10,13 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clipkit.guidance import samplers
-from clipkit.guidance.denoiser import Denoise, Denoiser, DiffusionConfig, NetworkConfig, clipped
-from clipkit.guidance.dit import DiTConfig
-from clipkit.guidance.guiders import score_shift
-from clipkit.guidance.noisy_clip import NoisyCLIP
-from clipkit.guidance.schedule import karras, leading, log_snr
-from clipkit.guidance.unet import UNetConfig
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -25,6 +18,13 @@ from clipkit import distributed
 from clipkit._version import __version__
 from clipkit.config import from_dict
 from clipkit.errors import UsageError, did_you_mean
+from clipkit.guidance import samplers
+from clipkit.guidance.denoiser import Denoise, Denoiser, DiffusionConfig, NetworkConfig, clipped
+from clipkit.guidance.dit import DiTConfig
+from clipkit.guidance.guiders import score_shift
+from clipkit.guidance.noisy_clip import NoisyCLIP
+from clipkit.guidance.schedule import karras, leading, log_snr
+from clipkit.guidance.unet import UNetConfig
 from clipkit.images import preprocess, to_image
 from clipkit.model import CLIP, CLIPConfig
 from clipkit.pretrained import Pretrained, find, load, load_weights

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
 from clipkit.guidance.denoiser import Denoise, Prediction, from_x0
 from clipkit.guidance.schedule import alpha, expand, sigma
-from torch import Tensor
 
 LogProb = Callable[[Tensor, Tensor], Tensor]
 """(x_t [B, ...], lambda [B]) -> log p(c | x_t) [B], differentiable in x_t."""

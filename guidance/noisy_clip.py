@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from clipkit.guidance.guiders import LogProb, softmax_log_prob
 from clipkit.guidance.schedule import expand
 from clipkit.guidance.unet import noise_embedding
-from torch import Tensor, nn
-
 from clipkit.model import CLIP, MAX_LOGIT_SCALE
 
 

@@ -12,8 +12,9 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from clipkit.guidance.denoiser import Denoise, Prediction
 from torch import Tensor
+
+from clipkit.guidance.denoiser import Denoise, Prediction
 
 Watch = Callable[[Tensor], None]
 

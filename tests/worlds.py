@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from clipkit.guidance.denoiser import Prediction, from_x0
 from clipkit.guidance.schedule import alpha, sigma
-from torch import Tensor
 
 
 def gaussian(mean: float, std: float):

@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from clipkit.guidance.denoiser import Denoiser, DiffusionConfig, NetworkConfig, target
-from clipkit.guidance.dit import DiTConfig
-from clipkit.guidance.schedule import add_noise, sample_log_snr
-from clipkit.guidance.unet import UNetConfig
-from clipkit.train.launch import Recipe, launch
-from clipkit.train.loop import Task
 from torch import Tensor
 
 from clipkit import distributed
 from clipkit.errors import RecipeError
+from clipkit.guidance.denoiser import Denoiser, DiffusionConfig, NetworkConfig, target
+from clipkit.guidance.dit import DiTConfig
+from clipkit.guidance.schedule import add_noise, sample_log_snr
+from clipkit.guidance.unet import UNetConfig
 from clipkit.shards import Shards
 from clipkit.stream import Batch
+from clipkit.train.launch import Recipe, launch
+from clipkit.train.loop import Task
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from clipkit.train.loop import Task, seed_everything, train
 
 from clipkit import distributed
 from clipkit.config import DataConfig, OptimConfig, RunConfig, load_recipe, to_toml
 from clipkit.shards import Shards
 from clipkit.stream import Stream
+from clipkit.train.loop import Task, seed_everything, train
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clipkit.train import optim
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,6 +28,7 @@ from clipkit.config import OptimConfig, RunConfig
 from clipkit.errors import CheckpointError, NonFiniteError
 from clipkit.records import Records, say
 from clipkit.stream import Batch, Stream
+from clipkit.train import optim
 
 
 class Task(nn.Module, ABC):

@@ -15,18 +15,18 @@ from functools import partial
 
 import numpy as np
 import torch
-from clipkit.guidance.noisy_clip import NoisyCLIP, NoisyCLIPConfig, noised
-from clipkit.guidance.schedule import sample_log_snr
-from clipkit.train.launch import Recipe, launch
-from clipkit.train.loop import Task
-from clipkit.zeroshot.classify import class_head
 from torch import Tensor
 
+from clipkit.guidance.noisy_clip import NoisyCLIP, NoisyCLIPConfig, noised
+from clipkit.guidance.schedule import sample_log_snr
 from clipkit.images import decode, preprocess
 from clipkit.losses import LossConfig, info_nce
 from clipkit.pretrained import load
 from clipkit.shards import Shards
 from clipkit.stream import Batch
+from clipkit.train.launch import Recipe, launch
+from clipkit.train.loop import Task
+from clipkit.zeroshot.classify import class_head
 
 _LEVELS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, float("inf"))
 _EVALUATED = 1000

@@ -13,8 +13,6 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from clipkit.train.launch import Recipe, launch
-from clipkit.train.loop import Task
 from torch import Tensor
 
 from clipkit import distributed
@@ -23,6 +21,8 @@ from clipkit.model import CLIP, CLIPConfig
 from clipkit.shards import Shards
 from clipkit.stream import Batch
 from clipkit.tokenizer import Tokenizer
+from clipkit.train.launch import Recipe, launch
+from clipkit.train.loop import Task
 
 
 @dataclass(frozen=True)

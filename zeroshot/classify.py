@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from clipkit.zeroshot.datasets import ImageSet
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -19,6 +18,7 @@ from clipkit.errors import UsageError
 from clipkit.model import CLIP
 from clipkit.records import progress
 from clipkit.tokenizer import Tokenizer
+from clipkit.zeroshot.datasets import ImageSet
 
 _TEXT_BATCH = 512
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from clipkit.zeroshot.classify import embed_texts
 from torch import Tensor
 
 from clipkit.model import CLIP
 from clipkit.shards import Shards
 from clipkit.tokenizer import Tokenizer
+from clipkit.zeroshot.classify import embed_texts
 
 _CHUNK = 1024
 

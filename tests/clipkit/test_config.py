@@ -1,12 +1,12 @@
 from dataclasses import asdict
 
 import pytest
-from clipkit.train.denoiser import DenoiserRecipe
-from clipkit.train.noisy_clip import NoisyCLIPRecipe
-from clipkit.train.pretrain import PretrainRecipe
 
 from clipkit.config import SHIPPED, load_recipe, to_toml
 from clipkit.errors import RecipeError
+from clipkit.train.denoiser import DenoiserRecipe
+from clipkit.train.noisy_clip import NoisyCLIPRecipe
+from clipkit.train.pretrain import PretrainRecipe
 
 KINDS = {"noisy_clip": NoisyCLIPRecipe, "denoiser": DenoiserRecipe, "clip": PretrainRecipe}
 

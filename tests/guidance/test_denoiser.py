@@ -1,13 +1,13 @@
 import pytest
 import torch
-from clipkit.guidance.denoiser import Denoiser, DiffusionConfig, clipped, from_output, target
-from clipkit.guidance.dit import DiT, DiTConfig
-from clipkit.guidance.schedule import add_noise
-from clipkit.guidance.unet import UNet, UNetConfig
 from hypothesis import given
 from hypothesis import strategies as st
 
 from clipkit.errors import RecipeError
+from clipkit.guidance.denoiser import Denoiser, DiffusionConfig, clipped, from_output, target
+from clipkit.guidance.dit import DiT, DiTConfig
+from clipkit.guidance.schedule import add_noise
+from clipkit.guidance.unet import UNet, UNetConfig
 
 SMALL = UNetConfig(image_size=16, channels=16, multipliers=(1, 2), blocks=1)
 SMALL_DIT = DiTConfig(image_size=16, width=32, depth=3, heads=2)

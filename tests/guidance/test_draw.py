@@ -2,10 +2,10 @@ import json
 
 import pytest
 import torch
-from clipkit.guidance.draw import Studio, alternatives, grid, save_gif, save_grid
 from PIL import Image
 
 from clipkit.errors import UsageError
+from clipkit.guidance.draw import Studio, alternatives, grid, save_gif, save_grid
 
 
 @pytest.fixture(scope="module")

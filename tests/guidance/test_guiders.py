@@ -1,9 +1,10 @@
 import pytest
 import torch
+from worlds import Mixture, sliced_w2
+
 from clipkit.guidance import samplers
 from clipkit.guidance.guiders import gradient, score_shift, softmax_log_prob
 from clipkit.guidance.schedule import alpha, karras, leading, log_snr, sigma
-from worlds import Mixture, sliced_w2
 
 N = 8000
 

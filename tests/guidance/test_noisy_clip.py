@@ -1,7 +1,7 @@
 import pytest
 import torch
-from clipkit.guidance.noisy_clip import NoisyCLIP, noised, residual_blocks
 
+from clipkit.guidance.noisy_clip import NoisyCLIP, noised, residual_blocks
 from clipkit.model import CLIP, CLIPConfig
 
 TOWERS = {

@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch
+from worlds import gaussian
+
 from clipkit.guidance import samplers
 from clipkit.guidance.schedule import karras, leading, log_snr
-from worlds import gaussian
 
 
 def slope(sampler, steps=(20, 40, 80)):

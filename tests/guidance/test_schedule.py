@@ -2,11 +2,11 @@ import math
 
 import pytest
 import torch
-from clipkit.guidance import schedule
 from hypothesis import given
 from hypothesis import strategies as st
 
 from clipkit.errors import UsageError
+from clipkit.guidance import schedule
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])

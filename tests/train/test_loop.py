@@ -8,11 +8,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from clipkit.train import optim, pretrain
 
 from clipkit import checkpoint, records
 from clipkit.config import OptimConfig
 from clipkit.errors import CheckpointError, NonFiniteError
+from clipkit.train import optim, pretrain
 
 WORDS = ["run.batch_size=16", "run.log_every=1", "optim.warmup=2", "data.workers=0", "run.save_every=2"]
 

@@ -1,12 +1,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from clipkit.zeroshot import classify, retrieval
-from clipkit.zeroshot.datasets import ImageSet
 from PIL import Image
 
 import clipkit
 from clipkit.errors import UsageError
+from clipkit.zeroshot import classify, retrieval
+from clipkit.zeroshot.datasets import ImageSet
 
 
 @pytest.fixture(scope="module")

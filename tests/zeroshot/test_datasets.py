@@ -8,10 +8,10 @@ import tarfile
 
 import numpy as np
 import pytest
-from clipkit.zeroshot.datasets import known, open_set
 from PIL import Image
 
 from clipkit.errors import DataError, UsageError
+from clipkit.zeroshot.datasets import known, open_set
 
 
 @pytest.fixture
