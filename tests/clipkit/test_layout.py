@@ -40,14 +40,12 @@ def test_no_module_shadows_one_that_others_import():
         assert not stems & taken, f"{room}/ shadows {stems & taken}"
 
 
-@pytest.mark.parametrize("module", ["clipkit", "clipkit.cli", "clipkit.config", "clipkit.checkpoint"])
+@pytest.mark.parametrize("module", ["clipkit", "clipkit.cli", "clipkit.config"])
 def test_importing_is_light(module, tmp_path):
     show = "print(len(sys.modules), *sorted({'torch', 'timm', 'numpy', 'PIL'} & set(sys.modules)))"
     count, *heavy = python(f"import {module}, sys; {show}", tmp_path).split()
-    if module != "clipkit.checkpoint":  # which reads shards' hashes with numpy beside it
-        assert not heavy
-        assert int(count) < 200
-    assert "torch" not in heavy
+    assert not heavy
+    assert int(count) < 150
 
 
 @pytest.mark.parametrize("where", ["root", "elsewhere"])
