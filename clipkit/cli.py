@@ -197,7 +197,7 @@ def _class_list(path: Path, found: Sequence[Sequence[str]]) -> list[list[str]]:
 @click.option("--model", required=True, help="Folder that holds the runs clip, denoiser and noisy_clip.")
 @click.option("--n", type=click.IntRange(min=1), default=16, show_default=True, help="Pictures.")
 @click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True, help="Sampler steps.")
-@click.option("--scale", type=float, default=None, help="Guidance scale; 0 is unguided.  [default: the model's own]")
+@click.option("--scale", type=float, default=None, help="Guidance scale; 0 is unguided.  [default: 10]")
 @click.option("--sampler", type=click.Choice(["dpmpp-2m", "ddim", "ddpm"]), default="dpmpp-2m", show_default=True)
 @click.option("--negative", multiple=True, help="What the pictures should not show; may be repeated.")
 @click.option("--seed", type=int, default=0, show_default=True)

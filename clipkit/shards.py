@@ -15,7 +15,6 @@ import json
 import os
 import tarfile
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -162,11 +161,6 @@ class Shards:
     def templates(self) -> list[str]:
         """Prompt templates stored with the pack, or none."""
         return list(self.index.get("templates", []))
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 over the shards' hashes: what the data are, wherever they lie."""
-        return hashlib.sha256("".join(e["sha256"] for e in self.index["shards"]).encode()).hexdigest()[:16]
 
     def _load_index(self) -> dict[str, Any]:
         path = self.folder / "index.json"

@@ -7,7 +7,6 @@ Schedules map time to lambda in float64; samplers walk a list of lambdas and nev
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -94,7 +93,3 @@ def leading(table: Tensor, steps: int) -> Tensor:
         raise UsageError(f"{steps} steps asked for, the schedule has {len(table)} levels; use at most that many")
     index = torch.linspace(len(table) - 1, 0, steps, dtype=torch.float64).round().long()
     return table[index]
-
-
-Spacing = Callable[[int], Tensor]
-"""Number of steps -> lambdas, noisiest first."""
