@@ -91,8 +91,10 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW (Loshchilov & Hutter 2019) with linear warm-up and cosine decay."""
+    """AdamW (Loshchilov & Hutter 2019) or Muon (Jordan et al. 2024) with linear warm-up and cosine decay."""
 
+    method: Literal["adamw", "muon"] = "adamw"
+    """"muon" orthogonalises the updates of hidden matrices and convolutions; AdamW keeps the rest, at the same rate."""
     lr: float = 1e-3
     """Peak learning rate."""
     warmup: int = 100

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipkit.errors import RecipeError, did_you_mean
+from clipkit.towers import OURS
 
 MAX_LOGIT_SCALE = 100.0
 
@@ -23,7 +24,7 @@ class CLIPConfig:
     """Shape of both towers."""
 
     image_tower: str = "convnext_atto"
-    """Name of a timm model."""
+    """Name of a timm model, or clipkit_resnet, made for images of some 32 pixels."""
     image_size: int = 32
     """Side of the square input, in pixels."""
     image_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -95,8 +96,8 @@ class ImageTower(nn.Module):
 def _timm(config: CLIPConfig) -> nn.Module:
     import timm
 
-    if not timm.is_model(config.image_tower):
-        known = timm.list_models(f"*{config.image_tower.split('_')[0]}*") or timm.list_models("resnet*")
+    if config.image_tower not in OURS and not timm.is_model(config.image_tower):
+        known = timm.list_models(f"*{config.image_tower.split('_')[0]}*") or [*OURS, *timm.list_models("resnet*")]
         raise RecipeError(f"timm has no model {config.image_tower!r}; {did_you_mean(config.image_tower, known[:12])}")
     arguments = dict(config.image_kwargs)
     try:
@@ -111,6 +112,8 @@ def _timm(config: CLIPConfig) -> nn.Module:
 
 
 def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
+    if name in OURS:
+        return OURS[name](**arguments)
     import timm
 
     model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **arguments)

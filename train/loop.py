@@ -100,7 +100,7 @@ class _Loop:
         self, task: Task, run: RunConfig, config: OptimConfig, recipe: dict[str, Any], device: torch.device
     ) -> None:
         self.task, self.run, self.config, self.recipe, self.device = task, run, config, recipe, device
-        self.optimizer = optim.adamw(task, config)
+        self.optimizer = optim.make_optimizer(task, config)
         self.ema = optim.EMA(task.model, run.ema_decay)
         parallel = distributed.active()
         self.module: nn.Module = DistributedDataParallel(task) if parallel else task
@@ -233,7 +233,7 @@ def _versions() -> dict[str, str]:
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state as flat names: `<parameter number>.<quantity>`, numbered over all groups."""
+    """The optimizer's state as flat names: `<parameter number>.<quantity>`, numbered over all groups."""
     state = optimizer.state_dict()["state"]
     return {f"{i}.{k}": torch.as_tensor(v) for i, entry in state.items() for k, v in entry.items()}
 

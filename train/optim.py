@@ -1,26 +1,78 @@
-"""AdamW's parameter groups, the learning-rate schedule, and the moving average of the weights."""
+"""The optimizer and its parameter groups, the learning-rate schedule, and the moving average of the weights."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clipkit.config import OptimConfig
 
 
-def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with decay on matrices and convolutions only, fused where the device allows it."""
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW with decay on matrices and convolutions only, fused where the device allows it; or Muon for those."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     no_decay_modules = (nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
     exempt = {id(p) for m in model.modules() if isinstance(m, no_decay_modules) for p in m.parameters(recurse=False)}
     exempt |= {id(p) for n, p in named if p.ndim < 2 or "pos" in n.rsplit(".", 1)[-1]}
+    muon = {id(p) for n, p in named if config.method == "muon" and _hidden_matrix(n, p)} - exempt
+    adamw = {id(p) for _, p in named} - exempt - muon
     groups = [
-        {"params": [p for _, p in named if id(p) not in exempt], "weight_decay": config.weight_decay},
-        {"params": [p for _, p in named if id(p) in exempt], "weight_decay": 0.0},
+        {"params": [p for _, p in named if id(p) in chosen], "weight_decay": decay, "muon": chosen is muon}
+        for chosen, decay in ((adamw, config.weight_decay), (exempt, 0.0), (muon, config.weight_decay))
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
+    return Muon([g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+
+
+def _hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether both sides are hidden features: not pixels, not depthwise filters, not the shared embedding."""
+    return parameter.ndim >= 2 and parameter.shape[1] > 3 and "projection" not in name
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, except for groups marked `muon`: their momentum is orthogonalised before it is applied.
+
+    Jordan et al. 2024 (Muon: an optimizer for hidden layers), scaled to AdamW's typical update as in Liu et al. 2025
+    (arXiv 2502.16982, eq. 4), so that one learning rate and one weight decay serve both. A convolution
+    [out, in, k, k] is the matrix [out, in * k * k].
+    """
+
+    MOMENTUM = 0.95
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have gradients; those of `muon` groups lose them."""
+        for group in self.param_groups:
+            for parameter in group["params"] if group["muon"] else ():
+                if parameter.grad is not None:
+                    self._orthogonal_step(parameter, group["lr"], group["weight_decay"])
+                    parameter.grad = None  # so AdamW passes it by
+        super().step()
+
+    def _orthogonal_step(self, parameter: Tensor, lr: float, decay: float) -> None:
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum = state["momentum"]
+        momentum.lerp_(parameter.grad, 1 - self.MOMENTUM)
+        nesterov = parameter.grad.lerp(momentum, self.MOMENTUM).flatten(1)  # [out, in * k * k]
+        update = 0.2 * max(nesterov.shape) ** 0.5 * orthogonalise(nesterov)
+        parameter.mul_(1 - lr * decay).sub_(update.view_as(parameter), alpha=lr)
+
+
+def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
+    """[m, n] -> roughly the nearest (semi-)orthogonal matrix: singular values come near 1, singular vectors stay.
+
+    The quintic Newton-Schulz iteration with Jordan's coefficients, which trade exactness for speed.
+    """
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

@@ -87,7 +87,7 @@ def test_fields_are_frozen():
     assert {section: " ".join(sorted(values)) for section, values in recipe.items()} == {
         "run": f"{run} tensorboard",
         "data": "crop_scale flip max_bad_fraction shards val workers",
-        "optim": "beta1 beta2 final_lr lr warmup weight_decay",
+        "optim": "beta1 beta2 final_lr lr method warmup weight_decay",
         "model": f"{model} vocab_size",
         "loss": "positives",
     }

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,12 +144,47 @@ def test_decay_spares_biases_norms_embeddings_and_the_scale():
     from clipkit.model import CLIP, CLIPConfig
 
     model = CLIP(CLIPConfig("convnext_atto", 32, {"patch_size": 2, "depths": [1] * 4, "dims": [8] * 4}), 50, 2)
-    decayed, spared = (group["params"] for group in optim.adamw(model, OptimConfig(weight_decay=0.3)).param_groups)
+    decayed, spared = (group["params"] for group in optim.make_optimizer(model, OptimConfig(weight_decay=0.3)).param_groups)
     names = {id(p): n for n, p in model.named_parameters()}
     assert len(decayed) + len(spared) == len(names)
     assert all(p.ndim >= 2 for p in decayed)
     for name in ("text.tokens.weight", "text.positions", "log_logit_scale", "image.trunk.stem.0.bias"):
         assert name in {names[id(p)] for p in spared}
+
+
+def test_muon_takes_the_hidden_matrices_only():
+    from clipkit.model import CLIP, CLIPConfig
+
+    model = CLIP(CLIPConfig("clipkit_resnet", 32, {"channels": [8], "depths": [1]}, text_layers=1), 50, 2)
+    names = {id(p): n for n, p in model.named_parameters()}
+    groups = optim.make_optimizer(model, OptimConfig(method="muon")).param_groups
+    blocks = {"first.0", "second.0"}
+    text = {"qkv", "out", "mlp.0", "mlp.2"}
+    assert {names[id(p)] for p in groups[2]["params"]} == {
+        *(f"image.trunk.stages.0.0.{b}.weight" for b in blocks),
+        *(f"text.blocks.0.{t}.weight" for t in text),
+    }
+    assert sum(len(g["params"]) for g in groups) == len(names)
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (40, 6), (12, 12)])
+def test_orthogonalising_keeps_singular_vectors_and_levels_singular_values(shape):
+    matrix = torch.randn(*shape, dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    matrix = u @ torch.diag(s.clamp(min=0.2 * s.max())) @ vh
+    levelled = u.T @ optim.orthogonalise(matrix, steps=5) @ vh.T
+    values = levelled.diagonal()
+    torch.testing.assert_close(levelled, torch.diag(values), rtol=0, atol=1e-10)
+    assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_muon_resumes_to_the_same_bits(packs, tmp_path):
+    muon = "optim.method=muon"
+    pretrain.run("drawings_clip", words(packs, tmp_path / "whole", 4, muon))
+    pretrain.run("drawings_clip", words(packs, tmp_path / "parts", 4, muon))
+    shutil.rmtree(checkpoint.latest(tmp_path / "parts").path)
+    pretrain.run("drawings_clip", words(packs, tmp_path / "parts", 4, muon))
+    assert same(final(tmp_path / "parts"), final(tmp_path / "whole"))
 
 
 def test_ema_is_the_written_formula():

@@ -1,0 +1,65 @@
+"""An image tower for small pictures, which timm's are not made for: `clipkit_resnet`.
+
+Towers made for 224 pixels shrink their input by four or more before their first block, and leave 32x32 pixels on 8x8
+positions. This one keeps 16x16 of them; where it ends, 4x4, a 3x3 convolution still has neighbours to look at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
+
+
+class BasicBlock(nn.Module):
+    """He et al. 2015 (arXiv 1512.03385, figure 5 left), with the pooled shortcut of ResNet-D (arXiv 1812.01187, figure 2c).
+
+    The last BatchNorm's gain starts at zero (Goyal et al. 2017, section 5.1), so that the block starts as its shortcut.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.first, self.second = _conv(inputs, outputs, 3, stride), _conv(outputs, outputs, 3)
+        pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.shortcut = nn.Identity() if inputs == outputs else nn.Sequential(pool, _conv(inputs, outputs, 1))
+        nn.init.zeros_(self.second[1].weight)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, H, W] -> [B, outputs, H / stride, W / stride]."""
+        return F.relu(self.shortcut(x) + self.second(F.relu(self.first(x))))
+
+
+class SmallResNet(nn.Module):
+    """Pixels [B, 3, S, S] -> [B, channels[-1]]: a stem at S / 2, then stages of BasicBlocks, each at half the last's side.
+
+    S must divide by 2 ** len(channels).
+    """
+
+    def __init__(self, channels: Sequence[int] = (48, 96, 256), depths: Sequence[int] = (1, 1, 1)) -> None:
+        super().__init__()
+        if len(channels) != len(depths) or not channels:
+            raise ValueError(f"{len(channels)} channels for {len(depths)} depths; there is one of each for a stage")
+        self.stem = nn.Sequential(_conv(3, channels[0], 3, 2), nn.ReLU())
+        self.stages = nn.Sequential()
+        self.feature_info: list[dict[str, object]] = []
+        inputs = channels[0]
+        for i, (outputs, depth) in enumerate(zip(channels, depths, strict=True)):
+            blocks = [BasicBlock(inputs if j == 0 else outputs, outputs, 2 if i and j == 0 else 1) for j in range(depth)]
+            self.stages.append(nn.Sequential(*blocks))
+            self.feature_info.append({"num_chs": outputs, "reduction": 2 ** (i + 1), "module": f"stages.{i}"})
+            inputs = outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The mean over positions of the last stage's features."""
+        pooled: Tensor = self.stages(self.stem(x)).mean(dim=(2, 3))
+        return pooled
+
+
+OURS = {"clipkit_resnet": SmallResNet}
+"""Names for `model.image_tower` beside timm's."""

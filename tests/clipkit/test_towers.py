@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from clipkit.errors import RecipeError
+from clipkit.model import CLIPConfig, ImageTower
+from clipkit.towers import SmallResNet
+
+
+def test_keeps_sixteen_positions_and_names_its_stages():
+    tower = SmallResNet((8, 16, 24), (1, 2, 1)).eval()
+    seen = {}
+    for info in tower.feature_info:
+        stage = tower.get_submodule(info["module"])
+        stage.register_forward_hook(lambda _, __, out, name=info["module"]: seen.update({name: tuple(out.shape[1:])}))
+    assert tower(torch.randn(2, 3, 32, 32)).shape == (2, 24)
+    assert seen == {"stages.0": (8, 16, 16), "stages.1": (16, 8, 8), "stages.2": (24, 4, 4)}
+
+
+def test_blocks_start_as_their_shortcuts():
+    """With the last gain at zero, a block whose shortcut is the identity passes what is positive through unchanged."""
+    block = SmallResNet((8,), (2,)).eval().stages[0][1]
+    x = torch.rand(2, 8, 4, 4)
+    torch.testing.assert_close(block(x), x)
+
+
+def test_is_an_image_tower_by_name():
+    tower = ImageTower(CLIPConfig("clipkit_resnet", 32, {"channels": [8, 16], "depths": [1, 1]}, embed_dim=12))
+    assert tower(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 12)
+
+
+def test_channels_and_depths_must_agree():
+    with pytest.raises(RecipeError, match="2 channels for 1 depths"):
+        ImageTower(CLIPConfig("clipkit_resnet", 32, {"channels": [8, 16], "depths": [1]}))
