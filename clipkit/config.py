@@ -38,6 +38,8 @@ class RunConfig:
     """Optimizer steps in all."""
     batch_size: int = 256
     """Samples per step over all ranks."""
+    micro_batches: int = 1
+    """Parts in which each rank computes its share of a batch, to save memory; the gradient is that of the whole."""
     seed: int = 0
     """Decides the initial weights, the order of the data and all noise."""
     device: str = "auto"
@@ -60,7 +62,7 @@ class RunConfig:
     """Also write TensorBoard events (needs the [track] extra)."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "save_every", "keep_last"):
+        for name in ("steps", "batch_size", "micro_batches", "log_every", "save_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"run.{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 <= self.ema_decay < 1:

@@ -105,26 +105,6 @@ def average_buffers(model: nn.Module) -> None:
         buffer.copy_(mean.view_as(buffer))
 
 
-class _Gather(torch.autograd.Function):
-    """Concatenate [b_r, D] over ranks; backward sums, over ranks, each rank's gradient of the gathered rows."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, local: Tensor, sizes: list[int]) -> Tensor:
-        ctx.sizes = sizes  # type: ignore[attr-defined]
-        # Collectives want equal shapes: ranks with fewer rows are padded, and the padding dropped again.
-        padded = local.new_zeros(max(sizes), *local.shape[1:])
-        padded[: len(local)] = local
-        pieces = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(pieces, padded)
-        return torch.cat([piece[:n] for piece, n in zip(pieces, sizes, strict=True)])
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
-        gradient = gradients[0].contiguous()
-        dist.all_reduce(gradient)
-        return torch.split(gradient, ctx.sizes)[rank()], None  # type: ignore[attr-defined]
-
-
 def batch_sizes(local: int, device: torch.device) -> list[int]:
     """Rows of the batch that each rank holds; ranks may differ when samples were skipped."""
     if not active():
@@ -134,9 +114,27 @@ def batch_sizes(local: int, device: torch.device) -> list[int]:
     return [int(n) for n in torch.cat(sizes).tolist()]
 
 
-def gather(local: Tensor, sizes: list[int]) -> Tensor:
-    """[b_r, ...] of each rank -> [sum b_r, ...] on every rank, differentiable: gradients flow back to their owners."""
+def gather_rows(local: Tensor, sizes: list[int]) -> Tensor:
+    """[b_r, ...] of each rank -> [sum b_r, ...] on every rank; no gradient."""
     if len(sizes) == 1:
         return local
-    gathered: Tensor = _Gather.apply(local, sizes)
-    return gathered
+    # Collectives want equal shapes: ranks with fewer rows are padded, and the padding dropped again.
+    padded = local.new_zeros(max(sizes), *local.shape[1:])
+    padded[: len(local)] = local
+    pieces = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(pieces, padded)
+    return torch.cat([piece[:n] for piece, n in zip(pieces, sizes, strict=True)])
+
+
+def scatter_rows(everyone: Tensor, sizes: list[int]) -> Tensor:
+    """The adjoint of `gather_rows`: [sum b_r, ...] of each rank -> the sum over ranks of this rank's own rows."""
+    return torch.split(sum_over_ranks(everyone), sizes)[rank()]
+
+
+def logsumexp_over_ranks(values: Tensor) -> Tensor:
+    """Elementwise log of the sum over ranks of exp(values)."""
+    if not active():
+        return values
+    largest = values.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return sum_over_ranks((values - largest).exp()).log() + largest

@@ -43,12 +43,18 @@ class CLIPConfig:
     """Largest vocabulary of a tokenizer trained for this model; a given merges file brings its own."""
     merges: str = ""
     """CLIP's merges file, for its vocabulary instead of a trained one."""
+    init_logit_scale: float = 1 / 0.07
+    """The logit scale before training; 10 for the sigmoid loss."""
+    init_logit_bias: float | None = None
+    """The logit bias before training, which only the sigmoid loss learns: -10 there."""
 
     def __post_init__(self) -> None:
         if self.text_width % self.text_heads:
             raise RecipeError(f"text_width {self.text_width} does not divide by text_heads {self.text_heads}")
         if self.context_length < 3:
             raise RecipeError(f"context_length is {self.context_length}; it must be at least 3")
+        if not 0 < self.init_logit_scale <= MAX_LOGIT_SCALE:
+            raise RecipeError(f"init_logit_scale is {self.init_logit_scale}; it must be in (0, {MAX_LOGIT_SCALE:g}]")
 
 
 class ImageTower(nn.Module):
@@ -179,7 +185,7 @@ class TextTower(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Both towers and the logit scale.
+    """Both towers, the logit scale, and for the sigmoid loss the logit bias.
 
     `encode_image` and `encode_text` return unit vectors, float32 [B, embed_dim], whatever the autocast.
     """
@@ -189,7 +195,11 @@ class CLIP(nn.Module):
         self.config = config
         self.image = ImageTower(config)
         self.text = TextTower(config, vocab_size, end_id)
-        self.log_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.log_logit_scale = nn.Parameter(torch.tensor(math.log(config.init_logit_scale)))
+        if config.init_logit_bias is None:
+            self.register_buffer("logit_bias", torch.zeros(()), persistent=False)
+        else:
+            self.logit_bias = nn.Parameter(torch.tensor(float(config.init_logit_bias)))
 
     @property
     def logit_scale(self) -> Tensor:

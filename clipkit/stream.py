@@ -7,6 +7,7 @@ started at without replaying the ones before it, and neither ranks, workers nor 
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 import zlib
 from collections import Counter
@@ -38,6 +39,19 @@ class Batch:
     groups: Tensor
     keys: list[str]
     skipped: Counter[str] = field(default_factory=Counter)
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device`."""
+        return dataclasses.replace(self, images=self.images.to(device), groups=self.groups.to(device))
+
+    def split(self, parts: int) -> list[Batch]:
+        """At most `parts` batches of nearly equal size, in order; the counts of bad samples stay with this one."""
+        size = -(-len(self) // parts)
+        cuts = [slice(start, start + size) for start in range(0, len(self), size)]
+        return [Batch(self.images[c], self.captions[c], self.groups[c], self.keys[c]) for c in cuts]
 
 
 class _Samples(Dataset[Batch]):

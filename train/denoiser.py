@@ -22,7 +22,7 @@ from clipkit.guidance.unet import UNetConfig
 from clipkit.shards import Shards
 from clipkit.stream import Batch
 from clipkit.train.launch import Recipe, launch
-from clipkit.train.loop import Task
+from clipkit.train.step import Features, Task
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,20 @@ class Denoising(Task):
         self.image_size = recipe.network.image_size
         self.model: Denoiser = Denoiser(recipe.network, recipe.diffusion)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared error over the batch, at stratified noise levels."""
+    def forward(self, batch: Batch) -> Features:
+        """Each image's mean squared error [b], at noise levels stratified over the batch."""
         x0 = batch.images.float() / 127.5 - 1
         config = self.model.diffusion
         lam, eps = sample_log_snr(config.schedule, len(x0)).to(x0.device), torch.randn_like(x0)
         output = self.model.output(add_noise(x0, eps, lam), lam)
-        error = (output - target(config.prediction, x0, eps, lam)).square().mean()
+        return ((output - target(config.prediction, x0, eps, lam)).square().mean(dim=(1, 2, 3)),)
+
+    def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean over the images of all ranks."""
+        (errors,) = features
         # Ranks may hold different numbers of images: weighted so that the mean over ranks is the mean over all images.
-        sizes = distributed.batch_sizes(len(x0), x0.device)
-        return error * (len(x0) * len(sizes) / sum(sizes)), {}
+        sizes = distributed.batch_sizes(len(errors), errors.device)
+        return errors.sum() * (len(sizes) / sum(sizes)), {}
 
 
 run = partial(launch, DenoiserRecipe, Denoising)

@@ -13,7 +13,8 @@ from clipkit import distributed
 from clipkit.config import DataConfig, OptimConfig, RunConfig, load_recipe, to_toml
 from clipkit.shards import Shards
 from clipkit.stream import Stream
-from clipkit.train.loop import Task, seed_everything, train
+from clipkit.train.loop import seed_everything, train
+from clipkit.train.step import Task
 
 
 @dataclass(frozen=True)

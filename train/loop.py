@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import platform
 import time
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,37 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipkit import checkpoint, distributed
 from clipkit._version import __version__
-from clipkit.config import OptimConfig, RunConfig
+from clipkit.config import OptimConfig, RunConfig, from_dict
 from clipkit.errors import CheckpointError, NonFiniteError
 from clipkit.records import Records, say
 from clipkit.stream import Batch, Stream
 from clipkit.train import optim
-
-
-class Task(nn.Module, ABC):
-    """What is trained: a model, and the loss of a batch.
-
-    Subclasses set these three, and define `forward`; the rest has defaults. Only `model` is saved.
-    """
-
-    kind: str
-    model: nn.Module
-    image_size: int
-
-    @abstractmethod
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to minimise, and scalars to log; the mean over ranks is what counts."""
-
-    def after_step(self) -> None:
-        """Called after each optimizer step."""
-
-    def evaluate(self, device: torch.device) -> dict[str, float]:
-        """Scores of the averaged weights, the same on every rank; called on all of them."""
-        return {}
-
-    def texts(self) -> Mapping[str, str]:
-        """Text files that belong beside the weights."""
-        return {}
+from clipkit.train.step import Task, backward
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -78,7 +52,7 @@ def train(
     """
     folder = Path(run.out)
     task.to(device)
-    loop = _Loop(task, run, optimizer, dataclasses.asdict(recipe), device)
+    loop = _Loop(task, run, optimizer, recipe, device)
     start = loop.resume(folder)
     main = distributed.rank() == 0
     if main:
@@ -97,13 +71,13 @@ class _Loop:
     """State of one run, and its steps."""
 
     def __init__(
-        self, task: Task, run: RunConfig, config: OptimConfig, recipe: dict[str, Any], device: torch.device
+        self, task: Task, run: RunConfig, config: OptimConfig, recipe: Any, device: torch.device
     ) -> None:
         self.task, self.run, self.config, self.recipe, self.device = task, run, config, recipe, device
         self.optimizer = optim.make_optimizer(task, config)
         self.ema = optim.EMA(task.model, run.ema_decay)
-        parallel = distributed.active()
-        self.module: nn.Module = DistributedDataParallel(task) if parallel else task
+        # Buffers are averaged after the step, so that every rank's statistics count.
+        self.parallel = DistributedDataParallel(task, broadcast_buffers=False) if distributed.active() else None
         self.skipped: Counter[str] = Counter()
 
     def resume(self, folder: Path) -> int:
@@ -147,22 +121,23 @@ class _Loop:
         seed_everything(self.run.seed, step, distributed.rank())
         for group in self.optimizer.param_groups:
             group["lr"] = optim.learning_rate(step, self.run.steps, self.config)
-        with autocast(self.device, self.run.precision):
-            loss, values = self.module(_to(batch, self.device))
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        precision = partial(autocast, self.device, self.run.precision)
+        loss, values = backward(
+            self.task, batch.to(self.device), self.run.micro_batches, self.parallel, precision
+        )
         norm = nn.utils.clip_grad_norm_(self.task.parameters(), self.run.grad_clip)
         # A bad loss on one rank reaches every rank through the averaged gradient, so all stop at the same step.
         if not torch.isfinite(norm):
             raise NonFiniteError(
-                f"step {step}: loss {float(loss.detach()):g}, gradient norm {float(norm):g} on rank "
+                f"step {step}: loss {float(loss):g}, gradient norm {float(norm):g} on rank "
                 f"{distributed.rank()}; no weight was changed. Lower optim.lr, or look at samples {batch.keys[:3]} ..."
             )
         self.optimizer.step()
         self.task.after_step()
         distributed.average_buffers(self.task.model)
         self.ema.update(self.task.model, step)
-        return {"loss": loss.detach(), "grad_norm": norm, **values}
+        return {"loss": loss, "grad_norm": norm, **values}
 
     def evaluate(self) -> dict[str, float]:
         """Scores of the averaged weights; the trained ones come back afterwards."""
@@ -178,7 +153,7 @@ class _Loop:
     def save(self, folder: Path, step: int) -> None:
         """Write a checkpoint on rank 0 while the others wait."""
         if distributed.rank() == 0:
-            state = {"kind": self.task.kind, "step": step, "recipe": self.recipe, "versions": _versions()}
+            state = {"kind": self.task.kind, "step": step, "recipe": dataclasses.asdict(self.recipe), "versions": _versions()}
             tensors = {
                 "model": self.task.model.state_dict(),
                 "ema": self.ema.shadow,
@@ -224,10 +199,6 @@ class _Meter:
         return line
 
 
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return dataclasses.replace(batch, images=batch.images.to(device), groups=batch.groups.to(device))
-
-
 def _versions() -> dict[str, str]:
     return {"clipkit": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
@@ -258,12 +229,10 @@ def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{section}.{key}": v for section, values in recipe.items() for key, v in (values or {}).items()}
 
 
-def _same_recipe(found: checkpoint.Checkpoint, recipe: dict[str, Any]) -> None:
+def _same_recipe(found: checkpoint.Checkpoint, recipe: Any) -> None:
     """Refuse to resume a run with a recipe that would have trained something else. Raises CheckpointError."""
-    ours, theirs = (
-        _flat(json.loads(json.dumps(recipe))),
-        _flat(found.state["recipe"]),
-    )  # lists for tuples, as in the file
+    there = from_dict(type(recipe), found.state["recipe"])  # keys that are younger than the run have their defaults
+    ours, theirs = _flat(dataclasses.asdict(recipe)), _flat(dataclasses.asdict(there))
     keys = [key for key in {**theirs, **ours} if key not in _FREE_TO_CHANGE]
     changed = [
         f"{key}: {_show(theirs.get(key))} there, {_show(ours.get(key))} here"

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clipkit.errors import RecipeError
 from clipkit.guidance.noisy_clip import NoisyCLIP, NoisyCLIPConfig, noised
 from clipkit.guidance.schedule import sample_log_snr
 from clipkit.images import decode, preprocess
@@ -25,7 +26,7 @@ from clipkit.pretrained import load
 from clipkit.shards import Shards
 from clipkit.stream import Batch
 from clipkit.train.launch import Recipe, launch
-from clipkit.train.loop import Task
+from clipkit.train.step import Features, Task
 from clipkit.zeroshot.classify import class_head
 
 _LEVELS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, float("inf"))
@@ -38,6 +39,10 @@ class NoisyCLIPRecipe(Recipe):
 
     model: NoisyCLIPConfig
     loss: LossConfig
+
+    def __post_init__(self) -> None:
+        if self.loss.kind != "info_nce":
+            raise RecipeError("a noise-aware CLIP learns by InfoNCE, whose softmax guidance uses; leave loss.kind away")
 
 
 class NoisyPretraining(Task):
@@ -53,16 +58,21 @@ class NoisyPretraining(Task):
         self.model.clip.text.requires_grad_(recipe.model.train_text)
         self.bank = caption_bank(shards, recipe.model.bank, recipe.run.seed)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Symmetric InfoNCE of the noised batch; logs the mean temperature."""
+    def forward(self, batch: Batch) -> Features:
+        """Unit vectors of noised images and captions [b, D], and each image's temperature [b]."""
         x0 = batch.images.float() / 127.5 - 1
         lam = sample_log_snr("cosine", len(x0)).to(x0.device)
         clean = torch.rand(len(x0), device=x0.device) < self.recipe.model.clean_fraction
         x, lam = noised(x0, lam, torch.randn_like(x0), clean)
         image, tau = self.model.encode_image(x, lam)
         text = self.model.encode_text(self.tokenizer(batch.captions).to(x.device))
+        return image, text, tau
+
+    def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Symmetric InfoNCE over all ranks; logs the mean temperature."""
+        image, text, tau = features
         groups = batch.groups if self.recipe.loss.positives == "group" else None
-        return info_nce(image, text, tau, groups), {"temperature": tau.mean()}
+        return info_nce(image, text, tau, groups), {"temperature": tau.detach().mean()}
 
     def after_step(self) -> None:
         """Keep the clean tower's logit scale at 100 or less."""

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from clipkit import distributed
-from clipkit.losses import LossConfig, info_nce
+from clipkit.errors import RecipeError
+from clipkit.losses import LossConfig, info_nce, sigmoid_loss
 from clipkit.model import CLIP, CLIPConfig
 from clipkit.shards import Shards
 from clipkit.stream import Batch
 from clipkit.tokenizer import Tokenizer
 from clipkit.train.launch import Recipe, launch
-from clipkit.train.loop import Task
+from clipkit.train.step import Features, Task
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,19 @@ class PretrainRecipe(Recipe):
     model: CLIPConfig
     loss: LossConfig
 
+    def __post_init__(self) -> None:
+        biased = self.model.init_logit_bias is not None
+        if self.loss.kind == "sigmoid" and not biased:
+            raise RecipeError(
+                "loss.kind is sigmoid, which learns a logit bias too; "
+                "set model.init_logit_bias=-10 and model.init_logit_scale=10"
+            )
+        if self.loss.kind == "info_nce" and biased:
+            raise RecipeError("model.init_logit_bias is set, which InfoNCE cannot learn; it belongs to loss.kind=sigmoid")
+
 
 class Pretraining(Task):
-    """CLIP under the symmetric contrastive loss."""
+    """CLIP under a contrastive loss."""
 
     kind = "clip"
 
@@ -44,13 +55,21 @@ class Pretraining(Task):
         self.tokenizer = make_tokenizer(recipe.model, shards, Path(recipe.run.out))
         self.model: CLIP = CLIP(recipe.model, self.tokenizer.vocab_size, self.tokenizer.end_id)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Symmetric InfoNCE of the batch; logs the logit scale."""
+    def forward(self, batch: Batch) -> Features:
+        """Unit vectors of images and captions [b, D], and each pair's logit scale and bias [b]."""
         ids = self.tokenizer(batch.captions).to(batch.images.device)
         image, text = self.model.encode_image(batch.images), self.model.encode_text(ids)
+        # As rows beside the features, so that the loss is a function of features and nothing else.
+        return image, text, self.model.logit_scale.expand(len(batch)), self.model.logit_bias.expand(len(batch))
+
+    def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The recipe's contrastive loss over all ranks; logs the logit scale."""
+        image, text, scale, bias = features
         groups = batch.groups if self.recipe.loss.positives == "group" else None
-        scale = self.model.logit_scale
-        return info_nce(image, text, scale, groups), {"logit_scale": scale}
+        if self.recipe.loss.kind == "sigmoid":
+            value = sigmoid_loss(image, text, scale, bias, groups)
+            return value, {"logit_scale": scale.detach().mean(), "logit_bias": bias.detach().mean()}
+        return info_nce(image, text, scale, groups), {"logit_scale": scale.detach().mean()}
 
     def after_step(self) -> None:
         """Keep the logit scale at 100 or less."""

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from ranks import on_ranks
 
 from clipkit import distributed
-from clipkit.losses import info_nce
+from clipkit.losses import info_nce, sigmoid_loss
 
 
 def make(n=12, d=16, seed=0):
@@ -67,26 +67,88 @@ def test_a_scale_per_image():
     torch.testing.assert_close(info_nce(image, text, tau), expected)
 
 
-def _rank_share(image, text, groups, bounds, grouped):
+def plain_sigmoid(image, text, scale, bias):
+    """Zhai et al. 2023, equation 1 and algorithm 1, word for word."""
+    labels = 2 * torch.eye(len(image), dtype=image.dtype) - 1
+    return -F.logsigmoid(labels * (scale * image @ text.T + bias)).sum() / len(image)
+
+
+def test_the_sigmoid_loss_equals_its_formula_with_every_gradient():
+    image, text, _ = make()
+    start = (image, text, torch.tensor(9.0).double(), torch.tensor(-4.0).double())
+    ours, theirs = leaves(*start), leaves(*start)
+    for a, b in zip(gradients(sigmoid_loss(*ours), *ours), gradients(plain_sigmoid(*theirs), *theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_the_sigmoid_loss_equals_open_clips():
+    from open_clip.loss import SigLipLoss
+
+    image, text, _ = make()
+    scale, bias = torch.tensor(9.0).double(), torch.tensor(-4.0).double()
+    torch.testing.assert_close(sigmoid_loss(image, text, scale, bias), SigLipLoss()(image, text, scale, bias))
+
+
+@pytest.mark.parametrize("strip", [1, 5, 12])
+@pytest.mark.parametrize("loss", [info_nce, sigmoid_loss])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_strips_change_nothing(monkeypatch, strip, loss, grouped):
+    """Against autograd through the whole matrix of logits, for several positives and for a scale per image too."""
+    image, text, groups = make()
+    groups = groups if grouped else torch.arange(12)
+    scale, bias = torch.linspace(1, 20, 12).double(), torch.linspace(-3, 1, 12).double()
+    ours, theirs = leaves(image, text, scale, bias), leaves(image, text, scale, bias)
+    same = (groups[:, None] == groups).double()
+    if loss is info_nce:
+        ours, theirs = ours[:3], theirs[:3]
+        logits = theirs[2][:, None] * (theirs[0] @ theirs[1].T)
+        targets = same / same.sum(1, keepdim=True)
+        expected = -(targets * (logits.log_softmax(1) + logits.log_softmax(0))).sum() / 24
+    else:
+        logits = theirs[2][:, None] * (theirs[0] @ theirs[1].T) + theirs[3][:, None]
+        expected = -F.logsigmoid((2 * same - 1) * logits).sum() / 12
+    monkeypatch.setattr("clipkit.losses._STRIP", strip)
+    for a, b in zip(gradients(loss(*ours, groups), *ours), gradients(expected, *theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_no_matrix_of_logits_is_held():
+    """Nothing of B x B elements is ever allocated, forward or backward; strips of the batch are all there is."""
+    image, text = (F.normalize(torch.randn(1024, 8), dim=1).requires_grad_() for _ in range(2))
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, torch.Tensor))
+            return out
+
+    with Watch():
+        info_nce(image, text, torch.tensor(10.0)).backward()
+    assert max(sizes) == 128 * 1024
+
+
+def _rank_share(loss, tensors, groups, bounds):
     """One rank's part of the batch -> its loss and gradients, as DDP would average them."""
     start, stop = bounds[distributed.rank()], bounds[distributed.rank() + 1]
-    tensors = leaves(image[start:stop], text[start:stop], torch.tensor(9.0))
-    loss = info_nce(*tensors, groups[start:stop] if grouped else None)
-    return [g.detach() for g in gradients(loss, *tensors)]
+    own = leaves(*(t[start:stop] if t.ndim else t for t in tensors))
+    value = loss(*own, None if groups is None else groups[start:stop])
+    return [g.detach() for g in gradients(value, *own)]
 
 
 @pytest.mark.parametrize(("bounds", "grouped"), [([0, 6, 12], False), ([0, 5, 12], True), ([0, 4, 8, 12], True)])
-def test_ranks_give_the_gradients_of_one_process(bounds, grouped):
-    """Uneven shares too; towers and logit scale alike, to 1e-5 in fp32."""
+@pytest.mark.parametrize("loss", [info_nce, sigmoid_loss])
+def test_ranks_give_the_gradients_of_one_process(bounds, grouped, loss):
+    """Uneven shares too; towers, logit scale and bias alike, to 1e-5 in fp32."""
     image, text, groups = make()
-    image, text = image.float(), text.float()
+    tensors = [image.float(), text.float(), torch.tensor(9.0), torch.tensor(-4.0)][: 3 + (loss is sigmoid_loss)]
+    groups = groups if grouped else None
     world = len(bounds) - 1
-    tensors = leaves(image, text, torch.tensor(9.0))
-    expected = gradients(info_nce(*tensors, groups if grouped else None), *tensors)
-    shares = on_ranks(world, _rank_share, image, text, groups, bounds, grouped)
-    loss = torch.stack([s[0] for s in shares]).mean()
-    scale = torch.stack([s[3] for s in shares]).mean()
-    torch.testing.assert_close(loss, expected[0].detach(), rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(scale, expected[3], rtol=1e-5, atol=1e-7)
+    whole = leaves(*tensors)
+    expected = gradients(loss(*whole, groups), *whole)
+    shares = on_ranks(world, _rank_share, loss, tensors, groups, bounds)
+    for k in (0, *range(3, len(expected))):  # the loss, and the gradients of what every rank has
+        mean = torch.stack([s[k] for s in shares]).mean()
+        torch.testing.assert_close(mean, expected[k].detach(), rtol=1e-5, atol=1e-7)
     for k in (1, 2):  # DDP divides the sum over ranks by their number
         torch.testing.assert_close(torch.cat([s[k] for s in shares]) / world, expected[k], rtol=1e-5, atol=1e-7)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -11,9 +12,9 @@ import pytest
 import torch
 
 from clipkit import checkpoint, records
-from clipkit.config import OptimConfig
+from clipkit.config import OptimConfig, load_recipe
 from clipkit.errors import CheckpointError, NonFiniteError
-from clipkit.train import optim, pretrain
+from clipkit.train import loop, optim, pretrain
 
 WORDS = ["run.batch_size=16", "run.log_every=1", "optim.warmup=2", "data.workers=0", "run.save_every=2"]
 
@@ -101,24 +102,37 @@ def test_a_changed_recipe_is_refused_with_its_differences(packs, uninterrupted):
     assert "model" not in str(error.value)
 
 
+def test_a_run_made_before_a_key_existed_resumes_with_its_default(packs, tmp_path):
+    pretrain.run("drawings_clip", words(packs, tmp_path, 2))
+    state = checkpoint.latest(tmp_path).path / "state.json"
+    older = json.loads(state.read_text())
+    del older["recipe"]["run"]["micro_batches"]
+    found = dataclasses.replace(checkpoint.latest(tmp_path), state=older)
+    recipe = load_recipe(pretrain.PretrainRecipe, "drawings_clip", words(packs, tmp_path, 2))
+    loop._same_recipe(found, recipe)
+    with pytest.raises(CheckpointError, match=r"run\.micro_batches: 1 there, 2 here"):
+        loop._same_recipe(found, dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, micro_batches=2)))
+
+
 def test_logging_may_change_on_resume(packs, uninterrupted):
     pretrain.run("drawings_clip", words(packs, uninterrupted, 6, "run.log_every=3", "data.workers=1"))
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
 def test_a_non_finite_step_changes_no_weight(packs, tmp_path, monkeypatch, poison):
-    forward = pretrain.Pretraining.forward
+    original = pretrain.Pretraining.loss
     seen = {}
 
-    def poisoned(self, batch):
+    def poisoned(self, features, batch):
         seen["before"] = {n: t.clone() for n, t in self.model.state_dict().items()}
         seen["model"] = self.model
-        loss, values = forward(self, batch)
+        loss, values = original(self, features, batch)
         if poison == "loss":
             return loss * float("nan"), values
-        return loss + (self.model.log_logit_scale - self.model.log_logit_scale.detach()).abs().sqrt(), values
+        scale = features[2]
+        return loss + (scale - scale.detach()).abs().sqrt().sum(), values
 
-    monkeypatch.setattr(pretrain.Pretraining, "forward", poisoned)
+    monkeypatch.setattr(pretrain.Pretraining, "loss", poisoned)
     with pytest.raises(NonFiniteError, match=r"step 0: loss .* no weight was changed") as error:
         pretrain.run("drawings_clip", words(packs, tmp_path))
     assert error.value.exit_code == 3

@@ -1,0 +1,129 @@
+"""The gradient of a batch is the same however it is computed: at once, in parts, on ranks, and in parts on ranks."""
+
+import dataclasses
+
+import pytest
+import torch
+from ranks import on_ranks
+from torch.nn.parallel import DistributedDataParallel
+
+from clipkit import distributed
+from clipkit.config import load_recipe
+from clipkit.shards import Shards
+from clipkit.stream import Stream
+from clipkit.train.launch import Recipe
+from clipkit.train.pretrain import Pretraining, PretrainRecipe
+from clipkit.train.step import backward
+
+# A ViT with dropout of patches, paths and features: everything random that a tower may hold.
+VIT = (
+    "model.image_tower=vit_tiny_patch16_224",
+    "model.image_kwargs={patch_size=8, depth=2, embed_dim=32, num_heads=2, drop_path_rate=0.3, proj_drop_rate=0.2}",
+)
+SIGMOID = ("loss.kind=sigmoid", "model.init_logit_scale=10", "model.init_logit_bias=-10")
+LOSSES = {"info_nce": (), "sigmoid": SIGMOID, "group": ("loss.positives=group",)}
+
+
+def make(packs, out, words, size=22):
+    recipe = load_recipe(
+        PretrainRecipe,
+        "drawings_clip",
+        [f"data.shards={packs / 'train'}", f"run.out={out}", "data.workers=0", *VIT, *words],
+    )
+    torch.manual_seed(0)
+    shards = Shards(recipe.data.shards)
+    task = Pretraining(recipe, shards)
+    batch = next(Stream(shards, recipe.data, task.image_size, size, 0).batches(0, 1))
+    return task, batch
+
+
+def gradients(task, batch, micro_batches, parallel=None):
+    torch.manual_seed(1)
+    loss, _ = backward(task, batch, micro_batches, parallel)
+    return {"loss": loss, **{n: p.grad for n, p in task.model.named_parameters() if p.grad is not None}}
+
+
+def close(ours, expected):
+    assert ours.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_parts_give_the_gradient_of_the_whole(packs, tmp_path, loss, parts):
+    """22 samples: parts are uneven. Without random layers, as those draw other numbers for other shapes."""
+    task, batch = make(packs, tmp_path, LOSSES[loss])
+    task.eval()
+    expected = gradients(task, batch, 1)
+    task.zero_grad()
+    close(gradients(task, batch, parts), expected)
+    assert "log_logit_scale" in expected and ("logit_bias" in expected) == (loss == "sigmoid")
+
+
+def test_parts_replay_the_masks_of_the_features_they_cached(packs, tmp_path):
+    """With dropout on: the gradient is that of the features which the loss saw, part by part, masks and all."""
+    task, batch = make(packs, tmp_path, ())
+    ours = gradients(task, batch, 4)
+    task.zero_grad()
+    torch.manual_seed(1)  # the same masks, drawn in the same order, with all graphs kept
+    whole = [torch.cat(column) for column in zip(*(task(part) for part in batch.split(4)), strict=True)]
+    loss, _ = task.loss(tuple(whole), batch)
+    loss.backward()
+    close(ours, {"loss": loss.detach(), **{n: p.grad for n, p in task.model.named_parameters()}})
+
+
+def test_a_locked_tower_stays_without_gradient(packs, tmp_path):
+    task, batch = make(packs, tmp_path, ())
+    task.model.text.requires_grad_(False)
+    assert not any(name.startswith("text.") for name in gradients(task, batch, 3))
+
+
+def _on_rank(packs, out, words, bounds, parts):
+    task, batch = make(packs, out, words)
+    task.eval()
+    where = slice(bounds[distributed.rank()], bounds[distributed.rank() + 1])
+    share = dataclasses.replace(
+        batch, images=batch.images[where], captions=batch.captions[where], groups=batch.groups[where]
+    )
+    return gradients(task, share, parts, DistributedDataParallel(task, broadcast_buffers=False))
+
+
+@pytest.mark.parametrize(
+    ("loss", "bounds", "parts"),
+    [
+        ("info_nce", [0, 11, 22], 2),
+        ("sigmoid", [0, 9, 22], 4),
+        ("group", [0, 8, 15, 22], 8),
+        ("info_nce", [0, 5, 10, 16, 22], 2),
+    ],
+)
+def test_parts_on_ranks_give_the_gradient_of_the_whole(packs, tmp_path, loss, bounds, parts):
+    """The last rank's number of samples differs, and with it the number of its parts; DDP averages once."""
+    task, batch = make(packs, tmp_path, LOSSES[loss])
+    task.eval()
+    expected = gradients(task, batch, 1)
+    shares = on_ranks(len(bounds) - 1, _on_rank, packs, tmp_path, LOSSES[loss], bounds, parts)
+    mean = torch.stack([share.pop("loss") for share in shares]).mean()
+    torch.testing.assert_close(mean, expected.pop("loss"))
+    for share in shares:
+        close(share, expected)
+
+
+def test_every_task_can_be_done_in_parts(packs, tmp_path):
+    """Denoisers too: their loss is a mean, their noise is drawn again as it was."""
+    from clipkit.train.denoiser import DenoiserRecipe, Denoising
+
+    recipe = load_recipe(
+        DenoiserRecipe, "drawings_denoiser", [f"data.shards={packs / 'train'}", f"run.out={tmp_path}", "data.workers=0"]
+    )
+    assert isinstance(recipe, Recipe)
+    shards = Shards(recipe.data.shards)
+    task = Denoising(recipe, shards)
+    batch = next(Stream(shards, recipe.data, task.image_size, 6, 0).batches(0, 1))
+    ours = gradients(task, batch, 2)
+    task.zero_grad()
+    torch.manual_seed(1)
+    loss, _ = task.loss((torch.cat([task(part)[0] for part in batch.split(2)]),), batch)
+    loss.backward()
+    close(ours, {"loss": loss.detach(), **{n: p.grad for n, p in task.model.named_parameters()}})

@@ -1,0 +1,107 @@
+"""The gradient of one step: of a batch at once, or of its parts one after the other, with the same result.
+
+Users' own loops may call `backward` in place of `loss.backward()`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipkit.stream import Batch
+
+Features = tuple[Tensor, ...]
+
+
+class Task(nn.Module, ABC):
+    """What is trained: a model, the features it makes of each sample, and the loss of the features of a batch.
+
+    Subclasses set these three, and define `forward` and `loss`; the rest has defaults. Only `model` is saved.
+    """
+
+    kind: str
+    model: nn.Module
+    image_size: int
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Features:
+        """What the loss needs of each sample: tensors [b, ...] whose rows depend on nothing but their own sample."""
+
+    @abstractmethod
+    def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to minimise, of features alone, and scalars to log; the mean over ranks is what counts."""
+
+    def after_step(self) -> None:
+        """Called after each optimizer step."""
+
+    def evaluate(self, device: torch.device) -> dict[str, float]:
+        """Scores of the averaged weights, the same on every rank; called on all of them."""
+        return {}
+
+    def texts(self) -> Mapping[str, str]:
+        """Text files that belong beside the weights."""
+        return {}
+
+
+def backward(
+    task: Task,
+    batch: Batch,
+    micro_batches: int = 1,
+    parallel: nn.Module | None = None,
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Add the gradient of the batch to the parameters' -> the loss, and what else the task logs.
+
+    With `micro_batches` > 1 memory is that of one part: the features of all parts are made without a graph, the loss
+    gives their gradients, and each part is done again, with the random numbers it had, to carry its share to the weights
+    (GradCache, Gao et al. 2021, arXiv 2101.06983). The result is that of the whole batch, dropout and all, except for
+    towers with BatchNorm, whose statistics are those of the parts. `parallel` is `task` wrapped in DDP, which then
+    averages over ranks once. `precision` makes the autocast context of the towers.
+    """
+    module = parallel or task
+    parts = batch.split(micro_batches)
+    if len(parts) == 1:
+        with precision():
+            features = module(batch)
+        loss, values = task.loss(features, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach(), values
+    states, cached = [], []
+    for part in parts:
+        states.append(_random_state(batch.images.device))
+        with torch.no_grad(), precision():
+            cached.append(task(part))
+    leaves = tuple(torch.cat(column).requires_grad_() for column in zip(*cached, strict=True))
+    loss, values = task.loss(leaves, batch)
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    sizes = [len(part) for part in parts]
+    shares = zip(*(g.split(sizes) for g in gradients if g is not None), strict=True)
+    used = [i for i, g in enumerate(gradients) if g is not None]
+    for i, (part, state, share) in enumerate(zip(parts, states, shares, strict=True)):
+        _set_random_state(state, batch.images.device)
+        with precision():
+            again = (module if i == len(parts) - 1 else task)(part)
+        _carry([again[k] for k in used], share)
+    return loss.detach(), values
+
+
+def _carry(features: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Backward from those features that have a graph; a frozen tower's have none."""
+    pairs = [(f, g) for f, g in zip(features, gradients, strict=True) if f.requires_grad]
+    torch.autograd.backward([f for f, _ in pairs], [g for _, g in pairs])
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """States of the generators that a tower on `device` may draw from."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
