@@ -56,6 +56,10 @@ class RunConfig:
     """Steps between evaluations; 0 evaluates after the last step only."""
     ema_decay: float = 0.999
     """Decay of the weights' moving average, which is what evaluation and `clipkit.load` use."""
+    compile: bool = False
+    """Compile the networks with torch.compile; needs a C++ compiler on CPUs, and minutes before the first step."""
+    sync_batchnorm: bool = False
+    """BatchNorm over the batch of all ranks (GPUs only); without it each rank, and each micro-batch, uses its own."""
     grad_clip: float = 1.0
     """Largest norm of the whole gradient."""
     tensorboard: bool = False
@@ -93,7 +97,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW (Loshchilov & Hutter 2019) or Muon (Jordan et al. 2024) with linear warm-up and cosine decay."""
+    """AdamW (Loshchilov & Hutter 2019) or Muon (Jordan et al. 2024), with linear warm-up and a schedule."""
 
     method: Literal["adamw", "muon"] = "adamw"
     """"muon" orthogonalises the updates of hidden matrices and convolutions; AdamW keeps the rest, at the same rate."""
@@ -101,6 +105,10 @@ class OptimConfig:
     """Peak learning rate."""
     warmup: int = 100
     """Steps of linear warm-up."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """How the rate goes on after the warm-up; "wsd" stays at the peak and falls in a straight line at the end."""
+    decay_share: float = 0.2
+    """Share of all steps in which "wsd" falls."""
     final_lr: float = 0.0
     """Learning rate at the last step, as a share of the peak."""
     weight_decay: float = 0.05
@@ -109,6 +117,10 @@ class OptimConfig:
     """Decay of the first moment."""
     beta2: float = 0.98
     """Decay of the second moment."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.decay_share <= 1:
+            raise RecipeError(f"optim.decay_share is {self.decay_share}; it must be in (0, 1]")
 
 
 def load_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) -> R:

@@ -146,14 +146,22 @@ class _Strips(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, groups: Tensor | None, kind: type[_Objective]
+        ctx: Any,
+        image: Tensor,
+        text: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        groups: Tensor | None,
+        kind: type[_Objective],
     ) -> Tensor:
         pairs = _Pairs(len(image), groups, image.device)
         texts = distributed.gather_rows(text, pairs.sizes)  # [B, D]
         ctx.objective = kind(pairs)
         ctx.save_for_backward(image, texts, scale, bias)
-        strips = ((rows, cosines.mul_(scale[rows, None]).add_(bias[rows, None])) for rows, cosines in _cosines(image, texts))
-        # Ranks may hold different numbers of rows; the mean over ranks of W / B * (their sum) is the mean over all rows.
+        strips = (
+            (rows, cosines.mul_(scale[rows, None]).add_(bias[rows, None])) for rows, cosines in _cosines(image, texts)
+        )
+        # Ranks may hold different numbers of rows: the mean over ranks of W / B * their sum is the mean over all rows.
         return ctx.objective.value(strips) * (len(pairs.sizes) / pairs.total)
 
     @staticmethod

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from clipkit.errors import RecipeError, did_you_mean
 from clipkit.towers import OURS
@@ -43,6 +44,8 @@ class CLIPConfig:
     """Largest vocabulary of a tokenizer trained for this model; a given merges file brings its own."""
     merges: str = ""
     """CLIP's merges file, for its vocabulary instead of a trained one."""
+    grad_checkpointing: bool = False
+    """Keep only each block's input for the backward pass and do the rest again: less memory, a third more time."""
     init_logit_scale: float = 1 / 0.07
     """The logit scale before training; 10 for the sigmoid loss."""
     init_logit_bias: float | None = None
@@ -69,6 +72,8 @@ class ImageTower(nn.Module):
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.trunk = _timm(config)
+        if config.grad_checkpointing:
+            _checkpoint_blocks(self.trunk, config.image_tower)
         width = self._width(config.image_size)
         self.projection = nn.Linear(width, config.embed_dim, bias=False)
         nn.init.normal_(self.projection.weight, std=width**-0.5)
@@ -117,6 +122,15 @@ def _timm(config: CLIPConfig) -> nn.Module:
         raise RecipeError(f"timm cannot build {config.image_tower!r} with {arguments}: {str(error)[:120]}") from None
 
 
+def _checkpoint_blocks(trunk: Any, name: str) -> None:
+    try:
+        trunk.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):
+        raise RecipeError(
+            f"image tower {name!r} has no gradient checkpointing; leave grad_checkpointing away"
+        ) from None
+
+
 def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
     if name in OURS:
         return OURS[name](**arguments)
@@ -136,12 +150,14 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        b, length, width = x.shape
-        qkv = self.qkv(self.norm1(x)).reshape(b, length, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, L, width / heads] each
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).reshape(b, length, width))
+    def forward(self, x: Tensor, kept: Tensor, batch: int, length: int) -> Tensor:
+        """Packed tokens [T, W]; `kept` [T] are their places among the batch * length of the padded captions."""
+        width = x.shape[1]
+        qkv = self.qkv(self.norm1(x))  # [T, 3 W]
+        padded = qkv.new_zeros(batch * length, 3 * width).index_copy(0, kept, qkv)
+        q, k, v = padded.reshape(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [B, heads, L, W / heads]
+        x = x + self.out(attended.transpose(1, 2).reshape(batch * length, width)[kept])
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
 
@@ -149,13 +165,15 @@ class Block(nn.Module):
 class TextTower(nn.Module):
     """Token ids [B, L] -> [B, embed_dim], read where the first END token stands.
 
-    Attention is causal, so nothing after END matters: ids may be cut to the longest caption, or padded with anything.
+    Attention is causal, so nothing after END matters, and nothing after END is computed: the captions of a batch lie
+    packed, one after the other, everywhere but in the attention itself. Ids may lie on the CPU whatever the device of
+    the weights; where captions end is then known without waiting for it.
     """
 
     def __init__(self, config: CLIPConfig, vocab_size: int, end_id: int) -> None:
         super().__init__()
         width, layers = config.text_width, config.text_layers
-        self.end_id = end_id
+        self.end_id, self.checkpointing = end_id, config.grad_checkpointing
         self.tokens = nn.Embedding(vocab_size, width)
         self.positions = nn.Parameter(torch.empty(config.context_length, width))
         self.blocks = nn.ModuleList(Block(width, config.text_heads) for _ in range(layers))
@@ -176,11 +194,21 @@ class TextTower(nn.Module):
         nn.init.normal_(self.projection.weight, std=width**-0.5)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.tokens(ids) + self.positions[: ids.shape[1]]
-        for block in self.blocks:
-            x = block(x)
+        batch, length = ids.shape
         end = (ids == self.end_id).int().argmax(dim=1)  # first END of each row
-        features: Tensor = self.projection(self.norm(x[torch.arange(len(x), device=x.device), end]))
+        inside = torch.arange(length, device=ids.device) <= end[:, None]
+        kept = inside.flatten().nonzero().squeeze(1)  # [T] of B * L
+        tokens, places, last = ids.flatten()[kept], kept % length, (end + 1).cumsum(dim=0) - 1
+        tokens, places, last, kept = (
+            t.to(self.positions.device, non_blocking=True) for t in (tokens, places, last, kept)
+        )
+        x = self.tokens(tokens) + F.embedding(places, self.positions)  # [T, W]
+        for block in self.blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, kept, batch, length, use_reentrant=False)
+            else:
+                x = block(x, kept, batch, length)
+        features: Tensor = self.projection(self.norm(x[last]))
         return features
 
 
@@ -216,5 +244,5 @@ class CLIP(nn.Module):
         return F.normalize(self.image(images).float(), dim=-1)
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """Token ids [B, L] -> unit vectors [B, embed_dim]."""
+        """Token ids [B, L], best left on the CPU -> unit vectors [B, embed_dim]."""
         return F.normalize(self.text(ids).float(), dim=-1)

@@ -1,7 +1,7 @@
-"""An image tower for small pictures, which timm's are not made for: `clipkit_resnet`.
+"""Image towers: one for small pictures, which timm's are not made for, and the blocks of any of them.
 
 Towers made for 224 pixels shrink their input by four or more before their first block, and leave 32x32 pixels on 8x8
-positions. This one keeps 16x16 of them; where it ends, 4x4, a 3x3 convolution still has neighbours to look at.
+positions. `clipkit_resnet` keeps 16x16 of them; where it ends, 4x4, a 3x3 convolution still has neighbours to look at.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequent
 
 
 class BasicBlock(nn.Module):
-    """He et al. 2015 (arXiv 1512.03385, figure 5 left), with the pooled shortcut of ResNet-D (arXiv 1812.01187, figure 2c).
+    """He et al. 2015 (arXiv 1512.03385, figure 5), with the pooled shortcut of ResNet-D (arXiv 1812.01187, figure 2c).
 
     The last BatchNorm's gain starts at zero (Goyal et al. 2017, section 5.1), so that the block starts as its shortcut.
     """
@@ -27,7 +27,8 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.first, self.second = _conv(inputs, outputs, 3, stride), _conv(outputs, outputs, 3)
         pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
-        self.shortcut = nn.Identity() if inputs == outputs else nn.Sequential(pool, _conv(inputs, outputs, 1))
+        same = inputs == outputs and stride == 1
+        self.shortcut = nn.Identity() if same else nn.Sequential(pool, _conv(inputs, outputs, 1))
         nn.init.zeros_(self.second[1].weight)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ class BasicBlock(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """Pixels [B, 3, S, S] -> [B, channels[-1]]: a stem at S / 2, then stages of BasicBlocks, each at half the last's side.
+    """Pixels [B, 3, S, S] -> [B, channels[-1]]: a stem at S / 2, stages of BasicBlocks, each at half the last's side.
 
     S must divide by 2 ** len(channels).
     """
@@ -50,7 +51,9 @@ class SmallResNet(nn.Module):
         self.feature_info: list[dict[str, object]] = []
         inputs = channels[0]
         for i, (outputs, depth) in enumerate(zip(channels, depths, strict=True)):
-            blocks = [BasicBlock(inputs if j == 0 else outputs, outputs, 2 if i and j == 0 else 1) for j in range(depth)]
+            blocks = [
+                BasicBlock(inputs if j == 0 else outputs, outputs, 2 if i and j == 0 else 1) for j in range(depth)
+            ]
             self.stages.append(nn.Sequential(*blocks))
             self.feature_info.append({"num_chs": outputs, "reduction": 2 ** (i + 1), "module": f"stages.{i}"})
             inputs = outputs
@@ -63,3 +66,17 @@ class SmallResNet(nn.Module):
 
 OURS = {"clipkit_resnet": SmallResNet}
 """Names for `model.image_tower` beside timm's."""
+
+
+def residual_blocks(trunk: nn.Module) -> list[tuple[nn.Module, int]]:
+    """The blocks of a timm tower with their widths, first to last.
+
+    timm's feature_info names the stages of every family; a stage is a block, a Sequential of blocks, or has `.blocks`.
+    """
+    found: list[tuple[nn.Module, int]] = []
+    for info in trunk.feature_info:  # type: ignore[union-attr]
+        stage = trunk.get_submodule(info["module"])
+        blocks = getattr(stage, "blocks", stage)
+        children = list(blocks.children()) if isinstance(blocks, nn.Sequential) else [blocks]
+        found += [(block, int(info["num_chs"])) for block in children]
+    return found

@@ -108,8 +108,7 @@ class Studio:
         return denoise
 
     def _embed(self, texts: list[str]) -> Tensor:
-        device = self.guide.clip.log_logit_scale.device
-        return self.guide.encode_text(self.tokenizer(texts).to(device))
+        return self.guide.encode_text(self.tokenizer(texts))
 
     @torch.no_grad()
     def _sample(self, denoise: Denoise, n: int, steps: int, sampler: str, seed: int) -> tuple[Tensor, list[Tensor]]:
@@ -139,7 +138,7 @@ class Studio:
         model: CLIP = self.clip.model
         device = model.log_logit_scale.device
         pixels = torch.stack([preprocess(to_image(image), model.config.image_size) for image in images]).to(device)
-        text = model.encode_text(self.clip.tokenizer(prompt).to(device))
+        text = model.encode_text(self.clip.tokenizer(prompt))
         return [round(s, 4) for s in (model.encode_image(pixels) @ text.T)[:, 0].tolist()]
 
 

@@ -17,6 +17,7 @@ from clipkit.guidance.guiders import LogProb, softmax_log_prob
 from clipkit.guidance.schedule import expand
 from clipkit.guidance.unet import noise_embedding
 from clipkit.model import CLIP, MAX_LOGIT_SCALE
+from clipkit.towers import residual_blocks
 
 
 @dataclass(frozen=True)
@@ -33,20 +34,6 @@ class NoisyCLIPConfig:
     """Also train the text tower, which is otherwise left as it is."""
     bank: int = 256
     """Captions kept beside the weights as the alternatives of a prompt."""
-
-
-def residual_blocks(trunk: nn.Module) -> list[tuple[nn.Module, int]]:
-    """The blocks of a timm tower with their widths, first to last.
-
-    timm's feature_info names the stages of every family; a stage is a block, a Sequential of blocks, or has `.blocks`.
-    """
-    found: list[tuple[nn.Module, int]] = []
-    for info in trunk.feature_info:  # type: ignore[union-attr]
-        stage = trunk.get_submodule(info["module"])
-        blocks = getattr(stage, "blocks", stage)
-        children = list(blocks.children()) if isinstance(blocks, nn.Sequential) else [blocks]
-        found += [(block, int(info["num_chs"])) for block in children]
-    return found
 
 
 class NoisyCLIP(nn.Module):

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from clipkit import checkpoint, distributed
 from clipkit._version import __version__
 from clipkit.config import OptimConfig, RunConfig, from_dict
-from clipkit.errors import CheckpointError, NonFiniteError
+from clipkit.errors import CheckpointError, NonFiniteError, UsageError
 from clipkit.records import Records, say
 from clipkit.stream import Batch, Stream
 from clipkit.train import optim
@@ -70,11 +70,14 @@ def train(
 class _Loop:
     """State of one run, and its steps."""
 
-    def __init__(
-        self, task: Task, run: RunConfig, config: OptimConfig, recipe: Any, device: torch.device
-    ) -> None:
+    def __init__(self, task: Task, run: RunConfig, config: OptimConfig, recipe: Any, device: torch.device) -> None:
         self.task, self.run, self.config, self.recipe, self.device = task, run, config, recipe, device
-        self.optimizer = optim.make_optimizer(task, config)
+        if run.sync_batchnorm:
+            _synchronise_batchnorm(task.model, device)
+        if run.compile:
+            for network in task.networks():
+                network.compile(dynamic=False)
+        self.optimizer = optim.make_optimizer(task.model, config, task.lr_scales())
         self.ema = optim.EMA(task.model, run.ema_decay)
         # Buffers are averaged after the step, so that every rank's statistics count.
         self.parallel = DistributedDataParallel(task, broadcast_buffers=False) if distributed.active() else None
@@ -108,7 +111,7 @@ class _Loop:
             records.bar.update(1)
             done, last = step + 1, step + 1 == run.steps
             if done % run.log_every == 0 or last:
-                line = {**meter.take(), "lr": self.optimizer.param_groups[0]["lr"]}
+                line = {**meter.take(), "lr": optim.learning_rate(step, run.steps, self.config)}
                 records.write(done, {**line, **({"skipped": dict(self.skipped)} if self.skipped else {})})
             evaluate = last or (run.eval_every and done % run.eval_every == 0)
             if evaluate and (scores := self.evaluate()):
@@ -120,12 +123,10 @@ class _Loop:
         """One optimizer step -> values to log. Raises NonFiniteError, on every rank, before any weight changes."""
         seed_everything(self.run.seed, step, distributed.rank())
         for group in self.optimizer.param_groups:
-            group["lr"] = optim.learning_rate(step, self.run.steps, self.config)
+            group["lr"] = optim.learning_rate(step, self.run.steps, self.config) * group["lr_scale"]
         self.optimizer.zero_grad(set_to_none=True)
         precision = partial(autocast, self.device, self.run.precision)
-        loss, values = backward(
-            self.task, batch.to(self.device), self.run.micro_batches, self.parallel, precision
-        )
+        loss, values = backward(self.task, batch.to(self.device), self.run.micro_batches, self.parallel, precision)
         norm = nn.utils.clip_grad_norm_(self.task.parameters(), self.run.grad_clip)
         # A bad loss on one rank reaches every rank through the averaged gradient, so all stop at the same step.
         if not torch.isfinite(norm):
@@ -153,7 +154,12 @@ class _Loop:
     def save(self, folder: Path, step: int) -> None:
         """Write a checkpoint on rank 0 while the others wait."""
         if distributed.rank() == 0:
-            state = {"kind": self.task.kind, "step": step, "recipe": dataclasses.asdict(self.recipe), "versions": _versions()}
+            state = {
+                "kind": self.task.kind,
+                "step": step,
+                "recipe": dataclasses.asdict(self.recipe),
+                "versions": _versions(),
+            }
             tensors = {
                 "model": self.task.model.state_dict(),
                 "ema": self.ema.shadow,
@@ -197,6 +203,12 @@ class _Meter:
         line["data_wait"] = self._wait / elapsed
         self._reset()
         return line
+
+
+def _synchronise_batchnorm(model: nn.Module, device: torch.device) -> None:
+    if device.type != "cuda":
+        raise UsageError(f"run.sync_batchnorm needs GPUs, and this run is on {device}: torch has it for CUDA only")
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def _versions() -> dict[str, str]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipkit.errors import RecipeError
 from clipkit.guidance.noisy_clip import NoisyCLIP, NoisyCLIPConfig, noised
@@ -65,7 +65,7 @@ class NoisyPretraining(Task):
         clean = torch.rand(len(x0), device=x0.device) < self.recipe.model.clean_fraction
         x, lam = noised(x0, lam, torch.randn_like(x0), clean)
         image, tau = self.model.encode_image(x, lam)
-        text = self.model.encode_text(self.tokenizer(batch.captions).to(x.device))
+        text = self.model.encode_text(self.tokenizer(batch.captions))
         return image, text, tau
 
     def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -73,6 +73,10 @@ class NoisyPretraining(Task):
         image, text, tau = features
         groups = batch.groups if self.recipe.loss.positives == "group" else None
         return info_nce(image, text, tau, groups), {"temperature": tau.detach().mean()}
+
+    def networks(self) -> Sequence[nn.Module]:
+        """The image tower with its modulations."""
+        return [self.model.clip.image]
 
     def after_step(self) -> None:
         """Keep the clean tower's logit scale at 100 or less."""

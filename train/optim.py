@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,19 +11,28 @@ from torch import Tensor, nn
 from clipkit.config import OptimConfig
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with decay on matrices and convolutions only, fused where the device allows it; or Muon for those."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+def make_optimizer(model: nn.Module, config: OptimConfig, scales: Mapping[str, float] | None = None) -> Muon:
+    """AdamW with decay on matrices and convolutions only, fused where the device allows it; or Muon for those.
+
+    `scales` gives some parameters, by name, a share of the learning rate: the group's `lr_scale`.
+    """
     no_decay_modules = (nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
     exempt = {id(p) for m in model.modules() if isinstance(m, no_decay_modules) for p in m.parameters(recurse=False)}
-    exempt |= {id(p) for n, p in named if p.ndim < 2 or "pos" in n.rsplit(".", 1)[-1]}
-    muon = {id(p) for n, p in named if config.method == "muon" and _hidden_matrix(n, p)} - exempt
-    adamw = {id(p) for _, p in named} - exempt - muon
-    groups = [
-        {"params": [p for _, p in named if id(p) in chosen], "weight_decay": decay, "muon": chosen is muon}
-        for chosen, decay in ((adamw, config.weight_decay), (exempt, 0.0), (muon, config.weight_decay))
-    ]
-    return Muon([g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = id(parameter) not in exempt and parameter.ndim >= 2 and "pos" not in name.rsplit(".", 1)[-1]
+            muon = decays and config.method == "muon" and _hidden_matrix(name, parameter)
+            groups.setdefault((muon, not decays, (scales or {}).get(name, 1.0)), []).append(parameter)
+    return Muon(
+        [
+            {"params": found, "weight_decay": 0.0 if spared else config.weight_decay, "muon": muon, "lr_scale": scale}
+            for (muon, spared, scale), found in sorted(groups.items(), key=lambda item: item[0])
+        ],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        fused=True,
+    )
 
 
 def _hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
@@ -76,10 +86,19 @@ def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Rate for `step` (from 0): linear warm-up, then half a cosine down to final_lr * lr at the last step."""
+    """Rate for `step` (from 0): linear warm-up, then as `config.schedule` says, down to final_lr * lr at the last step.
+
+    "cosine": half a cosine. "wsd" (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395): the peak until the last
+    `decay_share` of the steps, then a straight line. "constant": the peak.
+    """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     share = (step - config.warmup) / max(1, steps - config.warmup)
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "wsd":
+        left = min(1.0, (steps - step) / max(1.0, config.decay_share * steps))
+        return config.lr * (config.final_lr + (1 - config.final_lr) * left)
     return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * share)) / 2)
 
 

@@ -7,13 +7,13 @@ clipkit pretrain drawings_clip.toml run.steps=200          # the same on one pro
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipkit import distributed
 from clipkit.errors import RecipeError
@@ -22,8 +22,10 @@ from clipkit.model import CLIP, CLIPConfig
 from clipkit.shards import Shards
 from clipkit.stream import Batch
 from clipkit.tokenizer import Tokenizer
+from clipkit.train import tune
 from clipkit.train.launch import Recipe, launch
 from clipkit.train.step import Features, Task
+from clipkit.train.tune import TuneConfig
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class PretrainRecipe(Recipe):
 
     model: CLIPConfig
     loss: LossConfig
+    tune: TuneConfig
 
     def __post_init__(self) -> None:
         biased = self.model.init_logit_bias is not None
@@ -41,7 +44,9 @@ class PretrainRecipe(Recipe):
                 "set model.init_logit_bias=-10 and model.init_logit_scale=10"
             )
         if self.loss.kind == "info_nce" and biased:
-            raise RecipeError("model.init_logit_bias is set, which InfoNCE cannot learn; it belongs to loss.kind=sigmoid")
+            raise RecipeError(
+                "model.init_logit_bias is set, which InfoNCE cannot learn; it belongs to loss.kind=sigmoid"
+            )
 
 
 class Pretraining(Task):
@@ -52,13 +57,15 @@ class Pretraining(Task):
     def __init__(self, recipe: PretrainRecipe, shards: Shards) -> None:
         super().__init__()
         self.recipe, self.image_size = recipe, recipe.model.image_size
-        self.tokenizer = make_tokenizer(recipe.model, shards, Path(recipe.run.out))
+        self.tokenizer = make_tokenizer(recipe, shards)
         self.model: CLIP = CLIP(recipe.model, self.tokenizer.vocab_size, self.tokenizer.end_id)
+        tune.initialise(self.model, recipe.tune)
+        tune.lock(self.model, recipe.tune)
 
     def forward(self, batch: Batch) -> Features:
         """Unit vectors of images and captions [b, D], and each pair's logit scale and bias [b]."""
-        ids = self.tokenizer(batch.captions).to(batch.images.device)
-        image, text = self.model.encode_image(batch.images), self.model.encode_text(ids)
+        image = self.model.encode_image(batch.images)
+        text = self.model.encode_text(self.tokenizer(batch.captions))
         # As rows beside the features, so that the loss is a function of features and nothing else.
         return image, text, self.model.logit_scale.expand(len(batch)), self.model.logit_bias.expand(len(batch))
 
@@ -70,6 +77,20 @@ class Pretraining(Task):
             value = sigmoid_loss(image, text, scale, bias, groups)
             return value, {"logit_scale": scale.detach().mean(), "logit_bias": bias.detach().mean()}
         return info_nce(image, text, scale, groups), {"logit_scale": scale.detach().mean()}
+
+    def train(self, mode: bool = True) -> Pretraining:
+        """Training mode, but for what is locked."""
+        super().train(mode)
+        tune.hold_still(self.model)
+        return self
+
+    def networks(self) -> Sequence[nn.Module]:
+        """The image tower; the text tower's inputs are as long as the captions are."""
+        return [self.model.image]
+
+    def lr_scales(self) -> Mapping[str, float]:
+        """Smaller for deeper blocks, if the recipe says so."""
+        return tune.lr_scales(self.model, self.recipe.tune)
 
     def after_step(self) -> None:
         """Keep the logit scale at 100 or less."""
@@ -99,17 +120,20 @@ class Pretraining(Task):
         return {"tokenizer.json": self.tokenizer.to_json()}
 
 
-def make_tokenizer(config: CLIPConfig, shards: Shards, run: Path) -> Tokenizer:
-    """CLIP's tokenizer if the recipe names its merges file, else one trained on the pack's captions.
+def make_tokenizer(recipe: PretrainRecipe, shards: Shards) -> Tokenizer:
+    """The tokenizer of the text tower to start from; or CLIP's, if the recipe names its merges file; or a trained one.
 
-    A trained one is made once, on rank 0, and kept in the run's folder.
+    That is trained on the pack's captions, once, on rank 0, and kept in the run's folder.
     """
+    config, source = recipe.model, recipe.tune.source
+    if source is not None and recipe.tune.init != "image":
+        return Tokenizer.from_json(source.text("tokenizer.json"), config.context_length)
     if config.merges:
         return Tokenizer.clip(config.merges, config.context_length)
-    path = run / "tokenizer.json"
+    path = Path(recipe.run.out) / "tokenizer.json"
     if distributed.rank() == 0 and not path.is_file():
         captions = sorted({c for i in range(len(shards)) for c in shards.read(i).captions})
-        run.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(Tokenizer.train(captions, config.vocab_size).to_json(), encoding="utf-8")
     distributed.barrier()
     return Tokenizer.from_json(path.read_text(encoding="utf-8"), config.context_length)

@@ -36,8 +36,16 @@ class Task(nn.Module, ABC):
     def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to minimise, of features alone, and scalars to log; the mean over ranks is what counts."""
 
+    def networks(self) -> Sequence[nn.Module]:
+        """What torch.compile compiles: modules whose inputs have the same shapes at every step."""
+        return [self.model]
+
     def after_step(self) -> None:
         """Called after each optimizer step."""
+
+    def lr_scales(self) -> Mapping[str, float]:
+        """Names of the model's parameters whose learning rate is a share of the recipe's, with that share."""
+        return {}
 
     def evaluate(self, device: torch.device) -> dict[str, float]:
         """Scores of the averaged weights, the same on every rank; called on all of them."""
@@ -58,7 +66,7 @@ def backward(
     """Add the gradient of the batch to the parameters' -> the loss, and what else the task logs.
 
     With `micro_batches` > 1 memory is that of one part: the features of all parts are made without a graph, the loss
-    gives their gradients, and each part is done again, with the random numbers it had, to carry its share to the weights
+    gives their gradients, and each part is done again, with the random numbers it had, to carry them to the weights
     (GradCache, Gao et al. 2021, arXiv 2101.06983). The result is that of the whole batch, dropout and all, except for
     towers with BatchNorm, whose statistics are those of the parts. `parallel` is `task` wrapped in DDP, which then
     averages over ranks once. `precision` makes the autocast context of the towers.

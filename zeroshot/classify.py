@@ -29,11 +29,9 @@ def embed_texts(model: CLIP, tokenizer: Tokenizer, texts: Sequence[str]) -> Tens
 
     Each distinct text is encoded once, and texts of like length share a batch.
     """
-    device = model.log_logit_scale.device
     distinct = sorted(set(texts), key=lambda t: (len(t), t))
     features = [
-        model.encode_text(tokenizer(distinct[i : i + _TEXT_BATCH]).to(device))
-        for i in range(0, len(distinct), _TEXT_BATCH)
+        model.encode_text(tokenizer(distinct[i : i + _TEXT_BATCH])) for i in range(0, len(distinct), _TEXT_BATCH)
     ]
     place = {text: i for i, text in enumerate(distinct)}
     return torch.cat(features)[[place[t] for t in texts]]

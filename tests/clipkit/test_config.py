@@ -81,13 +81,14 @@ def test_missing_and_broken_recipes(tmp_path):
 
 def test_fields_are_frozen():
     """The options that users rely on; adding or renaming one is a decision, so it shows here."""
-    run = "batch_size device ema_decay eval_every grad_clip keep_last log_every micro_batches out precision save_every seed steps"
-    model = "context_length embed_dim image_kwargs image_size image_tower init_logit_bias init_logit_scale merges text_heads text_layers text_width"
+    run = "batch_size compile device ema_decay eval_every grad_clip keep_last log_every micro_batches out precision"
+    model = "context_length embed_dim grad_checkpointing image_kwargs image_size image_tower init_logit_bias"
     recipe = asdict(load_recipe(PretrainRecipe, "drawings_clip"))
     assert {section: " ".join(sorted(values)) for section, values in recipe.items()} == {
-        "run": f"{run} tensorboard",
+        "run": f"{run} save_every seed steps sync_batchnorm tensorboard",
         "data": "crop_scale flip max_bad_fraction shards val workers",
-        "optim": "beta1 beta2 final_lr lr method warmup weight_decay",
-        "model": f"{model} vocab_size",
+        "optim": "beta1 beta2 decay_share final_lr lr method schedule warmup weight_decay",
+        "model": f"{model} init_logit_scale merges text_heads text_layers text_width vocab_size",
         "loss": "kind positives",
+        "tune": "init init_from layer_decay lock unlock_blocks",
     }

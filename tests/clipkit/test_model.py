@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,7 +82,39 @@ def test_text_blocks_equal_torchs_own_transformer_layer():
     )
     x = torch.randn(2, 6, 32)
     mask = torch.nn.Transformer.generate_square_subsequent_mask(6)
-    torch.testing.assert_close(block(x), layer(x, src_mask=mask, is_causal=True), rtol=1e-4, atol=1e-5)
+    ours = block(x.flatten(0, 1), torch.arange(12), 2, 6).view(2, 6, 32)
+    torch.testing.assert_close(ours, layer(x, src_mask=mask, is_causal=True), rtol=1e-4, atol=1e-5)
+
+
+def test_packed_captions_give_every_gradient_of_padded_ones():
+    """Against each caption encoded by itself, which needs neither padding nor packing."""
+    tower, rows = TextTower(CNN, 50, END).double(), ids(4, 9, 3, 7)
+    lengths = ((rows == END).int().argmax(1) + 1).tolist()
+    alone = torch.cat([tower(row[None, :n]) for row, n in zip(rows, lengths, strict=True)])
+    weights = torch.randn_like(alone)
+    expected = torch.autograd.grad((alone * weights).sum(), list(tower.parameters()))
+    together = torch.autograd.grad((tower(rows) * weights).sum(), list(tower.parameters()))
+    for a, b in zip(together, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("config", [CNN, VIT], ids=["cnn", "vit"])
+def test_checkpointing_changes_no_gradient(config):
+    images, texts = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8), ids(4, 6, 5)
+
+    def gradients(checkpointed):
+        torch.manual_seed(0)
+        model = CLIP(dataclasses.replace(config, grad_checkpointing=checkpointed), 50, END)
+        (model.encode_image(images) * model.encode_text(texts)).sum().backward()
+        return [p.grad for n, p in model.named_parameters() if n != "log_logit_scale"]
+
+    for a, b in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_tower_without_checkpointing_is_refused():
+    with pytest.raises(RecipeError, match="no gradient checkpointing"):
+        ImageTower(CLIPConfig("clipkit_resnet", 32, grad_checkpointing=True))
 
 
 def test_logit_scale_starts_at_clips_value_and_is_clamped():

@@ -23,6 +23,10 @@ def test_blocks_start_as_their_shortcuts():
     torch.testing.assert_close(block(x), x)
 
 
+def test_a_block_may_halve_the_side_and_keep_the_width():
+    assert SmallResNet((8, 8), (1, 1))(torch.randn(2, 3, 24, 24)).shape == (2, 8)
+
+
 def test_is_an_image_tower_by_name():
     tower = ImageTower(CLIPConfig("clipkit_resnet", 32, {"channels": [8, 16], "depths": [1, 1]}, embed_dim=12))
     assert tower(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 12)

@@ -1,13 +1,15 @@
 import pytest
 import torch
 
-from clipkit.guidance.noisy_clip import NoisyCLIP, noised, residual_blocks
+from clipkit.guidance.noisy_clip import NoisyCLIP, noised
 from clipkit.model import CLIP, CLIPConfig
+from clipkit.towers import residual_blocks
 
 TOWERS = {
     "vit": ("vit_tiny_patch16_224", {"patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}, 2),
     "convnext": ("convnext_atto", {"patch_size": 2, "depths": [1, 1, 2, 1], "dims": [8, 8, 16, 16]}, 5),
     "resnet": ("resnet18", {"channels": [8, 8, 16, 16]}, 9),
+    "small resnet": ("clipkit_resnet", {"channels": [8, 16], "depths": [1, 2]}, 3),
 }
 
 

@@ -158,7 +158,9 @@ def test_decay_spares_biases_norms_embeddings_and_the_scale():
     from clipkit.model import CLIP, CLIPConfig
 
     model = CLIP(CLIPConfig("convnext_atto", 32, {"patch_size": 2, "depths": [1] * 4, "dims": [8] * 4}), 50, 2)
-    decayed, spared = (group["params"] for group in optim.make_optimizer(model, OptimConfig(weight_decay=0.3)).param_groups)
+    decayed, spared = (
+        group["params"] for group in optim.make_optimizer(model, OptimConfig(weight_decay=0.3)).param_groups
+    )
     names = {id(p): n for n, p in model.named_parameters()}
     assert len(decayed) + len(spared) == len(names)
     assert all(p.ndim >= 2 for p in decayed)
@@ -189,7 +191,8 @@ def test_orthogonalising_keeps_singular_vectors_and_levels_singular_values(shape
     levelled = u.T @ optim.orthogonalise(matrix, steps=5) @ vh.T
     values = levelled.diagonal()
     torch.testing.assert_close(levelled, torch.diag(values), rtol=0, atol=1e-10)
-    assert values.min() > 0.6 and values.max() < 1.3
+    assert values.min() > 0.6
+    assert values.max() < 1.3
 
 
 def test_muon_resumes_to_the_same_bits(packs, tmp_path):

@@ -1,0 +1,154 @@
+"""One training step of clipkit beside open_clip's, in turns: `python benchmarks/train_step.py [--json]`.
+
+The same towers (timm's ViT, a text transformer of the same shape), batch, precision, optimizer settings, and captions
+of ordinary length. The two sides alternate within one process, so that a busy machine slows both: look at the
+ratio, not at the seconds. open_clip is in the [parity] extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from clipkit.config import OptimConfig
+from clipkit.losses import info_nce
+from clipkit.model import CLIP, CLIPConfig
+from clipkit.train.optim import make_optimizer
+
+VOCABULARY, END = 49408, 49407
+SHAPES = {
+    "vit_b_32": {"tower": "vit_base_patch32_224", "embed": 512, "width": 512, "layers": 12, "heads": 8},
+    "vit_tiny": {"tower": "vit_tiny_patch16_224", "embed": 256, "width": 256, "layers": 4, "heads": 4},
+}
+
+
+def ours(shape: dict[str, object], precision: str) -> Callable[[Tensor, Tensor], float]:
+    """clipkit's step on uint8 images and trimmed ids."""
+    config = CLIPConfig(
+        str(shape["tower"]),
+        224,
+        embed_dim=shape["embed"],  # type: ignore[arg-type]
+        text_width=shape["width"],  # type: ignore[arg-type]
+        text_layers=shape["layers"],  # type: ignore[arg-type]
+        text_heads=shape["heads"],  # type: ignore[arg-type]
+    )
+    model = CLIP(config, VOCABULARY, END).train()
+    optimizer = make_optimizer(model, OptimConfig(lr=5e-4, weight_decay=0.2))
+
+    def step(images: Tensor, ids: Tensor) -> float:
+        optimizer.zero_grad()
+        ids = ids[:, : int((ids != 0).sum(dim=1).max())]  # what clipkit's tokenizer returns
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            image, text = model.encode_image(images), model.encode_text(ids)
+        loss = info_nce(image, text, model.logit_scale)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        model.clamp_logit_scale()
+        return float(loss.detach())
+
+    return step
+
+
+def theirs(shape: dict[str, object], precision: str) -> Callable[[Tensor, Tensor], float]:
+    """open_clip's step as its training script does it: float images, ids padded to 77."""
+    import open_clip
+
+    config = {
+        "embed_dim": shape["embed"],
+        "vision_cfg": {
+            "timm_model_name": shape["tower"],
+            "timm_model_pretrained": False,
+            "timm_pool": "",
+            "timm_proj": "linear",
+            "image_size": 224,
+        },
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": VOCABULARY,
+            "width": shape["width"],
+            "heads": shape["heads"],
+            "layers": shape["layers"],
+        },
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "clipkit-benchmark.json").write_text(json.dumps(config))
+        open_clip.add_model_config(folder)
+        model: nn.Module = open_clip.create_model("clipkit-benchmark", output_dict=True).train()
+    loss_function = open_clip.ClipLoss(cache_labels=True)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    spared = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": spared, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.2}]
+    optimizer = torch.optim.AdamW(groups, lr=5e-4, betas=(0.9, 0.98), eps=1e-6)
+    mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
+    std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(1, 3, 1, 1)
+
+    def step(images: Tensor, ids: Tensor) -> float:
+        optimizer.zero_grad()
+        pixels = (images.float() / 255 - mean.to(images.device)) / std.to(images.device)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = loss_function(**model(pixels, ids))
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))  # type: ignore[operator,union-attr]
+        return float(loss.detach())
+
+    return step
+
+
+def captions(batch: int) -> Tensor:
+    """Ids of ordinary captions, 6 to 22 tokens, padded to 77."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.zeros(batch, 77, dtype=torch.int64)
+    for row in ids:
+        length = int(torch.randint(6, 23, (), generator=generator))
+        row[:length] = torch.randint(1, END - 1, (length,), generator=generator)
+        row[0], row[length - 1] = END - 1, END
+    return ids
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=SHAPES, nargs="+", default=list(SHAPES))
+    parser.add_argument("--precision", choices=("fp32", "bf16"), nargs="+", default=["fp32"])
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
+    options = parser.parse_args()
+    images = torch.randint(0, 256, (options.batch, 3, 224, 224), dtype=torch.uint8)
+    ids, rows = captions(options.batch), []
+    for name in options.model:
+        for precision in options.precision:
+            torch.manual_seed(0)
+            sides = {"clipkit": ours(SHAPES[name], precision), "open_clip": theirs(SHAPES[name], precision)}
+            seconds: dict[str, list[float]] = {side: [] for side in sides}
+            for turn in range(options.rounds + 1):
+                for side, step in sides.items():
+                    began = time.perf_counter()
+                    step(images, ids)
+                    if turn:  # the first turn warms up
+                        seconds[side].append(time.perf_counter() - began)
+            pairs = zip(seconds["clipkit"], seconds["open_clip"], strict=True)
+            row = {"model": name, "precision": precision, "batch": options.batch, "threads": torch.get_num_threads()}
+            row |= {f"{side}_s": statistics.median(taken) for side, taken in seconds.items()}
+            row["ratio"] = statistics.median(a / b for a, b in pairs)
+            rows.append(row)
+            times = f"clipkit {row['clipkit_s']:.2f} s, open_clip {row['open_clip_s']:.2f} s, ratio {row['ratio']:.2f}"
+            out = sys.stderr if options.json else sys.stdout
+            print(f"{name} {precision} batch {options.batch}: {times}", file=out, flush=True)
+    if options.json:
+        print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
