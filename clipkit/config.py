@@ -123,6 +123,15 @@ class OptimConfig:
             raise RecipeError(f"optim.decay_share is {self.decay_share}; it must be in (0, 1]")
 
 
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The sections that every recipe has; each training script adds its model's."""
+
+    run: RunConfig
+    data: DataConfig
+    optim: OptimConfig
+
+
 def load_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) -> R:
     """Read the recipe at `path` (or the shipped one of that name), apply the overrides, check everything.
 

@@ -49,15 +49,32 @@ def test_make_targets_exist():
     assert {c.split()[1] for c in commands() if c.startswith("make ")} <= set(targets)
 
 
-def test_the_python_example_runs(chain, tmp_path, monkeypatch):
+def code(example):
+    return [line for line in example.splitlines() if line and not line.startswith(("import", "from"))]
+
+
+def test_the_training_example_runs(packs, tmp_path, monkeypatch):
+    """Its recipe cut to two small steps: from here on the words of the example are the words that run."""
+    example = next(e for e in blocks("python") if "train_recipe" in e)
+    (tmp_path / "packs").mkdir()
+    (tmp_path / "packs" / "drawings").symlink_to(packs / "train")
+    monkeypatch.chdir(tmp_path)
+    small = ', "run.steps=2", "run.batch_size=16", "data.val=", "data.workers=0"])'
+    scope = {}
+    exec(example.replace('"run.out=runs/mine/clip"])', '"run.out=runs/mine/clip"' + small), scope)
+    assert scope["loss"].isfinite()
+    assert (tmp_path / "runs" / "mine" / "clip" / "checkpoints").is_dir()
+
+
+def test_the_zero_shot_example_runs(chain, tmp_path, monkeypatch):
     from PIL import Image
 
-    (example,) = blocks("python")
+    example = next(e for e in blocks("python") if "clipkit.load" in e)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "demo").symlink_to(chain)
     Image.new("RGB", (40, 30), "red").save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
-    assert len([line for line in example.splitlines() if line and not line.startswith(("import", "from"))]) <= 5
+    assert len(code(example)) <= 5
     scope = {}
     exec(example, scope)
     assert abs(sum(scope["probabilities"][0].tolist()) - 1) < 1e-5

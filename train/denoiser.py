@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from clipkit import distributed
+from clipkit.config import Recipe
 from clipkit.errors import RecipeError
 from clipkit.guidance.denoiser import Denoiser, DiffusionConfig, NetworkConfig, target
 from clipkit.guidance.dit import DiTConfig
@@ -21,7 +22,7 @@ from clipkit.guidance.schedule import add_noise, sample_log_snr
 from clipkit.guidance.unet import UNetConfig
 from clipkit.shards import Shards
 from clipkit.stream import Batch
-from clipkit.train.launch import Recipe, launch
+from clipkit.train.launch import launch
 from clipkit.train.step import Features, Task
 
 

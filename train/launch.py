@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from clipkit import distributed
-from clipkit.config import DataConfig, OptimConfig, RunConfig, load_recipe, to_toml
+from clipkit.config import Recipe, load_recipe, to_toml
 from clipkit.shards import Shards
 from clipkit.stream import Stream
 from clipkit.train.loop import seed_everything, train
 from clipkit.train.step import Task
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The sections that every recipe has; each script adds its model's."""
-
-    run: RunConfig
-    data: DataConfig
-    optim: OptimConfig
-
 
 R = TypeVar("R", bound=Recipe)
 MakeTask = Callable[[R, Shards], Task]
@@ -52,6 +41,5 @@ def train_recipe(recipe: R, make_task: MakeTask[R], device: torch.device) -> Pat
     shards = Shards(recipe.data.shards, verify=rank == 0)
     seed_everything(recipe.run.seed, 0, 0)  # the same initial weights on every rank
     task = make_task(recipe, shards)
-    run = recipe.run
-    stream = Stream(shards, recipe.data, task.image_size, run.batch_size, run.seed, rank, world_size)
-    return train(task, stream, run, recipe.optim, recipe, device)
+    stream = Stream(shards, recipe.data, task.image_size, recipe.run.batch_size, recipe.run.seed, rank, world_size)
+    return train(task, stream, recipe, device)

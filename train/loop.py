@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipkit import checkpoint, distributed
 from clipkit._version import __version__
-from clipkit.config import OptimConfig, RunConfig, from_dict
+from clipkit.config import Recipe, from_dict
 from clipkit.errors import CheckpointError, NonFiniteError, UsageError
 from clipkit.records import Records, say
 from clipkit.stream import Batch, Stream
@@ -42,17 +42,15 @@ def seed_everything(seed: int, step: int, rank: int) -> None:
     torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
 
 
-def train(
-    task: Task, stream: Stream, run: RunConfig, optimizer: OptimConfig, recipe: Any, device: torch.device
-) -> Path:
-    """Train `task` on `stream` as `run` says, resuming what lies in `run.out` -> the run's folder.
+def train(task: Task, stream: Stream, recipe: Recipe, device: torch.device) -> Path:
+    """Train `task` on `stream` as the recipe says, resuming what lies in its `run.out` -> that folder.
 
     Raises CheckpointError if that folder holds a run of another recipe, NonFiniteError when the loss or the gradient is
     no longer a number.
     """
-    folder = Path(run.out)
+    run, folder = recipe.run, Path(recipe.run.out)
     task.to(device)
-    loop = _Loop(task, run, optimizer, recipe, device)
+    loop = _Loop(task, recipe, device)
     start = loop.resume(folder)
     main = distributed.rank() == 0
     if main:
@@ -70,8 +68,9 @@ def train(
 class _Loop:
     """State of one run, and its steps."""
 
-    def __init__(self, task: Task, run: RunConfig, config: OptimConfig, recipe: Any, device: torch.device) -> None:
-        self.task, self.run, self.config, self.recipe, self.device = task, run, config, recipe, device
+    def __init__(self, task: Task, recipe: Recipe, device: torch.device) -> None:
+        self.task, self.recipe, self.device = task, recipe, device
+        self.run, self.config = run, config = recipe.run, recipe.optim
         if run.sync_batchnorm:
             _synchronise_batchnorm(task.model, device)
         if run.compile:
@@ -241,7 +240,7 @@ def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{section}.{key}": v for section, values in recipe.items() for key, v in (values or {}).items()}
 
 
-def _same_recipe(found: checkpoint.Checkpoint, recipe: Any) -> None:
+def _same_recipe(found: checkpoint.Checkpoint, recipe: Recipe) -> None:
     """Refuse to resume a run with a recipe that would have trained something else. Raises CheckpointError."""
     there = from_dict(type(recipe), found.state["recipe"])  # keys that are younger than the run have their defaults
     ours, theirs = _flat(dataclasses.asdict(recipe)), _flat(dataclasses.asdict(there))

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clipkit.config import Recipe
 from clipkit.errors import RecipeError
 from clipkit.guidance.noisy_clip import NoisyCLIP, NoisyCLIPConfig, noised
 from clipkit.guidance.schedule import sample_log_snr
@@ -25,7 +26,7 @@ from clipkit.losses import LossConfig, info_nce
 from clipkit.pretrained import load
 from clipkit.shards import Shards
 from clipkit.stream import Batch
-from clipkit.train.launch import Recipe, launch
+from clipkit.train.launch import launch
 from clipkit.train.step import Features, Task
 from clipkit.zeroshot.classify import class_head
 

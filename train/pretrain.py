@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from clipkit import distributed
+from clipkit.config import Recipe
 from clipkit.errors import RecipeError
 from clipkit.losses import LossConfig, info_nce, sigmoid_loss
 from clipkit.model import CLIP, CLIPConfig
@@ -23,7 +24,7 @@ from clipkit.shards import Shards
 from clipkit.stream import Batch
 from clipkit.tokenizer import Tokenizer
 from clipkit.train import tune
-from clipkit.train.launch import Recipe, launch
+from clipkit.train.launch import launch
 from clipkit.train.step import Features, Task
 from clipkit.train.tune import TuneConfig
 

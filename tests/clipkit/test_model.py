@@ -138,3 +138,35 @@ def test_wrong_towers_are_one_line(tower, arguments, message):
     with pytest.raises(RecipeError, match=message) as error:
         CLIP(CLIPConfig(tower, 32, arguments, **TINY), 50, END)
     assert "\n" not in str(error.value)
+
+
+# One tower of each family, as small as its constructor lets it be.
+FAMILIES = {
+    "vit": ("vit_tiny_patch16_224", {"depth": 1, "patch_drop_rate": 0.5}),
+    "deit": ("deit3_small_patch16_224", {"depth": 1, "embed_dim": 64, "num_heads": 2}),
+    "eva": ("eva02_tiny_patch14_224", {"depth": 1, "patch_size": 16}),
+    "beit": ("beit_base_patch16_224", {"depth": 1, "embed_dim": 64, "num_heads": 2}),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 2},
+    ),
+    "xcit": ("xcit_nano_12_p16_224", {"depth": 1}),
+    "convnext": ("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}),
+    "resnet": ("resnet18", {"channels": [8, 8, 16, 16]}),
+    "resnetv2": ("resnetv2_50", {"layers": [1, 1, 1, 1], "channels": [32, 32, 64, 64], "stem_chs": 16}),
+    "efficientnet": ("tinynet_e", {}),
+    "mobilenet": ("mobilenetv3_small_050", {}),
+    "regnet": ("regnetx_002", {}),
+    "ghostnet": ("ghostnet_050", {}),
+    "mobilevit": ("mobilevit_xxs", {}),
+    "densenet": ("densenet121", {"block_config": [1, 1, 1, 1], "growth_rate": 8}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_timms_families_are_image_towers(family):
+    tower = ImageTower(CLIPConfig(FAMILIES[family][0], 64, FAMILIES[family][1], **TINY))
+    features = tower(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8))
+    assert features.shape == (2, 16)
+    features.sum().backward()
+    assert [n for n, p in tower.named_parameters() if p.grad is None] == []

@@ -96,6 +96,39 @@ def test_two_ranks_train_the_same_model(packs, tmp_path):
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
+VARIANTS = {
+    "parts": (1, ["run.micro_batches=4"]),
+    "ranks": (2, []),
+    "ranks and parts": (2, ["run.micro_batches=2"]),
+    "checkpointed": (1, ["model.grad_checkpointing=true"]),
+}
+
+
+@pytest.fixture(scope="module")
+def plain_curve(packs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("plain")
+    pretrain.run("drawings_clip", words(packs, out, 100, *CURVE))
+    return losses(out)
+
+
+CURVE = ["run.save_every=100", "run.batch_size=32", "optim.lr=5e-4", "optim.warmup=50"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_hundred_steps_follow_the_same_curve(packs, tmp_path, plain_curve, variant):
+    ranks, more = VARIANTS[variant]
+    recipe = ["drawings_clip", *words(packs, tmp_path, 100, *CURVE, *more)]
+    if ranks == 1:
+        pretrain.run(recipe[0], recipe[1:])
+    else:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", "clipkit"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, *launch, "pretrain", *recipe], check=True, capture_output=True, env=environment)
+    assert losses(tmp_path) == pytest.approx(plain_curve, rel=1e-4)
+    assert plain_curve[-1] < 0.8 * plain_curve[0]
+
+
 def test_a_changed_recipe_is_refused_with_its_differences(packs, uninterrupted):
     with pytest.raises(CheckpointError, match=r"optim\.lr: 0\.002 there, 0\.5 here") as error:
         pretrain.run("drawings_clip", words(packs, uninterrupted, 6, "optim.lr=0.5"))
@@ -152,6 +185,16 @@ def test_schedule_warms_up_and_ends_at_its_floor():
     assert rates[55] == pytest.approx(0.55)
     assert rates[100] == pytest.approx(0.1)
     assert all(a >= b for a, b in pairwise(rates[10:]))
+
+
+def test_stable_and_constant_schedules():
+    wsd = OptimConfig(lr=1.0, warmup=10, schedule="wsd", decay_share=0.2)
+    rates = [optim.learning_rate(s, 100, wsd) for s in range(101)]
+    assert rates[10:81] == [1.0] * 71
+    assert rates[90] == pytest.approx(0.5)
+    assert rates[100] == 0
+    constant = OptimConfig(lr=1.0, warmup=10, schedule="constant")
+    assert {optim.learning_rate(s, 100, constant) for s in range(9, 100)} == {1.0}
 
 
 def test_decay_spares_biases_norms_embeddings_and_the_scale():

@@ -11,7 +11,6 @@ from clipkit import distributed
 from clipkit.config import load_recipe
 from clipkit.shards import Shards
 from clipkit.stream import Stream
-from clipkit.train.launch import Recipe
 from clipkit.train.pretrain import Pretraining, PretrainRecipe
 from clipkit.train.step import backward
 
@@ -118,7 +117,6 @@ def test_every_task_can_be_done_in_parts(packs, tmp_path):
     recipe = load_recipe(
         DenoiserRecipe, "drawings_denoiser", [f"data.shards={packs / 'train'}", f"run.out={tmp_path}", "data.workers=0"]
     )
-    assert isinstance(recipe, Recipe)
     shards = Shards(recipe.data.shards)
     task = Denoising(recipe, shards)
     batch = next(Stream(shards, recipe.data, task.image_size, 6, 0).batches(0, 1))
