@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -262,6 +263,13 @@ def demo(out: Path, seed: int, quick: bool) -> None:
     run(out, seed, quick)
 
 
+def _complain(message: str, every_rank: bool) -> None:
+    """One line on stderr. What was asked for is wrong on all ranks alike; what happens to one may not to the others."""
+    rank = os.environ.get("RANK", "0")
+    if every_rank or rank == "0":
+        click.echo(f"clipkit: {message}" + (f" [rank {rank}]" if rank != "0" else ""), err=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point: runs the command and turns what went wrong into one line and an exit code."""
     try:
@@ -270,10 +278,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         click.echo(error.format_message())
         sys.exit(0)
     except click.ClickException as error:
-        click.echo(f"clipkit: {' '.join(error.format_message().split())} (see --help)", err=True)
+        _complain(f"{' '.join(error.format_message().split())} (see --help)", every_rank=False)
         sys.exit(error.exit_code)
     except ClipkitError as error:
-        click.echo(f"clipkit: {error}", err=True)
+        _complain(str(error), every_rank=not isinstance(error, UsageError))
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.exceptions.Abort):
         click.echo("clipkit: interrupted; the same command goes on from the last checkpoint", err=True)

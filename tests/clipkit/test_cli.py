@@ -75,6 +75,16 @@ def test_guided_sample_writes_what_it_says(command, chain, tmp_path):
         assert sheet.text["prompt"] == "a red rocket"
 
 
+def test_ranks_do_not_repeat_what_is_wrong_on_all_of_them(command, monkeypatch, tmp_path):
+    for rank, lines in ((0, 1), (1, 0)):
+        monkeypatch.setenv("RANK", str(rank))
+        code, _, err = command("pretrain", "drawings_clip", "run.stesp=1")
+        assert (code, len(err.splitlines())) == (2, lines)
+        code, _, err = command("pretrain", "drawings_clip", f"run.out={tmp_path}", f"data.shards={tmp_path / 'none'}")
+        assert (code, len(err.splitlines())) == (1, 1)
+    assert err.rstrip().endswith("[rank 1]")
+
+
 @pytest.mark.parametrize("name", ["pretrain", "denoiser", "noisy-clip"])
 def test_dry_run_prints_the_resolved_recipe(command, name):
     recipe = {"pretrain": "clip", "denoiser": "denoiser", "noisy-clip": "noisy_clip"}[name]
@@ -110,6 +120,20 @@ def bad_inputs(chain, packs, tmp):
         "no pack": (1, ["pretrain", "drawings_clip", out, f"data.shards={tmp / 'none'}"], "no pack at"),
         "no shards": (1, ["pretrain", "drawings_clip", out, f"data.shards={tmp / 'images'}"], "no .tar shards"),
         "corrupt shard": (1, ["pretrain", "drawings_clip", out, f"data.shards={tmp / 'one'}"], "is damaged"),
+        "sigmoid without bias": (
+            2,
+            ["pretrain", "drawings_clip", "loss.kind=sigmoid"],
+            "set model.init_logit_bias=-10",
+        ),
+        "bias without sigmoid": (2, ["pretrain", "drawings_clip", "model.init_logit_bias=-10"], "InfoNCE cannot learn"),
+        "sigmoid with noise": (2, ["noisy-clip", "drawings_noisy_clip", "loss.kind=sigmoid"], "learns by InfoNCE"),
+        "layer decay": (2, ["pretrain", "drawings_clip", "tune.layer_decay=2"], "must be in (0, 1]"),
+        "batchnorm over CPUs": (2, ["pretrain", "drawings_clip", out, data, "run.sync_batchnorm=true"], "needs GPUs"),
+        "no run to start from": (
+            1,
+            ["pretrain", "drawings_clip", out, data, f"tune.init_from={tmp / 'none'}"],
+            "is not a model: it does not exist",
+        ),
         "unknown tower": (2, ["pretrain", "drawings_clip", out, data, "model.image_tower=resnet1"], "timm has no"),
         "unknown device": (2, ["pretrain", "drawings_clip", out, data, "run.device=tpu"], "device 'tpu'"),
         "no captions": (1, ["pack", tmp / "images", tmp / "p1", "--csv", tmp / "empty.csv"], "nothing to pack"),
