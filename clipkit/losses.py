@@ -76,7 +76,7 @@ class _Pairs:
         if groups is None:  # each pair is a group of its own
             groups = torch.arange(start, start + rows, device=device)
         everyone = distributed.gather_rows(groups, self.sizes)
-        _, number, counts = everyone.unique(return_inverse=True, return_counts=True)
+        _, number, counts = torch.unique(everyone, return_inverse=True, return_counts=True)
         self.everyone, self.own = everyone, groups
         self.count = counts[number][start : start + rows]  # [b]: as many texts as images are in a group
 
@@ -162,7 +162,8 @@ class _Strips(torch.autograd.Function):
             (rows, cosines.mul_(scale[rows, None]).add_(bias[rows, None])) for rows, cosines in _cosines(image, texts)
         )
         # Ranks may hold different numbers of rows: the mean over ranks of W / B * their sum is the mean over all rows.
-        return ctx.objective.value(strips) * (len(pairs.sizes) / pairs.total)
+        value: Tensor = ctx.objective.value(strips) * (len(pairs.sizes) / pairs.total)
+        return value
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -207,7 +207,7 @@ class _Meter:
 def _synchronise_batchnorm(model: nn.Module, device: torch.device) -> None:
     if device.type != "cuda":
         raise UsageError(f"run.sync_batchnorm needs GPUs, and this run is on {device}: torch has it for CUDA only")
-    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
 
 
 def _versions() -> dict[str, str]:

@@ -82,7 +82,8 @@ def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
     for _ in range(steps):
         gram = x @ x.T
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+    levelled: Tensor = x.T if matrix.shape[0] > matrix.shape[1] else x
+    return levelled
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

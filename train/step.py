@@ -86,15 +86,13 @@ def backward(
             cached.append(task(part))
     leaves = tuple(torch.cat(column).requires_grad_() for column in zip(*cached, strict=True))
     loss, values = task.loss(leaves, batch)
-    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-    sizes = [len(part) for part in parts]
-    shares = zip(*(g.split(sizes) for g in gradients if g is not None), strict=True)
-    used = [i for i, g in enumerate(gradients) if g is not None]
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    shares = zip(*(torch.split(g, [len(part) for part in parts]) for g in gradients), strict=True)
     for i, (part, state, share) in enumerate(zip(parts, states, shares, strict=True)):
         _set_random_state(state, batch.images.device)
         with precision():
             again = (module if i == len(parts) - 1 else task)(part)
-        _carry([again[k] for k in used], share)
+        _carry(again, share)
     return loss.detach(), values
 
 
