@@ -58,6 +58,8 @@ class RunConfig:
     """Decay of the weights' moving average, which is what evaluation and `clipkit.load` use."""
     compile: bool = False
     """Compile the networks with torch.compile; needs a C++ compiler on CPUs, and minutes before the first step."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """What each rank holds of the model: "ddp" all of it, "fsdp" its share (FSDP2)."""
     sync_batchnorm: bool = False
     """BatchNorm over the batch of all ranks (GPUs only); without it each rank, and each micro-batch, uses its own."""
     grad_clip: float = 1.0
@@ -79,6 +81,8 @@ class DataConfig:
 
     shards: str
     """Folder made by `clipkit pack`."""
+    mix: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Further packs: folder -> its share of the samples; `shards` has what they leave."""
     val: str = ""
     """Packed validation set, or none."""
     workers: int = 1
@@ -93,6 +97,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not 0 < self.crop_scale <= 1:
             raise RecipeError(f"data.crop_scale is {self.crop_scale}; it must be in (0, 1]")
+        if any(share <= 0 for share in self.mix.values()) or sum(self.mix.values()) >= 1:
+            raise RecipeError(f"data.mix is {self.mix}; its shares must be above 0, and leave some of 1 to data.shards")
 
 
 @dataclasses.dataclass(frozen=True)

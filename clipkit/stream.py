@@ -1,5 +1,8 @@
 """The stream of training batches: its order is a function of (seed, epoch, position), and of nothing else.
 
+Several packs are mixed in fixed shares: which of them a position belongs to is a function of (seed, position) too, and
+each keeps its own epochs.
+
 Epoch e visits the samples in the permutation drawn from (seed, e); the epochs follow each other without a seam, and
 batch k is positions k*B to (k+1)*B - 1 of that endless sequence. So every sample comes once per epoch, any step can be
 started at without replaying the ones before it, and neither ranks, workers nor time can change what comes when.
@@ -11,8 +14,9 @@ import dataclasses
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,6 +28,8 @@ from clipkit.config import DataConfig
 from clipkit.errors import DataError, SampleError
 from clipkit.images import augment, decode, to_tensor
 from clipkit.shards import Shards
+
+_BLOCK = 1000
 
 
 @dataclass
@@ -48,25 +54,54 @@ class Batch:
         return dataclasses.replace(self, images=self.images.to(device), groups=self.groups.to(device))
 
     def split(self, parts: int) -> list[Batch]:
-        """At most `parts` batches of nearly equal size, in order; the counts of bad samples stay with this one."""
-        size = -(-len(self) // parts)
-        cuts = [slice(start, start + size) for start in range(0, len(self), size)]
+        """`parts` batches of nearly equal size, in order, or as many as there are samples; `skipped` stays here."""
+        parts = min(parts, len(self))
+        edges = [len(self) * i // parts for i in range(parts + 1)]
+        cuts = [slice(*edge) for edge in pairwise(edges)]
         return [Batch(self.images[c], self.captions[c], self.groups[c], self.keys[c]) for c in cuts]
+
+
+class Mixture:
+    """Position of the whole -> (pack, position in the pack's own endless sequence).
+
+    Every _BLOCK positions hold each pack's share, exact to 1 / _BLOCK, in an order drawn from (seed, block).
+    """
+
+    def __init__(self, shares: Sequence[float], seed: int) -> None:
+        exact = np.array(shares) / sum(shares) * _BLOCK
+        self.quotas = np.floor(exact).astype(np.int64)
+        largest_remainders = np.argsort(self.quotas - exact, kind="stable")
+        self.quotas[largest_remainders[: _BLOCK - self.quotas.sum()]] += 1
+        self.seed, self._block, self._order = seed, -1, np.empty(0, dtype=np.int64)
+
+    def __call__(self, position: int) -> tuple[int, int]:
+        """Where the sample at this position comes from."""
+        if len(self.quotas) == 1:
+            return 0, position
+        block, offset = divmod(position, _BLOCK)
+        if block != self._block:
+            packs = np.repeat(np.arange(len(self.quotas)), self.quotas)
+            self._block, self._order = block, np.random.default_rng([self.seed, 2, block]).permutation(packs)
+        pack = int(self._order[offset])
+        return pack, block * int(self.quotas[pack]) + int((self._order[:offset] == pack).sum())
 
 
 class _Samples(Dataset[Batch]):
     """Global positions -> decoded, augmented samples; each sample's randomness comes from (seed, position)."""
 
-    def __init__(self, shards: Shards, config: DataConfig, image_size: int, seed: int) -> None:
-        self.shards, self.config, self.image_size, self.seed = shards, config, image_size, seed
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+    def __init__(self, packs: Sequence[Shards], config: DataConfig, image_size: int, seed: int) -> None:
+        self.packs, self.config, self.image_size, self.seed = packs, config, image_size, seed
+        self.mixture = Mixture([1 - sum(config.mix.values()), *config.mix.values()], seed)
+        self._orders: dict[int, tuple[int, np.ndarray[Any, Any]]] = {}
 
-    def index(self, position: int) -> int:
-        """Which sample stands at this position of the endless sequence."""
-        epoch, offset = divmod(position, len(self.shards))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.shards))
-        return int(self._order[offset])
+    def locate(self, position: int) -> tuple[int, int]:
+        """Which pack's sample, and which of them, stands at this position of the endless sequence."""
+        pack, own = self.mixture(position)
+        epoch, offset = divmod(own, len(self.packs[pack]))
+        if self._orders.get(pack, (-1,))[0] != epoch:
+            rng = np.random.default_rng([self.seed, epoch, *([pack] if pack else [])])
+            self._orders[pack] = epoch, rng.permutation(len(self.packs[pack]))
+        return pack, int(self._orders[pack][1][offset])
 
     def __getitem__(self, position: int) -> Batch:
         return self.__getitems__([position])
@@ -81,7 +116,8 @@ class _Samples(Dataset[Batch]):
         for position in positions:
             rng = np.random.default_rng([self.seed, 1, position])
             try:
-                sample = self.shards.read(self.index(position))
+                pack, index = self.locate(position)
+                sample = self.packs[pack].read(index)
                 image = decode(sample.image)
             except SampleError as error:
                 skipped[error.reason] += 1
@@ -89,7 +125,7 @@ class _Samples(Dataset[Batch]):
             images.append(augment(image, self.image_size, self.config.crop_scale, self.config.flip, rng))
             captions.append(sample.captions[rng.integers(len(sample.captions))])
             label = zlib.crc32(sample.captions[0].encode()) if sample.label is None else sample.label
-            groups.append(label)
+            groups.append(label + (pack << 32))  # class 3 of one pack is not class 3 of another
             keys.append(sample.key)
         size = self.image_size
         stacked = to_tensor(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
@@ -132,9 +168,11 @@ class Stream:
     ) -> None:
         if batch_size % world_size:
             raise DataError(f"batch_size {batch_size} does not divide over {world_size} ranks; change run.batch_size")
-        if not len(shards):
-            raise DataError(f"{shards.folder} holds no sample")
-        self.samples = _Samples(shards, config, image_size, seed)
+        packs = [shards, *(Shards(folder, verify=rank == 0) for folder in config.mix)]
+        for pack in packs:
+            if not len(pack):
+                raise DataError(f"{pack.folder} holds no sample")
+        self.samples = _Samples(packs, config, image_size, seed)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
 
     def positions(self, step: int) -> list[int]:

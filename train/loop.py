@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from clipkit import checkpoint, distributed
 from clipkit._version import __version__
@@ -27,7 +26,7 @@ from clipkit.config import Recipe, from_dict
 from clipkit.errors import CheckpointError, NonFiniteError, UsageError
 from clipkit.records import Records, say
 from clipkit.stream import Batch, Stream
-from clipkit.train import optim
+from clipkit.train import optim, parallel
 from clipkit.train.step import Task, backward
 
 
@@ -76,10 +75,9 @@ class _Loop:
         if run.compile:
             for network in task.networks():
                 network.compile(dynamic=False)
+        self.parallel = parallel.share(task, run.parallel, device)
         self.optimizer = optim.make_optimizer(task.model, config, task.lr_scales())
         self.ema = optim.EMA(task.model, run.ema_decay)
-        # Buffers are averaged after the step, so that every rank's statistics count.
-        self.parallel = DistributedDataParallel(task, broadcast_buffers=False) if distributed.active() else None
         self.skipped: Counter[str] = Counter()
 
     def resume(self, folder: Path) -> int:
@@ -89,9 +87,9 @@ class _Loop:
         if found is None:
             return 0
         _same_recipe(found, self.recipe)
-        self.task.model.load_state_dict(found.tensors("model"))
-        for name, tensor in found.tensors("ema").items():
-            self.ema.shadow[name].copy_(tensor)
+        for there, here in (("model", self.task.model.state_dict()), ("ema", self.ema.shadow)):
+            for name, tensor in found.tensors(there).items():
+                here[name].copy_(parallel.like(tensor, here[name]))
         _load_optimizer(self.optimizer, found.tensors("optimizer"))
         return found.step
 
@@ -126,7 +124,7 @@ class _Loop:
         self.optimizer.zero_grad(set_to_none=True)
         precision = partial(autocast, self.device, self.run.precision)
         loss, values = backward(self.task, batch.to(self.device), self.run.micro_batches, self.parallel, precision)
-        norm = nn.utils.clip_grad_norm_(self.task.parameters(), self.run.grad_clip)
+        norm = parallel.finish_gradients(self.task.parameters(), self.run.grad_clip)
         # A bad loss on one rank reaches every rank through the averaged gradient, so all stop at the same step.
         if not torch.isfinite(norm):
             raise NonFiniteError(
@@ -151,18 +149,18 @@ class _Loop:
         return scores
 
     def save(self, folder: Path, step: int) -> None:
-        """Write a checkpoint on rank 0 while the others wait."""
+        """Put the state together, and write it as a checkpoint on rank 0 while the others wait."""
+        tensors = {
+            "model": parallel.whole(self.task.model.state_dict()),
+            "ema": parallel.whole(self.ema.shadow),
+            "optimizer": parallel.whole(_optimizer_tensors(self.optimizer)),
+        }
         if distributed.rank() == 0:
             state = {
                 "kind": self.task.kind,
                 "step": step,
                 "recipe": dataclasses.asdict(self.recipe),
                 "versions": _versions(),
-            }
-            tensors = {
-                "model": self.task.model.state_dict(),
-                "ema": self.ema.shadow,
-                "optimizer": _optimizer_tensors(self.optimizer),
             }
             checkpoint.save(folder, state, tensors, self.task.texts(), self.run.keep_last)
         distributed.barrier()
@@ -226,12 +224,14 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tens
         number, _, quantity = name.partition(".")
         parameter = parameters[int(number)]
         # In the parameter's own memory format: the fused kernel walks all of a parameter's tensors in one order.
-        like = torch.empty_like(parameter) if tensor.shape == parameter.shape else torch.empty_like(tensor)
-        optimizer.state[parameter][quantity] = like.copy_(tensor)
+        if tensor.shape == parameter.shape:
+            tensor = torch.empty_like(parameter).copy_(parallel.like(tensor, parameter))
+        optimizer.state[parameter][quantity] = tensor
 
 
 _FREE_TO_CHANGE = {"data.workers"} | {
-    f"run.{key}" for key in ("out", "device", "log_every", "save_every", "keep_last", "eval_every", "tensorboard")
+    f"run.{key}"
+    for key in ("out", "device", "log_every", "save_every", "keep_last", "eval_every", "tensorboard", "parallel")
 }
 
 

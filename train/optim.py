@@ -7,8 +7,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from clipkit.config import OptimConfig
+from clipkit.errors import UsageError
+from clipkit.train.parallel import local
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig, scales: Mapping[str, float] | None = None) -> Muon:
@@ -18,16 +21,19 @@ def make_optimizer(model: nn.Module, config: OptimConfig, scales: Mapping[str, f
     """
     no_decay_modules = (nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
     exempt = {id(p) for m in model.modules() if isinstance(m, no_decay_modules) for p in m.parameters(recurse=False)}
-    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = id(parameter) not in exempt and parameter.ndim >= 2 and "pos" not in name.rsplit(".", 1)[-1]
             muon = decays and config.method == "muon" and _hidden_matrix(name, parameter)
-            groups.setdefault((muon, not decays, (scales or {}).get(name, 1.0)), []).append(parameter)
+            key = (muon, not decays, isinstance(parameter, DTensor), (scales or {}).get(name, 1.0))
+            groups.setdefault(key, []).append(parameter)
+    if config.method == "muon" and any(sharded for _, _, sharded, _ in groups):
+        raise UsageError("optim.method=muon needs whole matrices, which run.parallel=fsdp cuts; use one of them")
     return Muon(
         [
             {"params": found, "weight_decay": 0.0 if spared else config.weight_decay, "muon": muon, "lr_scale": scale}
-            for (muon, spared, scale), found in sorted(groups.items(), key=lambda item: item[0])
+            for (muon, spared, _, scale), found in sorted(groups.items(), key=lambda item: item[0])
         ],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
@@ -124,4 +130,4 @@ class EMA:
                 current.append(tensor)
             else:
                 self.shadow[name].copy_(tensor)
-        torch._foreach_lerp_(averaged, current, 1 - decay)
+        torch._foreach_lerp_([local(t) for t in averaged], [local(t) for t in current], 1 - decay)

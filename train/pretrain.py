@@ -23,6 +23,7 @@ from clipkit.model import CLIP, CLIPConfig
 from clipkit.shards import Shards
 from clipkit.stream import Batch
 from clipkit.tokenizer import Tokenizer
+from clipkit.towers import residual_blocks
 from clipkit.train import tune
 from clipkit.train.launch import launch
 from clipkit.train.step import Features, Task
@@ -85,6 +86,11 @@ class Pretraining(Task):
         tune.hold_still(self.model)
         return self
 
+    def pieces(self) -> Sequence[nn.Module]:
+        """Blocks, then towers."""
+        blocks = [block for block, _ in residual_blocks(self.model.image.trunk)]
+        return [*blocks, *self.model.text.blocks, self.model.image, self.model.text]
+
     def networks(self) -> Sequence[nn.Module]:
         """The image tower; the text tower's inputs are as long as the captions are."""
         return [self.model.image]
@@ -124,7 +130,7 @@ class Pretraining(Task):
 def make_tokenizer(recipe: PretrainRecipe, shards: Shards) -> Tokenizer:
     """The tokenizer of the text tower to start from; or CLIP's, if the recipe names its merges file; or a trained one.
 
-    That is trained on the pack's captions, once, on rank 0, and kept in the run's folder.
+    That is trained on the captions of all packs, once, on rank 0, and kept in the run's folder.
     """
     config, source = recipe.model, recipe.tune.source
     if source is not None and recipe.tune.init != "image":
@@ -133,7 +139,8 @@ def make_tokenizer(recipe: PretrainRecipe, shards: Shards) -> Tokenizer:
         return Tokenizer.clip(config.merges, config.context_length)
     path = Path(recipe.run.out) / "tokenizer.json"
     if distributed.rank() == 0 and not path.is_file():
-        captions = sorted({c for i in range(len(shards)) for c in shards.read(i).captions})
+        packs = [shards, *(Shards(folder, verify=False) for folder in recipe.data.mix)]
+        captions = sorted({c for pack in packs for i in range(len(pack)) for c in pack.read(i).captions})
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(Tokenizer.train(captions, config.vocab_size).to_json(), encoding="utf-8")
     distributed.barrier()

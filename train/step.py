@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from clipkit.stream import Batch
 
@@ -35,6 +36,10 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to minimise, of features alone, and scalars to log; the mean over ranks is what counts."""
+
+    def pieces(self) -> Sequence[nn.Module]:
+        """Modules that FSDP may cut, inner ones first; each must be used by calling it."""
+        return ()
 
     def networks(self) -> Sequence[nn.Module]:
         """What torch.compile compiles: modules whose inputs have the same shapes at every step."""
@@ -68,8 +73,8 @@ def backward(
     With `micro_batches` > 1 memory is that of one part: the features of all parts are made without a graph, the loss
     gives their gradients, and each part is done again, with the random numbers it had, to carry them to the weights
     (GradCache, Gao et al. 2021, arXiv 2101.06983). The result is that of the whole batch, dropout and all, except for
-    towers with BatchNorm, whose statistics are those of the parts. `parallel` is `task` wrapped in DDP, which then
-    averages over ranks once. `precision` makes the autocast context of the towers.
+    towers with BatchNorm, whose statistics are those of the parts. `parallel` is `task` spread over ranks by
+    `parallel.share`; they average once. `precision` makes the autocast context of the towers.
     """
     module = parallel or task
     parts = batch.split(micro_batches)
@@ -90,6 +95,8 @@ def backward(
     shares = zip(*(torch.split(g, [len(part) for part in parts]) for g in gradients), strict=True)
     for i, (part, state, share) in enumerate(zip(parts, states, shares, strict=True)):
         _set_random_state(state, batch.images.device)
+        if isinstance(task, FSDPModule):
+            task.set_requires_gradient_sync(i == len(parts) - 1)
         with precision():
             again = (module if i == len(parts) - 1 else task)(part)
         _carry(again, share)

@@ -21,6 +21,7 @@ from clipkit.tokenizer import Tokenizer
 from clipkit.zeroshot.datasets import ImageSet
 
 _TEXT_BATCH = 512
+_PADDING = -1
 
 
 @torch.no_grad()
@@ -72,16 +73,17 @@ class _Preprocessed(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, images: ImageSet, size: int) -> None:
         self.images, self.size = images, size
-        self.indices = range(distributed.rank(), len(images), distributed.world_size())
+        self.rank, self.ranks = distributed.rank(), distributed.world_size()
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return -(-len(self.images) // self.ranks)  # the same on all ranks: a cut model needs them all
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         from clipkit.images import preprocess
 
-        image, label = self.images[self.indices[i]]
-        return preprocess(image, self.size), label
+        index = self.rank + i * self.ranks
+        image, label = self.images[min(index, len(self.images) - 1)]
+        return preprocess(image, self.size), label if index < len(self.images) else _PADDING
 
 
 @torch.no_grad()
@@ -98,7 +100,7 @@ def evaluate(model: CLIP, head: Tensor, images: ImageSet, batch_size: int = 256,
     loader = DataLoader(_Preprocessed(images, model.config.image_size), batch_size=batch_size, num_workers=workers)
     for pixels, labels in progress(loader, len(loader), "zero-shot"):
         ranking = (model.encode_image(pixels.to(device)) @ head.T).topk(min(5, classes), dim=1).indices
-        labels = labels.to(device)
+        ranking, labels = ranking[labels != _PADDING], labels[labels != _PADDING].to(device)
         hits = ranking == labels[:, None]  # [b, 5]
         counts += torch.stack(
             [_per_class(labels, torch.ones_like(labels), classes)]

@@ -3,9 +3,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipkit.config import DataConfig
-from clipkit.errors import DataError
+from clipkit.errors import DataError, RecipeError
 from clipkit.shards import Shards
-from clipkit.stream import Stream
+from clipkit.stream import Mixture, Stream
 
 
 def keys(stream, start, stop):
@@ -20,7 +20,7 @@ def make(packs, batch=32, seed=0, rank=0, world=1, workers=0):
 
 def order(stream, start, stop):
     """Sample indices of steps start to stop, without reading them."""
-    return [stream.samples.index(p) for step in range(start, stop) for p in stream.positions(step)]
+    return [stream.samples.locate(p)[1] for step in range(start, stop) for p in stream.positions(step)]
 
 
 @given(batch=st.integers(1, 90), seed=st.integers(0, 5))
@@ -41,6 +41,44 @@ def test_any_number_of_ranks_continues_the_same_order_from_any_step(packs, world
     ranks = [make(packs, batch, rank=r, world=world) for r in range(world)]
     together = [i for step in range(start, start + 4) for r in ranks for i in order(r, step, step + 1)]
     assert together == order(make(packs, batch), start, start + 4)
+
+
+@given(
+    weights=st.lists(st.floats(0.01, 1), min_size=1, max_size=4),
+    start=st.integers(0, 5000),
+    length=st.integers(1, 3000),
+    seed=st.integers(0, 3),
+)
+@settings(max_examples=40, deadline=None)
+def test_every_pack_of_a_mixture_goes_through_its_own_sequence(weights, start, length, seed):
+    """From wherever one starts: each pack's positions come in order, none left out, none twice."""
+    mixture = Mixture(weights, seed)
+    found = [mixture(p) for p in range(start, start + length)]
+    for pack in range(len(weights)):
+        own = [position for p, position in found if p == pack]
+        assert not own or own == list(range(own[0], own[0] + len(own)))
+
+
+def test_a_mixture_holds_its_shares():
+    found = [Mixture([0.5, 0.3, 0.2], 0)(p)[0] for p in range(2000)]
+    assert [found.count(pack) for pack in range(3)] == [1000, 600, 400]
+    assert len(set(found[:20])) > 1
+
+
+def test_packs_are_mixed_without_mixing_up_their_classes(packs):
+    config = DataConfig("", workers=0, mix={str(packs / "train"): 0.25})
+    stream = Stream(Shards(packs / "heldout", verify=False), config, 32, 50, 0)
+    batches = list(stream.batches(0, 20))
+    groups = [int(g) >> 32 for batch in batches for g in batch.groups]
+    assert (groups.count(0), groups.count(1)) == (750, 250)
+    both = [key for batch in batches[10:] for key in batch.keys]
+    assert both == keys(Stream(Shards(packs / "heldout", verify=False), config, 32, 50, 0), 10, 20)
+
+
+@pytest.mark.parametrize("mix", [{"a": 1.0}, {"a": 0.6, "b": 0.4}, {"a": -0.1}])
+def test_shares_that_leave_nothing(mix):
+    with pytest.raises(RecipeError, match="leave some of 1 to"):
+        DataConfig("", mix=mix)
 
 
 def test_pixels_and_captions_do_not_depend_on_workers_or_ranks(packs):

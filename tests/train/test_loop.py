@@ -99,6 +99,8 @@ def test_two_ranks_train_the_same_model(packs, tmp_path):
 VARIANTS = {
     "parts": (1, ["run.micro_batches=4"]),
     "ranks": (2, []),
+    "pieces": (2, ["run.parallel=fsdp"]),
+    "pieces in parts": (2, ["run.parallel=fsdp", "run.micro_batches=2"]),
     "ranks and parts": (2, ["run.micro_batches=2"]),
     "checkpointed": (1, ["model.grad_checkpointing=true"]),
 }

@@ -1,0 +1,75 @@
+"""Pieces of a model on each rank: the run is that of whole copies, and what it leaves behind is a plain checkpoint."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from ranks import on_ranks
+
+from clipkit import checkpoint, distributed, load, records
+from clipkit.train import parallel, pretrain
+
+FSDP = "run.parallel=fsdp"
+
+
+def words(packs, out):
+    small = ["run.batch_size=16", "run.log_every=1", "run.save_every=2", "run.steps=4", "optim.warmup=2"]
+    return [*small, "data.workers=0", "data.val=", f"data.shards={packs / 'train'}", f"run.out={out}"]
+
+
+def torchrun(*arguments):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "clipkit"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*launch, *arguments], capture_output=True, text=True, env=environment)
+
+
+def losses(run):
+    return [line["loss"] for line in records.read(run / "log.jsonl") if "loss" in line]
+
+
+def test_a_run_in_pieces_is_a_run(packs, tmp_path):
+    """Four steps in pieces, the last two of them again from their checkpoint on one process: the same curve."""
+    pretrain.run("drawings_clip", words(packs, tmp_path / "whole"))
+    expected = pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    done = torchrun("pretrain", "drawings_clip", *words(packs, tmp_path / "cut"), FSDP)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "cut") == expected
+    shapes = {n: t.shape for n, t in load(tmp_path / "whole").model.state_dict().items()}
+    assert {n: t.shape for n, t in load(tmp_path / "cut").model.state_dict().items()} == shapes
+    shutil.rmtree(checkpoint.latest(tmp_path / "cut").path)
+    pretrain.run("drawings_clip", words(packs, tmp_path / "cut"))
+    assert losses(tmp_path / "cut") == expected
+
+
+def test_what_cannot_be_cut_says_so(packs, tmp_path):
+    done = torchrun("denoiser", "drawings_denoiser", *words(packs, tmp_path), FSDP)
+    assert "cannot cut a denoiser in pieces" in done.stderr
+    done = torchrun("pretrain", "drawings_clip", *words(packs, tmp_path), FSDP, "optim.method=muon")
+    assert "muon needs whole matrices" in done.stderr
+
+
+def _clipped(max_norm):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (distributed.world_size(),))
+    cut = torch.nn.Parameter(distribute_tensor(torch.zeros(5, 2), mesh, [Shard(0)]))
+    cut.grad = distribute_tensor(torch.arange(10.0).view(5, 2), mesh, [Shard(0)])
+    scalar = torch.nn.Parameter(torch.zeros(()))
+    scalar.grad = torch.tensor(3.0 + distributed.rank())  # 3 and 4: their mean counts
+    norm = parallel.finish_gradients([cut, scalar], max_norm)
+    return norm, cut.grad.full_tensor(), scalar.grad
+
+
+@pytest.mark.parametrize("max_norm", [1.0, 1e6])
+def test_the_norm_is_that_of_the_whole_gradient(max_norm):
+    matrix, scalar = torch.arange(10.0).view(5, 2), torch.tensor(3.5)
+    expected = (matrix.square().sum() + scalar.square()).sqrt()
+    factor = min(1.0, max_norm / float(expected))
+    for norm, cut, alone in on_ranks(2, _clipped, max_norm):
+        torch.testing.assert_close(norm, expected)
+        torch.testing.assert_close(cut, matrix * factor)
+        torch.testing.assert_close(alone, scalar * factor)
