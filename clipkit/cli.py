@@ -263,6 +263,45 @@ def demo(out: Path, seed: int, quick: bool) -> None:
     run(out, seed, quick)
 
 
+@cli.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1)
+@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks in all.")
+@click.option("--gpu", default="cpu", show_default=True, help="h100, a100, v100, or cpu: this one.")
+@click.option("--per-node", type=click.IntRange(min=1), default=8, show_default=True, help="GPUs that share a node.")
+@click.option("--caption-tokens", type=click.IntRange(min=3), default=16, show_default=True, help="Usual length.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def plan(
+    recipe: str, overrides: tuple[str, ...], gpus: int, gpu: str, per_node: int, caption_tokens: int, as_json: bool
+) -> None:
+    """Estimate time and memory of a pretraining step before running it.
+
+    Operations and activations are counted; what a device makes of them is an estimate (docs/scaling.md says how good).
+    With --gpu cpu, each rank is taken to have its share of this machine's threads.
+
+    \b
+    Example:
+      clipkit plan tiny_imagenet_clip.toml run.batch_size=32768 --gpus 256 --gpu h100
+    """
+    import dataclasses
+
+    from clipkit.config import load_recipe
+    from clipkit.errors import did_you_mean
+    from clipkit.train import plan as planning
+    from clipkit.train.pretrain import PretrainRecipe
+
+    if gpu != "cpu" and gpu not in planning.DEVICES:
+        raise UsageError(f"unknown GPU {gpu!r}; {did_you_mean(gpu, ['cpu', *planning.DEVICES])}")
+    device = planning.this_cpu(gpus) if gpu == "cpu" else planning.DEVICES[gpu]
+    found = planning.plan(load_recipe(PretrainRecipe, recipe, overrides), gpus, device, per_node, caption_tokens)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(found)))
+        return
+    for name, value in dataclasses.asdict(found).items():
+        shown = f"{value / 2**20:,.1f} MiB" if name.endswith("_bytes") else f"{value:,.4g}"
+        click.echo(f"{name:18s} {shown}")
+
+
 def _complain(message: str, every_rank: bool) -> None:
     """One line on stderr. What was asked for is wrong on all ranks alike; what happens to one may not to the others."""
     rank = os.environ.get("RANK", "0")

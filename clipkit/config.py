@@ -60,6 +60,8 @@ class RunConfig:
     """Compile the networks with torch.compile; needs a C++ compiler on CPUs, and minutes before the first step."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """What each rank holds of the model: "ddp" all of it, "fsdp" its share (FSDP2)."""
+    timeout_minutes: float = 10.0
+    """How long a rank waits for the others before it gives up."""
     sync_batchnorm: bool = False
     """BatchNorm over the batch of all ranks (GPUs only); without it each rank, and each micro-batch, uses its own."""
     grad_clip: float = 1.0
@@ -91,12 +93,16 @@ class DataConfig:
     """Smallest share of the area kept by the random resized crop; 1 turns it off."""
     flip: bool = False
     """Flip half of the images left to right."""
+    colour_jitter: float = 0.0
+    """Brightness, contrast and saturation are each scaled by 1 - this to 1 + this."""
     max_bad_fraction: float = 0.01
     """Share of unreadable samples at which the run stops; below it they are skipped, counted and reported."""
 
     def __post_init__(self) -> None:
         if not 0 < self.crop_scale <= 1:
             raise RecipeError(f"data.crop_scale is {self.crop_scale}; it must be in (0, 1]")
+        if not 0 <= self.colour_jitter <= 1:
+            raise RecipeError(f"data.colour_jitter is {self.colour_jitter}; it must be in [0, 1]")
         if any(share <= 0 for share in self.mix.values()) or sum(self.mix.values()) >= 1:
             raise RecipeError(f"data.mix is {self.mix}; its shares must be above 0, and leave some of 1 to data.shards")
 

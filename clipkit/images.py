@@ -12,9 +12,10 @@ import struct
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
+from clipkit.config import DataConfig
 from clipkit.errors import SampleError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -65,13 +66,13 @@ def preprocess(image: Image.Image, size: int) -> Tensor:
     return to_tensor([image])[0].contiguous()
 
 
-def augment(image: Image.Image, size: int, crop_scale: float, flip: bool, rng: np.random.Generator) -> Image.Image:
-    """Training transform: random resized crop (area from `crop_scale` to 1, ratio 3/4 to 4/3), flip -> size x size."""
+def augment(image: Image.Image, size: int, config: DataConfig, rng: np.random.Generator) -> Image.Image:
+    """Training transform -> size x size: random resized crop (ratio 3/4 to 4/3), flip, jitter, as `config` says."""
     width, height = image.size
     w = h = float(min(width, height))
     place_x = place_y = 0.5
-    if crop_scale < 1:
-        area = rng.uniform(crop_scale, 1.0) * width * height
+    if config.crop_scale < 1:
+        area = rng.uniform(config.crop_scale, 1.0) * width * height
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = min(width, math.sqrt(area * ratio)), min(height, math.sqrt(area / ratio))
         place_x, place_y = rng.random(2).tolist()
@@ -79,8 +80,11 @@ def augment(image: Image.Image, size: int, crop_scale: float, flip: bool, rng: n
     if (w, h) != (size, size) or image.size != (size, size):
         box = (left, top, left + w, top + h)
         image = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
-    if flip and rng.random() < 0.5:
+    if config.flip and rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if config.colour_jitter:
+        for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+            image = enhance(image).enhance(rng.uniform(1 - config.colour_jitter, 1 + config.colour_jitter))
     return image
 
 

@@ -122,7 +122,7 @@ class _Samples(Dataset[Batch]):
             except SampleError as error:
                 skipped[error.reason] += 1
                 continue
-            images.append(augment(image, self.image_size, self.config.crop_scale, self.config.flip, rng))
+            images.append(augment(image, self.image_size, self.config, rng))
             captions.append(sample.captions[rng.integers(len(sample.captions))])
             label = zlib.crc32(sample.captions[0].encode()) if sample.label is None else sample.label
             groups.append(label + (pack << 32))  # class 3 of one pack is not class 3 of another

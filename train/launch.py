@@ -31,7 +31,7 @@ def launch(
         print(to_toml(recipe), end="")
         return None
     device = distributed.choose_device(recipe.run.device)
-    with distributed.process_group(device):
+    with distributed.process_group(device, recipe.run.timeout_minutes):
         return train_recipe(recipe, make_task, device)
 
 

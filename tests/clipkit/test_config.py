@@ -85,8 +85,8 @@ def test_fields_are_frozen():
     model = "context_length embed_dim grad_checkpointing image_kwargs image_size image_tower init_logit_bias"
     recipe = asdict(load_recipe(PretrainRecipe, "drawings_clip"))
     assert {section: " ".join(sorted(values)) for section, values in recipe.items()} == {
-        "run": f"{run} precision save_every seed steps sync_batchnorm tensorboard",
-        "data": "crop_scale flip max_bad_fraction mix shards val workers",
+        "run": f"{run} precision save_every seed steps sync_batchnorm tensorboard timeout_minutes",
+        "data": "colour_jitter crop_scale flip max_bad_fraction mix shards val workers",
         "optim": "beta1 beta2 decay_share final_lr lr method schedule warmup weight_decay",
         "model": f"{model} init_logit_scale merges text_heads text_layers text_width vocab_size",
         "loss": "kind positives",

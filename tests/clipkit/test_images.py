@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from clipkit import images
+from clipkit.config import DataConfig
 from clipkit.errors import SampleError
 
 
@@ -82,24 +83,39 @@ def test_preprocess_is_pillow_resize_and_centre_crop():
     assert torch.equal(images.preprocess(image, 20), torch.from_numpy(np.array(expected)).permute(2, 0, 1))
 
 
+def augmented(image, seed, **varied):
+    return images.augment(image, 16, DataConfig("", **varied), np.random.default_rng(seed))
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 200), (300, 2)])
 def test_extreme_shapes(size):
     assert images.preprocess(noise(size=size), 16).shape == (3, 16, 16)
-    assert images.augment(noise(size=size), 16, 0.5, True, np.random.default_rng(0)).size == (16, 16)
+    assert augmented(noise(size=size), 0, crop_scale=0.5, flip=True).size == (16, 16)
 
 
 def test_augment_is_a_function_of_its_generator():
-    first, second = (images.augment(noise(), 16, 0.4, True, np.random.default_rng(7)) for _ in range(2))
+    varied = {"crop_scale": 0.4, "flip": True, "colour_jitter": 0.3}
+    first, second = (augmented(noise(), 7, **varied) for _ in range(2))
     assert first.tobytes() == second.tobytes()
-    assert first.tobytes() != images.augment(noise(), 16, 0.4, True, np.random.default_rng(8)).tobytes()
+    assert first.tobytes() != augmented(noise(), 8, **varied).tobytes()
 
 
 def test_without_crop_an_image_of_the_right_size_is_untouched():
     image = noise(size=(16, 16))
-    assert images.augment(image, 16, 1.0, False, np.random.default_rng(0)).tobytes() == image.tobytes()
+    assert augmented(image, 0).tobytes() == image.tobytes()
 
 
 def test_to_image_inverts_the_scale_of_training():
     pixels = torch.randint(0, 256, (3, 5, 5), dtype=torch.uint8)
     back = np.asarray(images.to_image(pixels.float() / 127.5 - 1))
     assert np.array_equal(back, pixels.permute(1, 2, 0).numpy())
+
+
+def test_jitter_changes_colours_and_nothing_else():
+    """Grey stays grey under saturation; a brighter or darker picture has its edges where they were."""
+    image = Image.new("RGB", (16, 16), (90, 90, 90))
+    image.paste((30, 30, 30), (0, 0, 8, 16))
+    seen = np.stack([np.asarray(augmented(image, seed, colour_jitter=0.4)) for seed in range(20)])
+    assert (seen == seen[..., :1]).all()
+    assert (seen[:, :, 0] < seen[:, :, 15]).all()
+    assert len({int(v) for v in seen[:, 0, 15, 0]}) > 10

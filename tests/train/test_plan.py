@@ -1,0 +1,70 @@
+import dataclasses
+import json
+
+import pytest
+
+from clipkit.config import load_recipe
+from clipkit.errors import UsageError
+from clipkit.train.plan import DEVICES, plan
+from clipkit.train.pretrain import PretrainRecipe
+
+VIT = (
+    "model.image_tower=vit_tiny_patch16_224",
+    "model.image_size=224",
+    "model.image_kwargs={}",
+    "run.batch_size=1024",
+    "data.shards=none",
+)
+
+
+def recipe(*words):
+    return load_recipe(PretrainRecipe, "drawings_clip", [*VIT, *words])
+
+
+def planned(*words, ranks=1, **more):
+    return plan(recipe(*words), ranks, DEVICES["a100"], **more)
+
+
+def test_operations_are_those_of_the_towers():
+    """ViT-Ti/16 at 224: 1.08 GMAC forward by timm's own count (1.26 with attention products), so 6 and more a step."""
+    found = planned(caption_tokens=3)
+    assert 6 * 1.08e9 < found.flops_per_sample < 6 * 1.35e9
+    assert planned(caption_tokens=24).flops_per_sample > found.flops_per_sample
+
+
+def test_weights_are_counted_exactly():
+    found = planned()
+    assert found.weights_bytes == 5 * 4 * found.parameters
+    assert planned("run.parallel=fsdp", ranks=8).weights_bytes == found.weights_bytes // 8
+
+
+def test_parts_and_checkpoints_trade_time_for_memory():
+    plain, parts = planned(), planned("run.micro_batches=4")
+    kept = planned("model.grad_checkpointing=true")
+    assert parts.activations_bytes == pytest.approx(plain.activations_bytes / 4, rel=0.01)
+    assert kept.activations_bytes < plain.activations_bytes / 3
+    assert parts.compute_s == pytest.approx(plain.compute_s * 4 / 3)
+    assert kept.compute_s == pytest.approx(plain.compute_s * 1.3, rel=0.1)  # the blocks' forward pass, again
+
+
+def test_ranks_share_the_work_and_pay_for_talking():
+    alone, node, two = planned(), planned(ranks=8), planned(ranks=16)
+    assert alone.gradients_s == alone.contrast_s == 0
+    assert node.compute_s == pytest.approx(alone.compute_s / 8)
+    assert two.contrast_s > 5 * node.contrast_s  # over the network now
+    assert alone.samples_per_s < node.samples_per_s < two.samples_per_s
+
+
+def test_ranks_must_divide_the_batch():
+    with pytest.raises(UsageError, match="does not divide over 3 ranks"):
+        planned(ranks=3)
+
+
+def test_the_command(command):
+    code, out, _ = command("plan", "drawings_clip", "--gpus", "4", "--gpu", "h100", "--json")
+    assert code == 0
+    assert json.loads(out).keys() == {f.name for f in dataclasses.fields(planned())}
+    code, out, _ = command("plan", "drawings_clip")
+    assert "samples_per_s" in out
+    code, _, err = command("plan", "drawings_clip", "--gpu", "h10")
+    assert (code, err.strip()) == (2, "clipkit: unknown GPU 'h10'; did you mean 'h100'?")

@@ -1,0 +1,151 @@
+"""What a recipe will take: time of a step and memory of a rank, worked out without running it.
+
+Operations and kept activations are counted on torch's meta device; what a device does with them is an estimate from its
+published peaks (or, on a CPU, from a matrix product timed on the spot) and the shares of them that training reaches.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from clipkit.errors import UsageError
+from clipkit.model import CLIP
+from clipkit.train.pretrain import PretrainRecipe
+
+CLIP_VOCABULARY = 49408
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peaks of one device. flops: operations/s of dense matrix products; memory, node, network: bytes/s."""
+
+    flops: float
+    memory: float
+    node: float
+    network: float
+    bytes: int
+    reached: float
+    """Share of `flops` that a training step reaches."""
+
+
+# NVIDIA's data sheets: dense bf16 (fp16 on V100), memory, NVLink one way, a 400 (200, 100) Gb/s adapter for each GPU.
+# The share reached is an assumption; `benchmarks/train_step.py` measures it where there is a GPU.
+DEVICES = {
+    "h100": Device(989e12, 3.35e12, 450e9, 50e9, 80 * 2**30, 0.4),
+    "a100": Device(312e12, 2.0e12, 300e9, 25e9, 80 * 2**30, 0.4),
+    "v100": Device(125e12, 0.9e12, 150e9, 12.5e9, 32 * 2**30, 0.35),
+}
+
+
+def this_cpu(ranks: int) -> Device:
+    """One of `ranks` equal parts of the CPU that we are on, from a timed product of two 1,024-square matrices."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // ranks))
+    try:
+        a = torch.randn(1024, 1024)
+        a @ a
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(before)
+    # Gloo over shared memory moves some 2 GB/s; convolutions and elementwise work take as long again as the products.
+    return Device(2 * 1024**3 / min(times), 10e9, 2e9, 1e9, 0, 0.5)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Seconds of one step, bytes of one rank, and what they are made of."""
+
+    ranks: int
+    batch_per_rank: int
+    parameters: int
+    flops_per_sample: float
+    compute_s: float
+    optimizer_s: float
+    gradients_s: float
+    """Averaging gradients: over the network a ring of 2 (W - 1) / W times their bytes."""
+    contrast_s: float
+    """Text features of all ranks to each, and their gradients back."""
+    contrast_ring_s: float
+    """The same by a ring in which features, sums and gradients travel; for comparison, clipkit gathers."""
+    step_s: float
+    samples_per_s: float
+    weights_bytes: int
+    """Parameters, gradients, both moments and the moving average, in fp32."""
+    activations_bytes: int
+    loss_bytes: int
+    memory_bytes: int
+
+
+def plan(recipe: PretrainRecipe, ranks: int, device: Device, per_node: int = 8, caption_tokens: int = 16) -> Plan:
+    """Estimate one step of `recipe` on `ranks` devices. Raises UsageError for ranks that do not divide its batch."""
+    run = recipe.run
+    if run.batch_size % ranks:
+        raise UsageError(f"batch_size {run.batch_size} does not divide over {ranks} ranks; change run.batch_size")
+    batch = run.batch_size // ranks
+    flops, kept, parameters = _count(recipe, caption_tokens)
+    cut = ranks if run.parallel == "fsdp" else 1
+    half = 0.5 if run.precision == "bf16" or (run.precision == "auto" and device.bytes) else 1.0
+    link = device.node if ranks <= per_node else device.network
+    weights, rows = 4 * parameters, 4 * run.batch_size * recipe.model.embed_dim
+    twice = 4 / 3 if run.micro_batches > 1 else 1.0  # GradCache's first forward pass
+    compute = flops * batch * twice / (device.flops * device.reached)
+    optimizer = 7 * weights / cut / device.memory  # gradient, weight and moments read; weight, moments, average written
+    share = (ranks - 1) / ranks
+    gradients = (2 if cut == 1 else 3) * share * weights / link
+    contrast, ring = 3 * share * rows / link, 3.5 * share * rows / link
+    hidden = 0.0 if device.bytes == 0 else 0.8 * min(gradients, compute / 2)  # behind the backward pass
+    step = compute + optimizer + gradients - hidden + contrast
+    state, activations = 5 * weights // cut, int(kept * half * -(-batch // run.micro_batches))
+    loss = 5 * 4 * 128 * run.batch_size + 4 * rows  # strips; features and gradients of all ranks, and this rank's own
+    return Plan(
+        ranks=ranks,
+        batch_per_rank=batch,
+        parameters=parameters,
+        flops_per_sample=flops,
+        compute_s=compute,
+        optimizer_s=optimizer,
+        gradients_s=gradients,
+        contrast_s=contrast,
+        contrast_ring_s=ring,
+        step_s=step,
+        samples_per_s=run.batch_size / step,
+        weights_bytes=state,
+        activations_bytes=activations,
+        loss_bytes=loss,
+        memory_bytes=state + activations + loss,
+    )
+
+
+def _count(recipe: PretrainRecipe, caption_tokens: int) -> tuple[float, float, int]:
+    """Operations of a training step and bytes kept for its backward pass, per sample; parameters in all."""
+    config, samples = recipe.model, 4
+    vocabulary = CLIP_VOCABULARY if config.merges else config.vocab_size
+    with torch.device("meta"):
+        model = CLIP(config, vocabulary, end_id=2)
+        images = torch.zeros(samples, 3, config.image_size, config.image_size)
+    ids = torch.zeros(samples, min(caption_tokens, config.context_length), dtype=torch.int64)
+    ids[:, -1] = 2
+    own = {id(p) for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if id(tensor) not in own:
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with FlopCounterMode(display=False) as counter:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            features = [model.encode_image(images), model.encode_text(ids)]
+        torch.autograd.backward([f.sum() for f in features])
+    parameters = sum(p.numel() for p in model.parameters())
+    return counter.get_total_flops() / samples, sum(kept.values()) / samples, parameters
