@@ -72,7 +72,13 @@ def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    timeout = timedelta(minutes=timeout_minutes)
+    store, number, world = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
+    # After a restart torchrun's store is the same one, and torch (2.15) does not keep the attempts apart in it: a rank
+    # would look for the others at the addresses of the dead.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=timeout)
     try:
         yield
     finally:
