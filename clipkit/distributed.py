@@ -65,13 +65,13 @@ def computes_in_bf16(device_type: str) -> bool:
 
 @contextmanager
 def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator[None]:
-    """Join the group that torchrun describes in the environment (nccl on GPUs, gloo elsewhere); leave it at the end."""
+    """Join the group that torchrun describes in the environment (nccl on GPUs, gloo on CPUs); leave it at the end."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
     store, number, world = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
     # After a restart torchrun's store is the same one, and torch (2.15) does not keep the attempts apart in it: a rank
@@ -111,12 +111,15 @@ def average_buffers(model: nn.Module) -> None:
         buffer.copy_(mean.view_as(buffer))
 
 
-def batch_sizes(local: int, device: torch.device) -> list[int]:
-    """Rows of the batch that each rank holds; ranks may differ when samples were skipped."""
+def batch_sizes(local: int) -> list[int]:
+    """Rows of the batch that each rank holds; ranks may differ when samples were skipped.
+
+    Asked for on the CPU, so that no GPU is waited for.
+    """
     if not active():
         return [local]
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
-    dist.all_gather(sizes, torch.tensor([local], device=device))
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([local]))
     return [int(n) for n in torch.cat(sizes).tolist()]
 
 

@@ -68,17 +68,14 @@ def _contrast(
 
 
 class _Pairs:
-    """Which of all texts are positives of this rank's images, and how much each counts."""
+    """Which of all texts are positives of this rank's images."""
 
     def __init__(self, rows: int, groups: Tensor | None, device: torch.device) -> None:
-        self.sizes = distributed.batch_sizes(rows, device)
+        self.sizes = distributed.batch_sizes(rows)
         start = sum(self.sizes[: distributed.rank()])
         if groups is None:  # each pair is a group of its own
             groups = torch.arange(start, start + rows, device=device)
-        everyone = distributed.gather_rows(groups, self.sizes)
-        _, number, counts = torch.unique(everyone, return_inverse=True, return_counts=True)
-        self.everyone, self.own = everyone, groups
-        self.count = counts[number][start : start + rows]  # [b]: as many texts as images are in a group
+        self.own, self.everyone = groups, distributed.gather_rows(groups, self.sizes)
 
     @property
     def total(self) -> int:
@@ -88,6 +85,11 @@ class _Pairs:
     def same(self, rows: slice) -> Tensor:
         """bool [rows, B]."""
         return self.own[rows, None] == self.everyone[None, :]
+
+    def targets(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """[rows, B]: an equal share for each positive; a group has as many images as texts, so columns share alike."""
+        same = self.same(rows).to(dtype)
+        return same.div_(same.sum(dim=1, keepdim=True))
 
 
 class _Objective:
@@ -115,7 +117,7 @@ class _InfoNCE(_Objective):
             rows.append(logits.logsumexp(dim=1))
             inside = logits.logsumexp(dim=0)
             column = inside if column is None else torch.logaddexp(column, inside)
-            positives.append((logits * self.pairs.same(where)).sum(dim=1) / self.pairs.count[where])
+            positives.append((logits * self.pairs.targets(where, logits.dtype)).sum(dim=1))
         assert column is not None
         self.row, self.column = torch.cat(rows), distributed.logsumexp_over_ranks(column)
         start = sum(self.pairs.sizes[: distributed.rank()])
@@ -125,8 +127,7 @@ class _InfoNCE(_Objective):
     def slope(self, rows: slice, logits: Tensor) -> Tensor:
         slope = (logits - self.row[rows, None]).exp_()
         slope += (logits - self.column).exp_()
-        target = self.pairs.same(rows).to(logits.dtype).div_(self.pairs.count[rows, None])
-        return slope.div_(2).sub_(target)
+        return slope.div_(2).sub_(self.pairs.targets(rows, logits.dtype))
 
 
 class _Sigmoid(_Objective):

@@ -51,7 +51,12 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
-        return dataclasses.replace(self, images=self.images.to(device), groups=self.groups.to(device))
+        images, groups = (t.to(device, non_blocking=True) for t in (self.images, self.groups))
+        return dataclasses.replace(self, images=images, groups=groups)
+
+    def pin_memory(self) -> Batch:
+        """The same batch where a GPU can fetch it by itself; DataLoader calls this."""
+        return dataclasses.replace(self, images=self.images.pin_memory(), groups=self.groups.pin_memory())
 
     def split(self, parts: int) -> list[Batch]:
         """`parts` batches of nearly equal size, in order, or as many as there are samples; `skipped` stays here."""
@@ -188,6 +193,7 @@ class Stream:
             batch_sampler=_Steps(self, range(start, stop)),
             num_workers=self.samples.config.workers,
             collate_fn=_as_is,
+            pin_memory=torch.cuda.is_available(),
             prefetch_factor=4 if self.samples.config.workers else None,
         )
         seen, skipped = 0, Counter[str]()

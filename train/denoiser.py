@@ -68,7 +68,7 @@ class Denoising(Task):
         """The mean over the images of all ranks."""
         (errors,) = features
         # Ranks may hold different numbers of images: weighted so that the mean over ranks is the mean over all images.
-        sizes = distributed.batch_sizes(len(errors), errors.device)
+        sizes = distributed.batch_sizes(len(errors))
         return errors.sum() * (len(sizes) / sum(sizes)), {}
 
 

@@ -79,6 +79,7 @@ class _Loop:
         self.optimizer = optim.make_optimizer(task.model, config, task.lr_scales())
         self.ema = optim.EMA(task.model, run.ema_decay)
         self.skipped: Counter[str] = Counter()
+        self.guard = _Guard(device)
 
     def resume(self, folder: Path) -> int:
         """Load the newest checkpoint of the run -> steps already done."""
@@ -107,10 +108,12 @@ class _Loop:
             self.skipped += batch.skipped
             records.bar.update(1)
             done, last = step + 1, step + 1 == run.steps
+            evaluate = last or (run.eval_every and done % run.eval_every == 0)
+            if done % run.log_every == 0 or done % run.save_every == 0 or evaluate:
+                self.guard.check()
             if done % run.log_every == 0 or last:
                 line = {**meter.take(), "lr": optim.learning_rate(step, run.steps, self.config)}
                 records.write(done, {**line, **({"skipped": dict(self.skipped)} if self.skipped else {})})
-            evaluate = last or (run.eval_every and done % run.eval_every == 0)
             if evaluate and (scores := self.evaluate()):
                 records.write(done, scores)
             if last or done % run.save_every == 0:
@@ -125,12 +128,7 @@ class _Loop:
         precision = partial(autocast, self.device, self.run.precision)
         loss, values = backward(self.task, batch.to(self.device), self.run.micro_batches, self.parallel, precision)
         norm = parallel.finish_gradients(self.task.parameters(), self.run.grad_clip)
-        # A bad loss on one rank reaches every rank through the averaged gradient, so all stop at the same step.
-        if not torch.isfinite(norm):
-            raise NonFiniteError(
-                f"step {step}: loss {float(loss):g}, gradient norm {float(norm):g} on rank "
-                f"{distributed.rank()}; no weight was changed. Lower optim.lr, or look at samples {batch.keys[:3]} ..."
-            )
+        self.optimizer.found_inf = self.guard.watch(step, loss, norm, batch.keys)
         self.optimizer.step()
         self.task.after_step()
         distributed.average_buffers(self.task.model)
@@ -164,6 +162,37 @@ class _Loop:
             }
             checkpoint.save(folder, state, tensors, self.task.texts(), self.run.keep_last)
         distributed.barrier()
+
+
+class _Guard:
+    """Stops a run whose loss or gradient is no longer a number, before the optimizer step that it would spoil.
+
+    A GPU is not waited for at each step: from the first bad one on, the optimizer is told on the device to change
+    nothing, and the run stops when the host next looks. A CPU looks at once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.halted, self.waits = torch.zeros((), device=device), device.type == "cpu"
+        self.recent: list[tuple[int, Tensor, Tensor, list[str]]] = []
+
+    def watch(self, step: int, loss: Tensor, norm: Tensor, keys: list[str]) -> Tensor:
+        """Take in a step -> 1 from the first bad one on, else 0; what AdamW's kernels call found_inf."""
+        # A bad loss on one rank reaches every rank through the averaged gradient, so all stop at the same step.
+        self.halted = torch.maximum(self.halted, (~torch.isfinite(norm)).to(self.halted))
+        self.recent.append((step, loss, norm, keys))
+        if self.waits:
+            self.check()
+        return self.halted
+
+    def check(self) -> None:
+        """Raises NonFiniteError naming the first bad step since the last look, on every rank."""
+        if float(self.halted):
+            step, loss, norm, keys = next(r for r in self.recent if not torch.isfinite(r[2]))
+            raise NonFiniteError(
+                f"step {step}: loss {float(loss):g}, gradient norm {float(norm):g} on rank {distributed.rank()}; "
+                f"no weight was changed. Lower optim.lr, or look at samples {', '.join(keys[:3])} ..."
+            )
+        self.recent.clear()
 
 
 class _Meter:

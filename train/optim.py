@@ -55,6 +55,8 @@ class Muon(torch.optim.AdamW):
     """
 
     MOMENTUM = 0.95
+    found_inf: Tensor | None = None
+    """Scalar; where it is 1 a step changes nothing. The name under which AdamW's fused kernels look for it."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -75,7 +77,10 @@ class Muon(torch.optim.AdamW):
         momentum.lerp_(parameter.grad, 1 - self.MOMENTUM)
         nesterov = parameter.grad.lerp(momentum, self.MOMENTUM).flatten(1)  # [out, in * k * k]
         update = 0.2 * max(nesterov.shape) ** 0.5 * orthogonalise(nesterov)
-        parameter.mul_(1 - lr * decay).sub_(update.view_as(parameter), alpha=lr)
+        changed = parameter * (1 - lr * decay) - lr * update.view_as(parameter)
+        if self.found_inf is not None:
+            changed = torch.where(self.found_inf > 0, parameter, changed)
+        parameter.copy_(changed)
 
 
 def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:

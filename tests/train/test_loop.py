@@ -131,6 +131,16 @@ def test_a_hundred_steps_follow_the_same_curve(packs, tmp_path, plain_curve, var
     assert plain_curve[-1] < 0.8 * plain_curve[0]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
+def test_a_compiled_run_follows_the_curve(packs, tmp_path):
+    tower = "model.image_kwargs={patch_size=6, depth=1, embed_dim=32, num_heads=2}"
+    vit = ["model.image_tower=vit_tiny_patch16_224", tower]
+    pretrain.run("drawings_clip", words(packs, tmp_path / "eager", 3, *vit))
+    pretrain.run("drawings_clip", words(packs, tmp_path / "compiled", 3, *vit, "run.compile=true"))
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
+
+
 def test_a_changed_recipe_is_refused_with_its_differences(packs, uninterrupted):
     with pytest.raises(CheckpointError, match=r"optim\.lr: 0\.002 there, 0\.5 here") as error:
         pretrain.run("drawings_clip", words(packs, uninterrupted, 6, "optim.lr=0.5"))
@@ -172,6 +182,33 @@ def test_a_non_finite_step_changes_no_weight(packs, tmp_path, monkeypatch, poiso
         pretrain.run("drawings_clip", words(packs, tmp_path))
     assert error.value.exit_code == 3
     assert all(torch.equal(seen["before"][n], t) for n, t in seen["model"].state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["adamw", "muon"])
+def test_a_device_that_is_not_waited_for_changes_no_weight_either(packs, tmp_path, monkeypatch, method):
+    """As on a GPU: the bad step is noticed when the next log line is due, with the weights as before it."""
+    original, steps, seen = pretrain.Pretraining.loss, [], {}
+
+    def poisoned(self, features, batch):
+        steps.append(1)
+        if len(steps) == 2:
+            seen["before"], seen["model"] = {n: t.clone() for n, t in self.model.named_parameters()}, self.model
+        loss, values = original(self, features, batch)
+        return loss * (float("nan") if len(steps) == 2 else 1.0), values
+
+    monkeypatch.setattr(pretrain.Pretraining, "loss", poisoned)
+    made = loop._Guard.__init__
+
+    def patient(self, device):
+        made(self, device)
+        self.waits = False
+
+    monkeypatch.setattr(loop._Guard, "__init__", patient)
+    recipe = words(packs, tmp_path, 6, "run.log_every=4", "run.save_every=6", f"optim.method={method}")
+    with pytest.raises(NonFiniteError, match=r"step 1: loss nan, gradient norm nan on rank 0; no weight was changed"):
+        pretrain.run("drawings_clip", recipe)
+    assert len(steps) == 4
+    assert all(torch.equal(seen["before"][n], p) for n, p in seen["model"].named_parameters())
 
 
 def test_log_lines_say_what_is_needed(uninterrupted):

@@ -79,35 +79,40 @@ def test_a_locked_tower_stays_without_gradient(packs, tmp_path):
     assert not any(name.startswith("text.") for name in gradients(task, batch, 3))
 
 
-def _on_rank(packs, out, words, bounds, parts):
-    task, batch = make(packs, out, words)
-    task.eval()
-    where = slice(bounds[distributed.rank()], bounds[distributed.rank() + 1])
-    share = dataclasses.replace(
-        batch, images=batch.images[where], captions=batch.captions[where], groups=batch.groups[where]
-    )
-    return gradients(task, share, parts, DistributedDataParallel(task, broadcast_buffers=False))
+PARTS = (1, 2, 4, 8)
 
 
-@pytest.mark.parametrize(
-    ("loss", "bounds", "parts"),
-    [
-        ("info_nce", [0, 11, 22], 2),
-        ("sigmoid", [0, 9, 22], 4),
-        ("group", [0, 8, 15, 22], 8),
-        ("info_nce", [0, 5, 10, 16, 22], 2),
-    ],
-)
-def test_parts_on_ranks_give_the_gradient_of_the_whole(packs, tmp_path, loss, bounds, parts):
-    """The last rank's number of samples differs, and with it the number of its parts; DDP averages once."""
-    task, batch = make(packs, tmp_path, LOSSES[loss])
-    task.eval()
-    expected = gradients(task, batch, 1)
-    shares = on_ranks(len(bounds) - 1, _on_rank, packs, tmp_path, LOSSES[loss], bounds, parts)
-    mean = torch.stack([share.pop("loss") for share in shares]).mean()
-    torch.testing.assert_close(mean, expected.pop("loss"))
-    for share in shares:
-        close(share, expected)
+def _on_rank(packs, out, bounds):
+    """Every loss in every number of parts, on this rank's share of the samples."""
+    found = {}
+    for loss, words in LOSSES.items():
+        task, batch = make(packs, out, words)
+        task.eval()
+        where = slice(bounds[distributed.rank()], bounds[distributed.rank() + 1])
+        share = dataclasses.replace(
+            batch, images=batch.images[where], captions=batch.captions[where], groups=batch.groups[where]
+        )
+        parallel = DistributedDataParallel(task, broadcast_buffers=False)
+        for parts in PARTS:
+            task.zero_grad()
+            found[f"{loss} {parts}"] = {n: t.clone() for n, t in gradients(task, share, parts, parallel).items()}
+    return found
+
+
+@pytest.mark.parametrize("bounds", [[0, 9, 22], [0, 8, 15, 22], [0, 5, 10, 16, 22]], ids=["two", "three", "four"])
+def test_parts_on_ranks_give_the_gradient_of_the_whole(packs, tmp_path, bounds):
+    """Two to four ranks with unequal shares, each in one to eight parts, for every loss; DDP averages once."""
+    shares = on_ranks(len(bounds) - 1, _on_rank, packs, tmp_path, bounds)
+    for loss, words in LOSSES.items():
+        task, batch = make(packs, tmp_path, words)
+        task.eval()
+        expected = gradients(task, batch, 1)
+        value = expected.pop("loss")
+        for parts in PARTS:
+            ranks = [share[f"{loss} {parts}"] for share in shares]
+            torch.testing.assert_close(torch.stack([r.pop("loss") for r in ranks]).mean(), value)
+            for rank in ranks:
+                close(rank, expected)
 
 
 def test_every_task_can_be_done_in_parts(packs, tmp_path):

@@ -1,0 +1,30 @@
+"""The benchmarks run and print what a script can read; what they measure belongs in docs/performance.md, not here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def run(name, *words):
+    done = subprocess.run([sys.executable, BENCHMARKS / name, *words, "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads peak memory from Linux's /proc")
+def test_loss_memory():
+    rows = run("loss_memory.py", "--batches", "256")
+    assert [row["loss"] for row in rows] == ["plain", "info_nce", "sigmoid"]
+    assert all(row["seconds"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_train_step():
+    (row,) = run("train_step.py", "--model", "vit_tiny", "--batch", "2", "--rounds", "1")
+    assert row["clipkit_s"] > 0
+    assert row["ratio"] == pytest.approx(row["clipkit_s"] / row["open_clip_s"])
