@@ -6,6 +6,7 @@ and towers are put together while they run. The functions here are right for bot
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -29,7 +30,9 @@ def share(task: Task, how: str, device: torch.device) -> nn.Module | None:
     if not distributed.active():
         return None
     if how == "ddp":  # buffers are averaged after the step, so that every rank's statistics count
-        return DistributedDataParallel(task, broadcast_buffers=False)
+        with warnings.catch_warnings():  # torch 2.15 renames this argument; 2.10 knows only the old name
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(task, broadcast_buffers=False)
     if not (pieces := task.pieces()):
         raise UsageError(f"run.parallel=fsdp cannot cut a {task.kind} in pieces; leave it away")
     mesh = init_device_mesh(device.type, (distributed.world_size(),))

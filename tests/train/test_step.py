@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 from ranks import on_ranks
-from torch.nn.parallel import DistributedDataParallel
 
 from clipkit import distributed
 from clipkit.config import load_recipe
 from clipkit.shards import Shards
 from clipkit.stream import Stream
+from clipkit.train.parallel import share
 from clipkit.train.pretrain import Pretraining, PretrainRecipe
 from clipkit.train.step import backward
 
@@ -89,13 +89,13 @@ def _on_rank(packs, out, bounds):
         task, batch = make(packs, out, words)
         task.eval()
         where = slice(bounds[distributed.rank()], bounds[distributed.rank() + 1])
-        share = dataclasses.replace(
+        part = dataclasses.replace(
             batch, images=batch.images[where], captions=batch.captions[where], groups=batch.groups[where]
         )
-        parallel = DistributedDataParallel(task, broadcast_buffers=False)
+        parallel = share(task, "ddp", torch.device("cpu"))
         for parts in PARTS:
             task.zero_grad()
-            found[f"{loss} {parts}"] = {n: t.clone() for n, t in gradients(task, share, parts, parallel).items()}
+            found[f"{loss} {parts}"] = {n: t.clone() for n, t in gradients(task, part, parts, parallel).items()}
     return found
 
 
@@ -109,7 +109,7 @@ def test_parts_on_ranks_give_the_gradient_of_the_whole(packs, tmp_path, bounds):
         expected = gradients(task, batch, 1)
         value = expected.pop("loss")
         for parts in PARTS:
-            ranks = [share[f"{loss} {parts}"] for share in shares]
+            ranks = [found[f"{loss} {parts}"] for found in shares]
             torch.testing.assert_close(torch.stack([r.pop("loss") for r in ranks]).mean(), value)
             for rank in ranks:
                 close(rank, expected)
