@@ -49,9 +49,13 @@ class RunConfig:
     log_every: int = 20
     """Steps between log lines."""
     save_every: int = 500
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints; the last step is always saved, and the one at which SIGTERM or Ctrl-C comes."""
+    save_minutes: float = 30.0
+    """Minutes after which a checkpoint is due whatever the step."""
     keep_last: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Checkpoints of steps that this divides are kept for good; 0 keeps none."""
     eval_every: int = 0
     """Steps between evaluations; 0 evaluates after the last step only."""
     ema_decay: float = 0.999
@@ -82,7 +86,7 @@ class DataConfig:
     """Where the samples come from and how they are varied."""
 
     shards: str
-    """Folder made by `clipkit pack`."""
+    """Folder made by `clipkit pack`, or the http(s) or fsspec (s3://, gs://) URL of one."""
     mix: dict[str, float] = dataclasses.field(default_factory=dict)
     """Further packs: folder -> its share of the samples; `shards` has what they leave."""
     val: str = ""
@@ -95,6 +99,12 @@ class DataConfig:
     """Flip half of the images left to right."""
     colour_jitter: float = 0.0
     """Brightness, contrast and saturation are each scaled by 1 - this to 1 + this."""
+    window: int = 0
+    """Shards whose samples are shuffled together; 0 takes all of a folder, and 16 at a time behind a URL."""
+    cache: str = "~/.cache/clipkit"
+    """Folder for shards fetched from a URL."""
+    cache_gb: float = 100.0
+    """GiB of fetched shards to keep; two windows must fit."""
     max_bad_fraction: float = 0.01
     """Share of unreadable samples at which the run stops; below it they are skipped, counted and reported."""
 
@@ -103,6 +113,9 @@ class DataConfig:
             raise RecipeError(f"data.crop_scale is {self.crop_scale}; it must be in (0, 1]")
         if not 0 <= self.colour_jitter <= 1:
             raise RecipeError(f"data.colour_jitter is {self.colour_jitter}; it must be in [0, 1]")
+        for name in ("workers", "window", "cache_gb"):
+            if getattr(self, name) < 0:
+                raise RecipeError(f"data.{name} is {getattr(self, name)}; it must be at least 0")
         if any(share <= 0 for share in self.mix.values()) or sum(self.mix.values()) >= 1:
             raise RecipeError(f"data.mix is {self.mix}; its shares must be above 0, and leave some of 1 to data.shards")
 

@@ -5,18 +5,21 @@ Everything here is right on a single process too, where it does nothing.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from clipkit.errors import UsageError
+from clipkit.errors import RankError, UsageError
 
 
 def active() -> bool:
@@ -79,10 +82,61 @@ def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=timeout)
+    _Roll.store = store
     try:
         yield
     finally:
+        _Roll.store = None
         dist.destroy_process_group()
+
+
+class _Roll:
+    """Where each rank writes down which step it has come to."""
+
+    store: Any = None
+
+
+def arrive(step: int, wish: int) -> int:
+    """Meet the other ranks at the beginning of a step -> the largest wish of any; on the CPU, no GPU is waited for."""
+    if not active():
+        return wish
+    _Roll.store.set(f"step_of_rank_{rank()}", str(step))
+    wishes = torch.tensor([wish])
+    dist.all_reduce(wishes, dist.ReduceOp.MAX)
+    return int(wishes)
+
+
+def explain(error: RuntimeError, step: int, timeout_minutes: float) -> Exception:
+    """A RankError that names the ranks which did not come to `step`, if that is what `error` is about."""
+    if not active() or not any(word in str(error) for word in _LOST):
+        return error
+    late = [r for r in range(world_size()) if _step_of(r) < step]
+    who = f"rank {', '.join(map(str, late))} did not come to it" if late else "a rank left in the middle of it"
+    return RankError(
+        f"step {step}: {who} within run.timeout_minutes = {timeout_minutes:g}; rank {rank()} stops. The same command "
+        "goes on from the last checkpoint"
+    )
+
+
+_LOST = ("gloo", "NCCL", "ProcessGroup", "Timed out", "Connection closed", "Connection reset", "Broken pipe")
+
+
+def _step_of(number: int) -> int:
+    try:
+        key = f"step_of_rank_{number}"
+        return int(_Roll.store.get(key)) if _Roll.store.check([key]) else -1
+    except (RuntimeError, ValueError):  # the store is gone with the rank that kept it
+        return -1
+
+
+def sum_counts(counts: Mapping[str, int]) -> Counter[str]:
+    """Named counts added up over all ranks, on every rank."""
+    if not active():
+        return Counter(counts)
+    mine = torch.frombuffer(bytearray(json.dumps(counts).encode()), dtype=torch.uint8)
+    sizes = batch_sizes(len(mine))
+    texts = torch.split(gather_rows(mine, sizes), sizes)
+    return sum((Counter(json.loads(bytes(t.tolist()))) for t in texts), Counter[str]())
 
 
 def barrier() -> None:

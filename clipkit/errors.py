@@ -7,6 +7,8 @@
     |   |-- ShardError          exit 1   a damaged or missing shard, or its index
     |   `-- SampleError         exit 1   one bad sample; readers skip and count it by `reason`
     |-- CheckpointError         exit 1   a folder that is not a model, or a damaged one
+    |-- RankError               exit 1   a rank that died or hangs
+    |-- StoppedError            exit 0   SIGTERM: the run has saved and ended (Ctrl-C: KeyboardInterrupt, exit 130)
     `-- NonFiniteError          exit 3   a loss or gradient that is NaN or infinite
 
 A message is one line: what was wrong, what was found, what to do about it.
@@ -52,6 +54,16 @@ class SampleError(DataError):
 
 class CheckpointError(ClipkitError):
     """A checkpoint is missing, damaged, or of something else."""
+
+
+class RankError(ClipkitError):
+    """Another rank did not come to a step in time."""
+
+
+class StoppedError(ClipkitError):
+    """The run was told to stop by SIGTERM, has saved, and ends well."""
+
+    exit_code = 0
 
 
 class NonFiniteError(ClipkitError):

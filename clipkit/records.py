@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,6 +12,13 @@ from typing import Any, TypeVar
 from clipkit.errors import UsageError
 
 T = TypeVar("T")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file that is there as a whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
 
 
 def progress(things: Iterable[T], total: int | None, what: str) -> Iterable[T]:
@@ -45,7 +53,7 @@ class Records:
 
     def _rewind(self, start: int) -> None:
         kept = [line for line in read(self.path) if line["step"] <= start] if self.path.is_file() else []
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one line; show it in the progress bar, or in a plain line when there is no terminal."""
@@ -62,6 +70,12 @@ class Records:
             for key, value in values.items():
                 if isinstance(value, (int, float)):
                     self._board.add_scalar(key, value, step)
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Flush and close everything."""

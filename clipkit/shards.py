@@ -4,6 +4,8 @@ A pack is a folder of `shard-000000.tar` ... with an `index.json`. A sample is a
 `<key>.jpg|png|webp`, `<key>.txt` (its first caption) and `<key>.json` ({"captions": [...], "label": int or null}).
 The index holds each shard's size, sha256 and sample count, and beside each shard lies `shard-000000.npy`, the byte
 ranges of its members: once the hash of a shard is known to be right, reading sample i is one `pread`.
+
+A pack may lie in a folder or behind a URL; shards of the latter are fetched, whole, when they are first needed.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ import hashlib
 import json
 import os
 import tarfile
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -24,9 +28,13 @@ import numpy.typing as npt
 
 from clipkit.errors import SampleError, ShardError
 from clipkit.images import SUFFIXES
+from clipkit.records import write_atomically
+from clipkit.remote import Cache, open_store
 
 FORMAT = 1
 MAX_CAPTION = 4096
+PICKLES = (".pkl", ".pickle", ".pyd", ".pt", ".pth", ".joblib")
+_OPEN_FILES = 64
 _IMAGE, _TEXT, _META = 0, 1, 2
 _BLOCK = 512
 
@@ -59,20 +67,32 @@ class StrictTarInfo(tarfile.TarInfo):
             raise ShardError(f"damaged tar header ({error}) after {len(buf)} bytes read") from None
 
 
-def scan(shard: Path) -> npt.NDArray[np.int64]:
-    """Walk every header of a tar -> int64 [samples, 6]: offset and size of image, caption and metadata (-1: none).
+@dataclass(frozen=True)
+class Scan:
+    """What a walk through a shard found.
 
-    Raises ShardError naming the shard when it is cut, damaged, or holds what a shard must not.
+    offsets: int64 [samples, 6], offset and size of image, caption and metadata (-1: none). refused: members that a
+    shard must not hold, by reason; they are never read.
     """
+
+    offsets: npt.NDArray[np.int64]
+    refused: Counter[str]
+
+
+def scan(shard: Path) -> Scan:
+    """Walk every header of a tar. Raises ShardError naming the shard when it is cut or damaged."""
     rows: list[list[int]] = []
-    size, last_key = shard.stat().st_size, None
+    refused: Counter[str] = Counter()
+    last_key = None
     try:
+        size = shard.stat().st_size
         with tarfile.open(shard, "r:", tarinfo=StrictTarInfo) as archive:
             for member in archive:
-                if not member.isfile():
-                    raise ShardError(f"member {member.name!r} is not a plain file")
                 if member.offset_data + member.size > size:
                     raise ShardError(f"cut inside member {member.name!r}")
+                if reason := _refusal(member):
+                    refused[reason] += 1
+                    continue
                 key, suffix = os.path.splitext(member.name)
                 if (column := _column(suffix)) is None:
                     continue
@@ -80,9 +100,20 @@ def scan(shard: Path) -> npt.NDArray[np.int64]:
                     rows.append([-1] * 6)
                     last_key = key
                 rows[-1][2 * column : 2 * column + 2] = [member.offset_data, member.size]
-    except (tarfile.TarError, ShardError, OSError) as error:
+    except (tarfile.TarError, ShardError, OSError, ValueError) as error:
         raise ShardError(f"{shard} is damaged: {error}; pack it again or fetch it anew") from None
-    return np.array(rows, dtype=np.int64).reshape(-1, 6)
+    return Scan(np.array(rows, dtype=np.int64).reshape(-1, 6), refused)
+
+
+def _refusal(member: tarfile.TarInfo) -> str | None:
+    path = PurePosixPath(member.name)
+    if path.is_absolute() or ".." in path.parts or "\x00" in member.name:
+        return "unsafe name"
+    if member.isdir():
+        return None
+    if not member.isfile() or member.issparse():
+        return "link or device"
+    return "pickle" if path.suffix.lower() in PICKLES else None
 
 
 def _column(suffix: str) -> int | None:
@@ -91,26 +122,34 @@ def _column(suffix: str) -> int | None:
     return {".txt": _TEXT, ".json": _META}.get(suffix.lower())
 
 
+def index_shard(tar: Path) -> tuple[dict[str, Any], Counter[str]]:
+    """Scan a shard and write its offsets beside it -> its entry of the index, and what was refused in it."""
+    found = scan(tar)
+    np.save(tar.with_suffix(".npy"), found.offsets, allow_pickle=False)
+    entry = {
+        "name": tar.name,
+        "bytes": tar.stat().st_size,
+        "sha256": sha256(tar),
+        "offsets_sha256": sha256(tar.with_suffix(".npy")),
+        "samples": len(found.offsets),
+    }
+    return entry, found.refused
+
+
 def write_index(folder: Path, extra: dict[str, Any] | None = None) -> dict[str, Any]:
     """Scan every `*.tar` of `folder` and write offsets and `index.json`, with `extra` keys (classes, skips) in it."""
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise ShardError(f"no .tar shards in {folder}; make some with `clipkit pack`")
-    shards: list[dict[str, Any]] = []
+    shards, extra = [], dict(extra or {})
+    refused = Counter[str](extra.get("skipped", {}))
     for tar in tars:
-        offsets = scan(tar)
-        np.save(tar.with_suffix(".npy"), offsets, allow_pickle=False)
-        shards.append(
-            {
-                "name": tar.name,
-                "bytes": tar.stat().st_size,
-                "sha256": sha256(tar),
-                "offsets_sha256": sha256(tar.with_suffix(".npy")),
-                "samples": len(offsets),
-            }
-        )
-    index = {"format": FORMAT, "samples": sum(int(s["samples"]) for s in shards), **(extra or {}), "shards": shards}
-    (folder / "index.json").write_text(json.dumps(index, indent=1, ensure_ascii=False), encoding="utf-8")
+        entry, found = index_shard(tar)
+        shards.append(entry)
+        refused += found
+    extra["skipped"] = dict(refused)
+    index = {"format": FORMAT, "samples": sum(int(s["samples"]) for s in shards), **extra, "shards": shards}
+    write_atomically(folder / "index.json", json.dumps(index, indent=1, ensure_ascii=False))
     return index
 
 
@@ -126,29 +165,36 @@ def sha256(path: Path) -> str:
 class Shards:
     """An opened pack: `len(shards)` samples, `shards.read(i)`.
 
-    Opening checks that every shard is there with the size of the index, and, with `verify`, its sha256. A folder of
-    shards made elsewhere gets its index on first opening.
+    `source` is a folder, or an http(s) or fsspec URL of one; what is fetched stays in `cache`. Opening a folder checks
+    that every shard is there with the size of the index, and, with `verify`, its sha256; a fetched shard is always
+    checked. A folder of shards made elsewhere gets its index on first opening.
 
     Raises ShardError naming the shard.
     """
 
-    def __init__(self, folder: str | Path, verify: bool = True) -> None:
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise ShardError(f"no pack at {self.folder}; make one with `clipkit pack SOURCE {self.folder}`")
+    def __init__(self, source: str | Path, verify: bool = True, cache: Cache | None = None) -> None:
+        self.store = open_store(source, cache)
+        if not self.store.remote and not Path(source).is_dir():
+            raise ShardError(f"no pack at {source}; make one with `clipkit pack SOURCE {source}`")
+        self.source = self.store.source
         self.index = self._load_index()
-        self._shards = [self._check(entry, verify) for entry in self.index["shards"]]
-        self._starts = [0, *accumulate(int(e["samples"]) for e in self.index["shards"])]
-        self._files: dict[int, int] = {}
+        self.entries: list[dict[str, Any]] = self.index["shards"]
+        self.starts = [0, *accumulate(int(e["samples"]) for e in self.entries)]
+        self._opened: OrderedDict[int, tuple[int, npt.NDArray[np.int64]]] = OrderedDict()
+        if not self.store.remote:
+            for entry in self.entries:
+                self.store.get(entry["name"], entry["bytes"])
+        if verify:
+            self.verify()
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return self.starts[-1]
 
     def __getstate__(self) -> dict[str, Any]:  # file descriptors do not travel to worker processes
-        return {**self.__dict__, "_files": {}}
+        return {**self.__dict__, "_opened": OrderedDict()}
 
     def __del__(self) -> None:
-        for descriptor in getattr(self, "_files", {}).values():
+        for descriptor, _ in getattr(self, "_opened", {}).values():
             with contextlib.suppress(OSError):
                 os.close(descriptor)
 
@@ -162,74 +208,126 @@ class Shards:
         """Prompt templates stored with the pack, or none."""
         return list(self.index.get("templates", []))
 
+    def verify(self, proceed: Callable[[], bool] = lambda: True) -> None:
+        """Check the sha256 of every shard that is on this machine, as long as `proceed` says so.
+
+        Raises ShardError naming the first that is damaged.
+        """
+        for entry in self.entries:
+            if not proceed():
+                return
+            path = self._fetch(entry)
+            if sha256(path) != entry["sha256"]:
+                raise ShardError(
+                    f"shard {path} is damaged: its sha256 is not that of the index; fetch or pack it again"
+                )
+
+    def _fetch(self, entry: dict[str, Any]) -> Path:
+        return self.store.get(entry["name"], entry["bytes"], entry["sha256"])
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Have some shards on this machine; what goes wrong will be said when they are read."""
+        for shard in shards:
+            with contextlib.suppress(ShardError):
+                self._fetch(self.entries[shard])
+
     def _load_index(self) -> dict[str, Any]:
-        path = self.folder / "index.json"
-        if not path.is_file():
-            return write_index(self.folder)
+        if not self.store.remote and not (Path(self.source) / "index.json").is_file():
+            return write_index(Path(self.source))
+        path = self.store.get("index.json")
         try:
             index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            known = index["format"] == FORMAT and all(e.keys() >= {"name", "bytes", "samples"} for e in index["shards"])
+            whole = {"name", "bytes", "samples", "sha256"}
+            known = index["format"] == FORMAT and all(e.keys() >= whole for e in index["shards"])
+            foreign = [n for n in (str(e["name"]) for e in index["shards"]) if "/" in n or not n.endswith(".tar")]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ShardError(f"{path} is not an index: {error}; delete it to have it made again") from None
+        if foreign:
+            raise ShardError(f"{path} names the shard {foreign[0]!r}; a shard is a .tar beside its index")
         if not known:
             raise ShardError(f"{path} has format {index['format']!r}, this version reads {FORMAT}; pack again")
         return index
 
-    def _check(self, entry: dict[str, Any], verify: bool) -> tuple[Path, npt.NDArray[np.int64]]:
-        path = self.folder / entry["name"]
-        if not path.is_file():
-            raise ShardError(f"shard {path} is missing; the index lists it with {entry['samples']} samples")
-        if path.stat().st_size != entry["bytes"]:
-            raise ShardError(f"shard {path} is damaged: {path.stat().st_size} bytes found, {entry['bytes']} expected")
-        if verify and sha256(path) != entry["sha256"]:
-            raise ShardError(f"shard {path} is damaged: its sha256 is not that of the index; fetch or pack it again")
+    def _open(self, shard: int) -> tuple[int, npt.NDArray[np.int64]]:
+        """Descriptor and offsets of a shard; the least recently used one is closed when there are many."""
+        if shard in self._opened:
+            self._opened.move_to_end(shard)
+            return self._opened[shard]
+        entry = self.entries[shard]
+        path = self._fetch(entry)
+        offsets = self._offsets(path, entry)
+        if len(self._opened) >= _OPEN_FILES:
+            os.close(self._opened.popitem(last=False)[1][0])
+        self._opened[shard] = os.open(path, os.O_RDONLY), offsets
+        return self._opened[shard]
+
+    def _offsets(self, path: Path, entry: dict[str, Any]) -> npt.NDArray[np.int64]:
+        beside = path.with_suffix(".npy")
         try:
-            offsets: npt.NDArray[np.int64] = np.load(path.with_suffix(".npy"), allow_pickle=False)
-            intact = offsets.shape == (entry["samples"], 6) and (
-                not verify or sha256(path.with_suffix(".npy")) == entry["offsets_sha256"]
-            )
-        except (OSError, ValueError):
-            intact = False
-        if not intact:
-            offsets = scan(path)  # the shard itself is known to be right; what only points into it can be made again
-        return path, offsets
+            if sha256(beside) == entry["offsets_sha256"]:
+                offsets: npt.NDArray[np.int64] = np.load(beside, allow_pickle=False)
+                return offsets
+        except (OSError, ValueError, KeyError):
+            pass
+        found = scan(path).offsets  # the shard itself is right; what only points into it can be made again
+        if len(found) != entry["samples"]:
+            raise ShardError(f"shard {path} is damaged: {len(found)} samples found, {entry['samples']} expected")
+        return found
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """Shard of sample i, and its number therein."""
+        shard = bisect.bisect_right(self.starts, i) - 1
+        return shard, i - self.starts[shard]
+
+    def name(self, i: int) -> str:
+        """How sample i is called in messages: its shard and its number therein."""
+        shard, local = self.locate(i)
+        return f"{self.source}/{self.entries[shard]['name']}, sample {local}"
 
     def read(self, i: int) -> Sample:
         """Sample i, undecoded. Raises SampleError ("no image", "no caption", "bad metadata")."""
-        shard = bisect.bisect_right(self._starts, i) - 1
-        path, offsets = self._shards[shard]
-        local = i - self._starts[shard]
+        shard, local = self.locate(i)
+        descriptor, offsets = self._open(shard)
         row = offsets[local].tolist()
         if row[2 * _IMAGE] < 0:
-            raise SampleError("no image", f"sample {local} of {path}")
+            raise SampleError("no image", self.name(i))
         # The members of a sample lie together: one read fetches them all.
         present = [(row[c], row[c] + row[c + 1]) for c in (0, 2, 4) if row[c] >= 0]
         start, stop = min(p[0] for p in present), max(p[1] for p in present)
-        block = os.pread(self._descriptor(shard), stop - start, start)
+        block = os.pread(descriptor, stop - start, start)
         image, text, meta = (
             block[row[c] - start : row[c] - start + row[c + 1]] if row[c] >= 0 else None for c in (0, 2, 4)
         )
         captions, label = _captions(text or b"", meta)
         if not captions:
-            raise SampleError("no caption", f"sample {local} of {path}")
-        return Sample(f"{path.stem}/{local}", image or b"", captions, label)
+            raise SampleError("no caption", self.name(i))
+        return Sample(f"{Path(self.entries[shard]['name']).stem}/{local}", image or b"", captions, label)
 
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._files:
-            self._files[shard] = os.open(self._shards[shard][0], os.O_RDONLY)
-        return self._files[shard]
+    def captions(self, limit: int) -> list[str]:
+        """Every caption of `limit` samples, or fewer, spread evenly; of a pack behind a URL, of its first shard."""
+        last = self.starts[1] if self.store.remote else len(self)
+        found: list[str] = []
+        for i in range(0, last, max(1, -(-last // limit))):
+            with contextlib.suppress(SampleError):
+                found.extend(self.read(i).captions)
+        return found
+
+
+def clean_caption(text: str) -> str:
+    """A caption that every tokenizer can take: no NUL, no lone surrogates, at most `MAX_CAPTION` characters."""
+    return text[: 2 * MAX_CAPTION].replace("\x00", " ").encode("utf-8", "replace").decode("utf-8").strip()[:MAX_CAPTION]
 
 
 def _captions(text: bytes, meta: bytes | None) -> tuple[tuple[str, ...], int | None]:
-    captions, label = [text.decode("utf-8", errors="replace")], None
+    captions, label = [text[: 8 * MAX_CAPTION].decode("utf-8", errors="replace")], None
     if meta is not None:
         try:
             record = json.loads(meta)
-            captions = list(record.get("captions", captions))
-            label = record.get("label")
-            well_formed = all(isinstance(c, str) for c in captions) and (label is None or isinstance(label, int))
-        except (ValueError, AttributeError, TypeError):
+            captions, label = record.get("captions", captions), record.get("label")
+            well_formed = isinstance(captions, list) and all(isinstance(c, str) for c in captions)
+            well_formed = well_formed and (label is None or (type(label) is int and 0 <= label < 1 << 31))
+        except (ValueError, AttributeError, RecursionError):
             well_formed = False
         if not well_formed:
             raise SampleError("bad metadata", repr(meta[:60]))
-    return tuple(c[:MAX_CAPTION] for c in captions if c and not c.isspace()), label
+    return tuple(filter(None, map(clean_caption, captions))), label

@@ -1,22 +1,22 @@
-"""The stream of training batches: its order is a function of (seed, epoch, position), and of nothing else.
+"""The stream of training batches: positions of the endless sequence (order.py) -> decoded, augmented batches.
 
-Several packs are mixed in fixed shares: which of them a position belongs to is a function of (seed, position) too, and
-each keeps its own epochs.
-
-Epoch e visits the samples in the permutation drawn from (seed, e); the epochs follow each other without a seam, and
-batch k is positions k*B to (k+1)*B - 1 of that endless sequence. So every sample comes once per epoch, any step can be
-started at without replaying the ones before it, and neither ranks, workers nor time can change what comes when.
+Batch k is positions k*B to (k+1)*B - 1. Any step can be started at without replaying the ones before it, and neither
+ranks, workers nor time can change what comes when.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
+import threading
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clipkit.config import DataConfig
-from clipkit.errors import DataError, SampleError
-from clipkit.images import augment, decode, to_tensor
+from clipkit.errors import DataError, SampleError, ShardError
+from clipkit.images import flip_and_jitter, random_view
+from clipkit.order import BLOCK, Mixture, Order
+from clipkit.remote import Cache
 from clipkit.shards import Shards
 
-_BLOCK = 1000
+_REMOTE_WINDOW = 16
 
 
 @dataclass
@@ -66,47 +68,28 @@ class Batch:
         return [Batch(self.images[c], self.captions[c], self.groups[c], self.keys[c]) for c in cuts]
 
 
-class Mixture:
-    """Position of the whole -> (pack, position in the pack's own endless sequence).
-
-    Every _BLOCK positions hold each pack's share, exact to 1 / _BLOCK, in an order drawn from (seed, block).
-    """
-
-    def __init__(self, shares: Sequence[float], seed: int) -> None:
-        exact = np.array(shares) / sum(shares) * _BLOCK
-        self.quotas = np.floor(exact).astype(np.int64)
-        largest_remainders = np.argsort(self.quotas - exact, kind="stable")
-        self.quotas[largest_remainders[: _BLOCK - self.quotas.sum()]] += 1
-        self.seed, self._block, self._order = seed, -1, np.empty(0, dtype=np.int64)
-
-    def __call__(self, position: int) -> tuple[int, int]:
-        """Where the sample at this position comes from."""
-        if len(self.quotas) == 1:
-            return 0, position
-        block, offset = divmod(position, _BLOCK)
-        if block != self._block:
-            packs = np.repeat(np.arange(len(self.quotas)), self.quotas)
-            self._block, self._order = block, np.random.default_rng([self.seed, 2, block]).permutation(packs)
-        pack = int(self._order[offset])
-        return pack, block * int(self.quotas[pack]) + int((self._order[:offset] == pack).sum())
-
-
 class _Samples(Dataset[Batch]):
     """Global positions -> decoded, augmented samples; each sample's randomness comes from (seed, position)."""
 
     def __init__(self, packs: Sequence[Shards], config: DataConfig, image_size: int, seed: int) -> None:
         self.packs, self.config, self.image_size, self.seed = packs, config, image_size, seed
         self.mixture = Mixture([1 - sum(config.mix.values()), *config.mix.values()], seed)
-        self._orders: dict[int, tuple[int, np.ndarray[Any, Any]]] = {}
+        windows = [config.window or (_REMOTE_WINDOW if pack.store.remote else 0) for pack in packs]
+        self.orders = [Order(p.starts, w, seed, i) for i, (p, w) in enumerate(zip(packs, windows, strict=True))]
+        # Per worker: its process and the position it is at, for the one who asks what a killed worker was reading.
+        self.whereabouts = torch.full((max(1, config.workers), 2), -1, dtype=torch.int64)
+        self.whereabouts.share_memory_()  # type: ignore[no-untyped-call]
+        self._fetching: dict[int, tuple[int, int]] = {}
 
     def locate(self, position: int) -> tuple[int, int]:
         """Which pack's sample, and which of them, stands at this position of the endless sequence."""
         pack, own = self.mixture(position)
-        epoch, offset = divmod(own, len(self.packs[pack]))
-        if self._orders.get(pack, (-1,))[0] != epoch:
-            rng = np.random.default_rng([self.seed, epoch, *([pack] if pack else [])])
-            self._orders[pack] = epoch, rng.permutation(len(self.packs[pack]))
-        return pack, int(self._orders[pack][1][offset])
+        return pack, self.orders[pack](own)
+
+    def name(self, position: int) -> str:
+        """Shard and number of the sample at a position."""
+        pack, index = self.locate(position)
+        return self.packs[pack].name(index)
 
     def __getitem__(self, position: int) -> Batch:
         return self.__getitems__([position])
@@ -117,24 +100,44 @@ class _Samples(Dataset[Batch]):
             return self._load(positions)
 
     def _load(self, positions: list[int]) -> Batch:
-        images, captions, groups, keys, skipped = [], [], [], [], Counter[str]()
+        views, captions, groups, keys, rngs = [], [], [], [], []
+        skipped: Counter[str] = Counter()
+        worker = getattr(torch.utils.data.get_worker_info(), "id", 0)
         for position in positions:
+            self.whereabouts[worker, 1] = position
             rng = np.random.default_rng([self.seed, 1, position])
             try:
                 pack, index = self.locate(position)
+                self._prefetch(pack)
                 sample = self.packs[pack].read(index)
-                image = decode(sample.image)
+                views.append(random_view(sample.image, self.image_size, self.config, rng).permute(1, 2, 0))
             except SampleError as error:
                 skipped[error.reason] += 1
                 continue
-            images.append(augment(image, self.image_size, self.config, rng))
+            rngs.append(rng)
             captions.append(sample.captions[rng.integers(len(sample.captions))])
             label = zlib.crc32(sample.captions[0].encode()) if sample.label is None else sample.label
             groups.append(label + (pack << 32))  # class 3 of one pack is not class 3 of another
             keys.append(sample.key)
         size = self.image_size
-        stacked = to_tensor(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
-        return Batch(stacked, captions, torch.tensor(groups, dtype=torch.int64), keys, skipped)
+        # [b, S, S, 3] in memory, as the decoder left them -> [b, 3, S, S]
+        images = torch.stack(views) if views else torch.empty(0, size, size, 3, dtype=torch.uint8)
+        images = flip_and_jitter(images.permute(0, 3, 1, 2), self.config, rngs)
+        return Batch(images, captions, torch.tensor(groups, dtype=torch.int64), keys, skipped)
+
+    def _prefetch(self, pack: int) -> None:
+        """When a window of a pack behind a URL is begun, fetch the next one in the background."""
+        order, shards = self.orders[pack], self.packs[pack]
+        if not shards.store.remote or order.current is None or self._fetching.get(pack) == order.current:
+            return
+        self._fetching[pack] = order.current
+        coming = order.shards(order.current[1] + 1)
+        threading.Thread(target=shards.prefetch, args=(coming,), daemon=True).start()
+
+    def begin_worker(self, worker: int) -> None:
+        """What a loader process does first; Ctrl-C is for the main process, which stops when it has saved."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.whereabouts[worker, 0] = os.getpid()
 
 
 class _Steps(Sampler[list[int]]):
@@ -173,12 +176,21 @@ class Stream:
     ) -> None:
         if batch_size % world_size:
             raise DataError(f"batch_size {batch_size} does not divide over {world_size} ranks; change run.batch_size")
-        packs = [shards, *(Shards(folder, verify=rank == 0) for folder in config.mix)]
+        cache = cache_of(config)
+        packs = [shards, *(Shards(folder, verify=False, cache=cache) for folder in config.mix)]
         for pack in packs:
             if not len(pack):
-                raise DataError(f"{pack.folder} holds no sample")
+                raise DataError(f"{pack.source} holds no sample")
         self.samples = _Samples(packs, config, image_size, seed)
+        for pack, order in zip(packs, self.samples.orders, strict=True):
+            _fits(pack, order, cache)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self._damage: ShardError | None = None
+
+    def epoch(self, step: int) -> int:
+        """Which epoch of the first pack a step begins in."""
+        share = self.samples.mixture.quotas[0] / BLOCK
+        return int(step * self.batch_size * share // len(self.samples.packs[0]))
 
     def positions(self, step: int) -> list[int]:
         """Global positions of this rank's share of the batch of `step` (counted from 0)."""
@@ -187,24 +199,84 @@ class Stream:
         return list(range(start, start + share))
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """The batches of steps start to stop - 1. Stops with DataError when too many samples are bad."""
+        """The batches of steps start to stop - 1.
+
+        Meanwhile rank 0 hashes the shards in the background. Raises DataError when too many samples are bad, or a
+        loader process dies, and ShardError when a shard is not what the index says.
+        """
+        config, rest = self.samples.config, threading.Event()
         loader = DataLoader(
             self.samples,
             batch_sampler=_Steps(self, range(start, stop)),
-            num_workers=self.samples.config.workers,
+            num_workers=config.workers,
             collate_fn=_as_is,
             pin_memory=torch.cuda.is_available(),
-            prefetch_factor=4 if self.samples.config.workers else None,
+            prefetch_factor=4 if config.workers else None,
+            worker_init_fn=self.samples.begin_worker,
         )
-        seen, skipped = 0, Counter[str]()
-        for batch in loader:
+        hashing = threading.Thread(target=self._hash_shards, args=(rest,), daemon=True)
+        if self.rank == 0:
+            hashing.start()
+        try:
+            yield from self._counted(iter(loader))
+            if self.rank == 0:
+                hashing.join()
+                self._complain()
+        except RuntimeError as error:
+            raise self.explain(error) from error
+        finally:
+            rest.set()
+
+    def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        config, seen, skipped = self.samples.config, 0, Counter[str]()
+        for batch in batches:
+            self._complain()
             seen += len(batch.captions) + batch.skipped.total()
             skipped += batch.skipped
             # A handful of bad samples at the very start says nothing about the share of them in the whole.
-            if skipped.total() > self.samples.config.max_bad_fraction * max(seen, 1000) or not batch.captions:
+            if skipped.total() > config.max_bad_fraction * max(seen, 1000) or not batch.captions:
                 reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.most_common())
                 raise DataError(
                     f"{skipped.total()} of {seen} samples are bad ({reasons}), more than data.max_bad_fraction = "
-                    f"{self.samples.config.max_bad_fraction}; pack the data again or raise the limit"
+                    f"{config.max_bad_fraction}; pack the data again or raise the limit"
                 )
             yield batch
+
+    def _hash_shards(self, rest: threading.Event) -> None:
+        try:
+            for pack in self.samples.packs:
+                if not pack.store.remote:  # those were checked when they came
+                    pack.verify(lambda: not rest.is_set())
+        except (ShardError, OSError) as error:
+            self._damage = error if isinstance(error, ShardError) else ShardError(str(error))
+
+    def _complain(self) -> None:
+        if self._damage is not None:
+            raise self._damage
+
+    def explain(self, error: RuntimeError) -> Exception:
+        """A DataError that names the shard which a dead loader process was reading; any other error as it is."""
+        if "DataLoader worker" not in str(error):
+            return error
+        reading = [(pid, at) for pid, at in self.samples.whereabouts.tolist() if str(pid) in str(error) and at >= 0]
+        where = self.samples.name(reading[0][1]) if reading else "its first batch"
+        return DataError(
+            f"a loader process died while reading {where}: {str(error).splitlines()[0]}; the same command goes on from "
+            "the last checkpoint. If it was killed for memory, lower data.workers"
+        )
+
+
+def cache_of(config: DataConfig) -> Cache:
+    """Where the recipe wants fetched shards."""
+    return Cache(Path(config.cache), int(config.cache_gb * 2**30))
+
+
+def _fits(pack: Shards, order: Order, cache: Cache) -> None:
+    """Two windows must fit in the cache: the one in use and the one being fetched."""
+    sizes = sorted((int(e["bytes"]) for e in pack.entries), reverse=True)
+    needed = sum(sizes[: 2 * order.window])
+    if pack.store.remote and needed > cache.limit:
+        raise DataError(
+            f"{pack.source}: two windows of {order.window} shards are {needed / 2**30:.1f} GiB, data.cache_gb is "
+            f"{cache.limit / 2**30:.1f}; lower data.window or raise it"
+        )

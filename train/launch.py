@@ -11,7 +11,7 @@ import torch
 from clipkit import distributed
 from clipkit.config import Recipe, load_recipe, to_toml
 from clipkit.shards import Shards
-from clipkit.stream import Stream
+from clipkit.stream import Stream, cache_of
 from clipkit.train.loop import seed_everything, train
 from clipkit.train.step import Task
 
@@ -38,7 +38,7 @@ def launch(
 def train_recipe(recipe: R, make_task: MakeTask[R], device: torch.device) -> Path:
     """Open the pack, build the task and its stream, train -> the run's folder."""
     rank, world_size = distributed.rank(), distributed.world_size()
-    shards = Shards(recipe.data.shards, verify=rank == 0)
+    shards = Shards(recipe.data.shards, verify=False, cache=cache_of(recipe.data))  # hashed while training
     seed_everything(recipe.run.seed, 0, 0)  # the same initial weights on every rank
     task = make_task(recipe, shards)
     stream = Stream(shards, recipe.data, task.image_size, recipe.run.batch_size, recipe.run.seed, rank, world_size)

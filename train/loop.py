@@ -1,7 +1,8 @@
 """The one training loop: pretraining, denoisers and noise-aware CLIPs all go through `train`.
 
 A run is a folder. Each step's randomness is a function of (seed, step, rank), so the state of a run is its weights, its
-optimizer and its step: the same command resumes, and on a CPU ends with the bits of an uninterrupted run.
+optimizer and its step: the same command resumes, and on a CPU ends with the bits of an uninterrupted run. It saves by
+steps, by time, and when it is told to stop.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import platform
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +27,7 @@ from torch import Tensor, nn
 from clipkit import checkpoint, distributed
 from clipkit._version import __version__
 from clipkit.config import Recipe, from_dict
-from clipkit.errors import CheckpointError, NonFiniteError, UsageError
+from clipkit.errors import CheckpointError, NonFiniteError, StoppedError, UsageError
 from clipkit.records import Records, say
 from clipkit.stream import Batch, Stream
 from clipkit.train import optim, parallel
@@ -44,23 +48,25 @@ def seed_everything(seed: int, step: int, rank: int) -> None:
 def train(task: Task, stream: Stream, recipe: Recipe, device: torch.device) -> Path:
     """Train `task` on `stream` as the recipe says, resuming what lies in its `run.out` -> that folder.
 
-    Raises CheckpointError if that folder holds a run of another recipe, NonFiniteError when the loss or the gradient is
-    no longer a number.
+    Ends early, saved, at SIGTERM (StoppedError) and Ctrl-C (KeyboardInterrupt). Raises CheckpointError if that folder
+    holds a run of another recipe or is being trained by another process, NonFiniteError when the loss or the gradient
+    is no longer a number, RankError when another rank dies or hangs.
     """
-    run, folder = recipe.run, Path(recipe.run.out)
+    folder, main = Path(recipe.run.out), distributed.rank() == 0
     task.to(device)
-    loop = _Loop(task, recipe, device)
-    start = loop.resume(folder)
-    main = distributed.rank() == 0
-    if main:
-        parameters = sum(p.numel() for p in task.model.parameters())
-        where = f"{device}, {distributed.world_size()} rank(s)"
-        say(f"{task.kind}: {parameters / 1e6:.2f}M parameters on {where}, step {start} of {run.steps}, in {folder}")
-    records = Records(folder, start, run.steps, task.kind, run.tensorboard, main)
-    try:
-        loop.steps(stream, start, folder, records)
-    finally:
-        records.close()
+    with checkpoint.lock(folder) if main else nullcontext():
+        loop = _Loop(task, recipe, device)
+        start = loop.resume(folder)
+        if main:
+            parameters = sum(p.numel() for p in task.model.parameters())
+            where = f"{device}, {distributed.world_size()} rank(s)"
+            say(
+                f"{task.kind}: {parameters / 1e6:.2f}M parameters on {where}, step {start} of {recipe.run.steps}, "
+                f"in {folder}"
+            )
+        with Records(folder, start, recipe.run.steps, task.kind, recipe.run.tensorboard, main) as records, loop.saver:
+            loop.steps(stream, start, records)
+        distributed.barrier()
     return folder
 
 
@@ -78,8 +84,10 @@ class _Loop:
         self.parallel = parallel.share(task, run.parallel, device)
         self.optimizer = optim.make_optimizer(task.model, config, task.lr_scales())
         self.ema = optim.EMA(task.model, run.ema_decay)
-        self.skipped: Counter[str] = Counter()
         self.guard = _Guard(device)
+        self.saver = checkpoint.Saver(Path(run.out), run.keep_last, run.keep_every)
+        self.saved, self.saved_at = -1, time.monotonic()
+        self.epoch: Counter[str] = Counter()  # samples seen in it, and skipped by reason; rank 0 has what was resumed
 
     def resume(self, folder: Path) -> int:
         """Load the newest checkpoint of the run -> steps already done."""
@@ -92,32 +100,63 @@ class _Loop:
             for name, tensor in found.tensors(there).items():
                 here[name].copy_(parallel.like(tensor, here[name]))
         _load_optimizer(self.optimizer, found.tensors("optimizer"))
+        if distributed.rank() == 0:
+            self.epoch.update(found.state.get("epoch", {}))
+        self.saved = found.step
         return found.step
 
-    def steps(self, stream: Stream, start: int, folder: Path, records: Records) -> None:
+    def steps(self, stream: Stream, start: int, records: Records) -> None:
         """Run from step `start` to the end, logging, evaluating and saving when due."""
         run, meter = self.run, _Meter(self.device)
         self.task.train()
-        batches = stream.batches(start, run.steps)
-        for step in range(start, run.steps):
-            meter.waiting()
-            batch = next(batches)
-            meter.working()
-            values = self.step(step, batch)
-            meter.add(len(batch.captions) * distributed.world_size(), values)
-            self.skipped += batch.skipped
-            records.bar.update(1)
-            done, last = step + 1, step + 1 == run.steps
-            evaluate = last or (run.eval_every and done % run.eval_every == 0)
-            if done % run.log_every == 0 or done % run.save_every == 0 or evaluate:
-                self.guard.check()
-            if done % run.log_every == 0 or last:
-                line = {**meter.take(), "lr": optim.learning_rate(step, run.steps, self.config)}
-                records.write(done, {**line, **({"skipped": dict(self.skipped)} if self.skipped else {})})
-            if evaluate and (scores := self.evaluate()):
-                records.write(done, scores)
-            if last or done % run.save_every == 0:
-                self.save(folder, done)
+        batches, step = stream.batches(start, run.steps), start
+        with _Interruption() as interruption:
+            try:
+                for step in range(start, run.steps):
+                    self.meet(step, interruption)
+                    meter.waiting()
+                    batch = next(batches)
+                    meter.working()
+                    values = self.step(step, batch)
+                    meter.add(len(batch.captions) * distributed.world_size(), values)
+                    self.epoch.update({"seen": len(batch) + batch.skipped.total(), **batch.skipped})
+                    records.bar.update(1)
+                    self.record(stream, step + 1, meter, records)
+                next(batches, None)  # the last word on the shards' hashes
+            except RuntimeError as error:
+                explained = distributed.explain(error, step, run.timeout_minutes)
+                raise explained if explained is not error else stream.explain(error) from error
+
+    def meet(self, step: int, interruption: _Interruption) -> None:
+        """Before a step, agree with the other ranks on whether to save or stop."""
+        overdue = distributed.rank() == 0 and time.monotonic() - self.saved_at > 60 * self.run.save_minutes
+        wish = distributed.arrive(step, max(int(overdue), interruption.signal))
+        if wish:
+            self.guard.check()
+            self.save(step)
+        if wish > 1:
+            self.saver.wait()
+            interruption.obey(wish, step)
+
+    def record(self, stream: Stream, done: int, meter: _Meter, records: Records) -> None:
+        """After a step: log line, end of the epoch, evaluation, checkpoint."""
+        run, last = self.run, done == self.run.steps
+        evaluate = last or (run.eval_every and done % run.eval_every == 0)
+        if done % run.log_every == 0 or done % run.save_every == 0 or evaluate:
+            self.guard.check()
+        if done % run.log_every == 0 or last:
+            line = {**meter.take(), "lr": optim.learning_rate(done - 1, run.steps, self.config)}
+            skipped = _without_seen(distributed.sum_counts(self.epoch))
+            records.write(done, {**line, **({"skipped": skipped} if skipped else {})})
+        if (epoch := stream.epoch(done)) != stream.epoch(done - 1):
+            counts = distributed.sum_counts(self.epoch)
+            records.write(done, {"epoch": epoch, "seen": counts["seen"], "skipped": _without_seen(counts)})
+            self.epoch.clear()
+        if evaluate and (scores := self.evaluate()):
+            records.write(done, scores)
+        if last or done % run.save_every == 0:
+            self.save(done)
+        self.saver.check()
 
     def step(self, step: int, batch: Batch) -> dict[str, Tensor]:
         """One optimizer step -> values to log. Raises NonFiniteError, on every rank, before any weight changes."""
@@ -146,22 +185,61 @@ class _Loop:
         self.task.train()
         return scores
 
-    def save(self, folder: Path, step: int) -> None:
-        """Put the state together, and write it as a checkpoint on rank 0 while the others wait."""
+    def save(self, step: int) -> None:
+        """Put the state together; rank 0 writes it as a checkpoint while all go on."""
+        if self.saved == step:
+            return
         tensors = {
             "model": parallel.whole(self.task.model.state_dict()),
             "ema": parallel.whole(self.ema.shadow),
             "optimizer": parallel.whole(_optimizer_tensors(self.optimizer)),
         }
+        epoch = distributed.sum_counts(self.epoch)
         if distributed.rank() == 0:
             state = {
                 "kind": self.task.kind,
                 "step": step,
+                "epoch": epoch,
                 "recipe": dataclasses.asdict(self.recipe),
                 "versions": _versions(),
             }
-            checkpoint.save(folder, state, tensors, self.task.texts(), self.run.keep_last)
-        distributed.barrier()
+            self.saver.save(state, tensors, self.task.texts())
+        self.saved, self.saved_at = step, time.monotonic()
+
+
+def _without_seen(counts: Mapping[str, int]) -> dict[str, int]:
+    return {reason: n for reason, n in counts.items() if reason != "seen"}
+
+
+class _Interruption:
+    """SIGTERM and Ctrl-C while it is entered: noted, so that the run saves first. A second Ctrl-C does not wait."""
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interruption:
+        if threading.current_thread() is threading.main_thread():  # Python hears signals nowhere else
+            self._before = {number: signal.signal(number, self._note) for number in self._SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    @staticmethod
+    def obey(number: int, step: int) -> NoReturn:
+        """End as the signal asks."""
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise StoppedError(f"stopped by SIGTERM, saved at step {step}; the same command goes on from there")
 
 
 class _Guard:
@@ -258,9 +336,12 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tens
         optimizer.state[parameter][quantity] = tensor
 
 
-_FREE_TO_CHANGE = {"data.workers"} | {
+_FREE_TO_CHANGE = {"data.workers", "data.cache", "data.cache_gb"} | {
     f"run.{key}"
-    for key in ("out", "device", "log_every", "save_every", "keep_last", "eval_every", "tensorboard", "parallel")
+    for key in (
+        *("out", "device", "log_every", "save_every", "save_minutes", "keep_last", "keep_every", "eval_every"),
+        *("tensorboard", "parallel", "timeout_minutes"),
+    )
 }
 
 

@@ -20,14 +20,18 @@ from clipkit.config import Recipe
 from clipkit.errors import RecipeError
 from clipkit.losses import LossConfig, info_nce, sigmoid_loss
 from clipkit.model import CLIP, CLIPConfig
+from clipkit.records import write_atomically
 from clipkit.shards import Shards
-from clipkit.stream import Batch
+from clipkit.stream import Batch, cache_of
 from clipkit.tokenizer import Tokenizer
 from clipkit.towers import residual_blocks
 from clipkit.train import tune
 from clipkit.train.launch import launch
 from clipkit.train.step import Features, Task
 from clipkit.train.tune import TuneConfig
+
+_CAPTIONS = 500_000
+"""Samples whose captions are enough for a vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ class Pretraining(Task):
 def make_tokenizer(recipe: PretrainRecipe, shards: Shards) -> Tokenizer:
     """The tokenizer of the text tower to start from; or CLIP's, if the recipe names its merges file; or a trained one.
 
-    That is trained on the captions of all packs, once, on rank 0, and kept in the run's folder.
+    That is trained on captions of all packs, once, on rank 0, and kept in the run's folder.
     """
     config, source = recipe.model, recipe.tune.source
     if source is not None and recipe.tune.init != "image":
@@ -139,10 +143,11 @@ def make_tokenizer(recipe: PretrainRecipe, shards: Shards) -> Tokenizer:
         return Tokenizer.clip(config.merges, config.context_length)
     path = Path(recipe.run.out) / "tokenizer.json"
     if distributed.rank() == 0 and not path.is_file():
-        packs = [shards, *(Shards(folder, verify=False) for folder in recipe.data.mix)]
-        captions = sorted({c for pack in packs for i in range(len(pack)) for c in pack.read(i).captions})
+        cache = cache_of(recipe.data)
+        packs = [shards, *(Shards(folder, verify=False, cache=cache) for folder in recipe.data.mix)]
+        captions = sorted({c for pack in packs for c in pack.captions(_CAPTIONS)})
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(Tokenizer.train(captions, config.vocab_size).to_json(), encoding="utf-8")
+        write_atomically(path, Tokenizer.train(captions, config.vocab_size).to_json())
     distributed.barrier()
     return Tokenizer.from_json(path.read_text(encoding="utf-8"), config.context_length)
 

@@ -83,12 +83,12 @@ def _from_files(name: str, source: Path, kind: str) -> ImageSet:
 def from_shards(name: str, shards: Shards) -> ImageSet:
     """A pack as a data set, with its own classes and templates. Raises DataError if it was packed without classes."""
     if not shards.classes:
-        raise DataError(f"{shards.folder} was packed without classes; zero-shot needs a classed pack")
+        raise DataError(f"{shards.source} was packed without classes; zero-shot needs a classed pack")
 
     def get(i: int) -> tuple[Image.Image, int]:
         sample = shards.read(i)
         if sample.label is None:
-            raise DataError(f"{shards.folder}: sample {i} has no label")
+            raise DataError(f"{shards.source}: sample {i} has no label")
         return _decode(sample.image, f"{name}, image {i}"), sample.label
 
     return ImageSet(name, shards.classes, shards.templates or DEFAULT_TEMPLATES, len(shards), get)

@@ -83,26 +83,73 @@ def test_preprocess_is_pillow_resize_and_centre_crop():
     assert torch.equal(images.preprocess(image, 20), torch.from_numpy(np.array(expected)).permute(2, 0, 1))
 
 
-def augmented(image, seed, **varied):
-    return images.augment(image, 16, DataConfig("", **varied), np.random.default_rng(seed))
+def view(data, seed=0, size=16, **varied):
+    return images.random_view(data, size, DataConfig("", **varied), np.random.default_rng(seed))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 200), (300, 2)])
-def test_extreme_shapes(size):
-    assert images.preprocess(noise(size=size), 16).shape == (3, 16, 16)
-    assert augmented(noise(size=size), 0, crop_scale=0.5, flip=True).size == (16, 16)
+@pytest.mark.parametrize("size", [(1, 1), (1, 200), (300, 2), (1, 20_000)])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_extreme_shapes(size, kind):
+    data = encoded(noise(size=size), kind)
+    assert images.preprocess(images.decode(data), 16).shape == (3, 16, 16)
+    for seed in range(5):
+        assert view(data, seed, crop_scale=0.3).shape == (3, 16, 16)
 
 
-def test_augment_is_a_function_of_its_generator():
-    varied = {"crop_scale": 0.4, "flip": True, "colour_jitter": 0.3}
-    first, second = (augmented(noise(), 7, **varied) for _ in range(2))
-    assert first.tobytes() == second.tobytes()
-    assert first.tobytes() != augmented(noise(), 8, **varied).tobytes()
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_a_view_is_a_function_of_its_generator(kind):
+    data = encoded(noise(), kind)
+    first, second = (view(data, 7, crop_scale=0.4) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, view(data, 8, crop_scale=0.4))
 
 
 def test_without_crop_an_image_of_the_right_size_is_untouched():
     image = noise(size=(16, 16))
-    assert augmented(image, 0).tobytes() == image.tobytes()
+    assert torch.equal(view(encoded(image)), torch.from_numpy(np.array(image)).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize(("size", "reduced"), [(300, 1), (500, 2), (1000, 4), (2000, 8)])
+def test_both_decoders_show_the_same_view(size, reduced):
+    """A smooth picture: the crop from the JPEG's own scaling is that of the whole picture, to rounding."""
+    ramp = np.linspace(0, 255, size).astype(np.uint8)
+    image = Image.fromarray(
+        np.stack([np.tile(ramp, (size, 1)), np.tile(ramp[:, None], (1, size)), 255 - np.tile(ramp, (size, 1))], -1)
+    )
+    jpeg, png = encoded(image, "JPEG", quality=95, subsampling=0), encoded(image)
+    for seed in range(4):
+        a, b = (view(data, seed, size=224, crop_scale=0.9).float() for data in (jpeg, png))
+        assert (a - b).abs().mean() < 2, reduced
+
+
+def test_a_jpeg_turned_by_its_exif_is_seen_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = noise(size=(40, 20))
+    turned = view(encoded(image, "JPEG", exif=exif, quality=95), size=20)
+    upright = view(encoded(image.rotate(-90, expand=True), "JPEG", quality=95), size=20)
+    assert (turned.float() - upright.float()).abs().mean() < 4
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_views_of_other_jpegs_are_rgb(mode):
+    assert view(encoded(noise(mode), "JPEG"), crop_scale=0.5).shape == (3, 16, 16)
+
+
+def test_a_cut_jpeg_has_no_view():
+    data = encoded(noise(size=(200, 200)), "JPEG")
+    for size in (16, 150):  # through Pillow's scaled decoding, through torchvision
+        with pytest.raises(SampleError, match="damaged image"):
+            view(data[: len(data) // 2], size=size)
+
+
+def test_the_first_frame_of_an_animation_counts():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    for kind in ("PNG", "WEBP"):
+        data = encoded(
+            frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
+        )
+        assert images.decode(data).getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_to_image_inverts_the_scale_of_training():
@@ -111,11 +158,32 @@ def test_to_image_inverts_the_scale_of_training():
     assert np.array_equal(back, pixels.permute(1, 2, 0).numpy())
 
 
-def test_jitter_changes_colours_and_nothing_else():
-    """Grey stays grey under saturation; a brighter or darker picture has its edges where they were."""
-    image = Image.new("RGB", (16, 16), (90, 90, 90))
-    image.paste((30, 30, 30), (0, 0, 8, 16))
-    seen = np.stack([np.asarray(augmented(image, seed, colour_jitter=0.4)) for seed in range(20)])
-    assert (seen == seen[..., :1]).all()
-    assert (seen[:, :, 0] < seen[:, :, 15]).all()
-    assert len({int(v) for v in seen[:, 0, 15, 0]}) > 10
+def varied(pixels, seeds, **config):
+    return images.flip_and_jitter(pixels.clone(), DataConfig("", **config), [np.random.default_rng(s) for s in seeds])
+
+
+def test_half_are_flipped_and_each_by_its_own_generator():
+    pixels = torch.randint(0, 256, (40, 3, 6, 6), dtype=torch.uint8)
+    together = varied(pixels, range(40), flip=True)
+    flipped = [torch.equal(t, p.flip(-1)) for t, p in zip(together, pixels, strict=True)]
+    assert all(f or torch.equal(t, p) for f, t, p in zip(flipped, together, pixels, strict=True))
+    assert 10 < sum(flipped) < 30
+    assert torch.equal(varied(pixels[7:8], [7], flip=True)[0], together[7])
+
+
+def test_jitter_is_that_of_torchvision():
+    from torchvision.transforms.v2 import functional as F
+
+    pixels = torch.randint(0, 256, (4, 3, 9, 9), dtype=torch.uint8)
+    found = varied(pixels, range(4), colour_jitter=0.4)
+    for i in range(4):
+        brightness, contrast, saturation = np.random.default_rng(i).uniform(0.6, 1.4, 3)
+        x = F.adjust_brightness(pixels[i].float() / 255, brightness)
+        expected = F.adjust_saturation(F.adjust_contrast(x, contrast), saturation) * 255
+        assert (found[i].float() - expected).abs().max() < 1
+
+
+def test_nothing_to_vary():
+    pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    assert torch.equal(varied(pixels, range(2)), pixels)
+    assert varied(pixels[:0], [], flip=True, colour_jitter=0.5).shape == (0, 3, 4, 4)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from clipkit.config import DataConfig
 from clipkit.errors import DataError, RecipeError
 from clipkit.shards import Shards
-from clipkit.stream import Mixture, Stream
+from clipkit.stream import Stream
 
 
 def keys(stream, start, stop):
@@ -41,28 +41,6 @@ def test_any_number_of_ranks_continues_the_same_order_from_any_step(packs, world
     ranks = [make(packs, batch, rank=r, world=world) for r in range(world)]
     together = [i for step in range(start, start + 4) for r in ranks for i in order(r, step, step + 1)]
     assert together == order(make(packs, batch), start, start + 4)
-
-
-@given(
-    weights=st.lists(st.floats(0.01, 1), min_size=1, max_size=4),
-    start=st.integers(0, 5000),
-    length=st.integers(1, 3000),
-    seed=st.integers(0, 3),
-)
-@settings(max_examples=40, deadline=None)
-def test_every_pack_of_a_mixture_goes_through_its_own_sequence(weights, start, length, seed):
-    """From wherever one starts: each pack's positions come in order, none left out, none twice."""
-    mixture = Mixture(weights, seed)
-    found = [mixture(p) for p in range(start, start + length)]
-    for pack in range(len(weights)):
-        own = [position for p, position in found if p == pack]
-        assert not own or own == list(range(own[0], own[0] + len(own)))
-
-
-def test_a_mixture_holds_its_shares():
-    found = [Mixture([0.5, 0.3, 0.2], 0)(p)[0] for p in range(2000)]
-    assert [found.count(pack) for pack in range(3)] == [1000, 600, 400]
-    assert len(set(found[:20])) > 1
 
 
 def test_packs_are_mixed_without_mixing_up_their_classes(packs):
