@@ -13,8 +13,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from clipkit import distributed, drawings, records
-from clipkit.pack import drawings_source, pack
+from clipkit.pack import pack
 from clipkit.pretrained import Pretrained, load
+from clipkit.sources import drawings_source
 
 PROMPTS = ("a red rocket", "a yellow star", "a blue fish", "a pink house")
 _PARTS = (  # run, module of clipkit.train, recipe

@@ -58,6 +58,11 @@ def _finish(image: Image.Image) -> Image.Image:
         raise SampleError("damaged image", str(error)) from error
 
 
+def format_of(data: bytes) -> str:
+    """ "jpeg", "png" or "webp", by the first bytes of a readable image."""
+    return "jpeg" if data[:3] == b"\xff\xd8\xff" else "png" if data[:4] == b"\x89PNG" else "webp"
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode -> RGB; what is transparent becomes white, 16-bit greys keep their range."""
     if image.mode.startswith("I;16") or image.mode == "I":

@@ -1,226 +1,235 @@
-"""Sources -> packs: a classed folder or tar, a CSV of `image,caption`, or the drawings, into shards with an index.
+"""Packing: a source into webdataset shards with an index.
 
 Every image is decoded once while packing, so that what cannot be read is skipped and counted here, not found in the
-middle of a training run.
+middle of a training run. Images are read by several threads and written in the source's order: the same source gives
+the same bytes. A finished shard is noted in a journal; the same command goes on after the last one.
 """
 
 from __future__ import annotations
 
-import csv
+import dataclasses
+import hashlib
 import io
 import json
-import tarfile
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+import os
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, TypeVar
 
-import numpy as np
 from PIL import Image
 
-from clipkit import drawings
 from clipkit.errors import DataError, SampleError, UsageError
-from clipkit.images import SUFFIXES, decode
-from clipkit.shards import MAX_CAPTION, write_index
+from clipkit.images import FORMATS, decode, format_of
+from clipkit.records import progress, write_atomically
+from clipkit.shards import FORMAT, clean_caption, index_shard
+from clipkit.sources import RawSample, Source
 
-CAPTIONS_PER_IMAGE = 4
-DEFAULT_TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a {}.", "one {}.")
-
-
-@dataclass(frozen=True)
-class RawSample:
-    """What a source yields: encoded image bytes, every caption that is true of it, the class index or None."""
-
-    image: bytes
-    captions: tuple[str, ...]
-    label: int | None
+JOURNAL = "packing.json"
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 @dataclass(frozen=True)
-class Source:
-    """Samples to pack, and what belongs to all of them."""
+class Encoding:
+    """What becomes of the images: bytes are kept as they are unless one of these asks otherwise.
 
-    samples: Iterator[RawSample | SampleError]
-    classes: list[list[str]]
-    templates: list[str]
-
-
-def image_files(source: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """(path inside, bytes) of every image of a folder or a tar of any compression, in a fixed order for a folder."""
-    if source.is_dir():
-        for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()):
-            yield PurePosixPath(path.relative_to(source).as_posix()), path.read_bytes()
-        return
-    try:
-        with tarfile.open(source, "r|*") as archive:
-            for member in archive:
-                name = PurePosixPath(member.name)
-                if member.isfile() and name.suffix.lower() in SUFFIXES:
-                    file = archive.extractfile(member)
-                    assert file is not None
-                    yield name, file.read()
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(f"{source} is neither a folder nor a readable tar: {error}") from None
-
-
-def class_source(source: Path, classes: dict[str, list[str]] | None, templates: Sequence[str], seed: int) -> Source:
-    """Images in `<class>/<image>`: captions are templates filled with names drawn from the class's list.
-
-    `classes` maps a directory's name to its names; without it the directory's own name is the only one. The class's
-    main (first) name is in half of the captions, its synonyms share the others.
+    resize: the shorter side of larger images is reduced to this. encode: "jpeg", "png" or "webp". quality: of JPEG and
+    WebP, 1 to 100.
     """
-    if classes is None:
-        found = sorted({path.parent.name for path, _ in image_files(source)})
-        classes = {name: [name.replace("_", " ")] for name in found}
-    if not classes or "" in classes:
-        raise DataError(f"{source} has no <class>/<image> layout; pack it with --csv, or sort it into class folders")
-    label = {name: i for i, name in enumerate(classes)}
 
-    def samples() -> Iterator[RawSample | SampleError]:
-        rng = np.random.default_rng(seed)
-        for path, data in image_files(source):
-            if path.parent.name not in label:
-                yield SampleError("unknown class", path.parent.name)
-                continue
-            names = classes[path.parent.name]
-            chosen = [_draw_caption(names, templates, rng) for _ in range(CAPTIONS_PER_IMAGE)]
-            yield RawSample(data, tuple(chosen), label[path.parent.name])
+    resize: int = 0
+    encode: str = ""
+    quality: int = 90
 
-    return Source(samples(), list(classes.values()), list(templates))
-
-
-def _draw_caption(names: Sequence[str], templates: Sequence[str], rng: np.random.Generator) -> str:
-    name = names[0] if rng.random() < 0.5 else names[int(rng.integers(len(names)))]
-    return templates[int(rng.integers(len(templates)))].format(name)
+    def __call__(self, data: bytes) -> bytes:
+        """Check an image, and encode it anew if asked. Raises SampleError as `images.decode` does."""
+        image, kind = decode(data), format_of(data)
+        shorter = min(image.size)
+        if 0 < self.resize < shorter:
+            size = tuple(max(1, round(side * self.resize / shorter)) for side in image.size)
+            image = image.resize((size[0], size[1]), Image.Resampling.BICUBIC, reducing_gap=3.0)
+        elif not self.encode or self.encode == kind:
+            return data
+        buffer = io.BytesIO()
+        kind = self.encode or kind
+        image.save(buffer, kind, **({} if kind == "png" else {"quality": self.quality}))
+        return buffer.getvalue()
 
 
-def csv_source(table: Path, source: Path) -> Source:
-    """A CSV with the columns `image` and `caption`, the images in a folder or tar beside it; no classes.
+@dataclass
+class _Journal:
+    """How far packing has come: written after each shard."""
 
-    Several rows of one image give it several captions. Raises DataError for a table without these columns.
-    """
-    captions: dict[str, list[str]] = {}
-    try:
-        with table.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames is None or not {"image", "caption"} <= set(reader.fieldnames):
-                raise DataError(f"{table} has the columns {reader.fieldnames}; it needs image,caption")
-            for row in reader:
-                captions.setdefault(row["image"] or "", []).append(row["caption"] or "")
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{table} is not a readable CSV: {error}") from None
+    plan: str
+    consumed: int = 0
+    held: list[int] = field(default_factory=list)
+    skipped: dict[str, int] = field(default_factory=dict)
+    shards: list[dict[str, Any]] = field(default_factory=list)
 
-    def samples() -> Iterator[RawSample | SampleError]:
-        missing = dict(captions)
-        for path, data in image_files(source):
-            key = str(path) if str(path) in captions else path.name
-            if key in captions:
-                missing.pop(key, None)
-                yield RawSample(data, tuple(captions[key]), None)
-            else:
-                yield SampleError("not in the table", str(path))
-        for name in missing:
-            yield SampleError("image missing", name)
+    @classmethod
+    def open(cls, out: Path, plan: str) -> _Journal:
+        """The journal of what was begun in `out`, or a new one. Raises UsageError if something else is there."""
+        try:
+            journal = cls(**json.loads((out / JOURNAL).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            if out.exists() and any(out.iterdir()):
+                raise UsageError(f"{out} is not empty; choose another folder or remove it") from None
+            out.mkdir(parents=True, exist_ok=True)
+            journal = cls(plan)
+            journal.save(out)
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{out / JOURNAL} is damaged ({error}); remove {out} and pack again") from None
+        if journal.plan != plan:
+            raise UsageError(f"{out} was begun with another source or options; finish that, or remove the folder")
+        return journal
 
-    return Source(samples(), [], [])
-
-
-def drawings_source(split: str, count: int, size: int, seed: int) -> Source:
-    """`count` procedural drawings of a split, as PNG; classes are the (object, colour) pairs."""
-    if count < 1:
-        raise UsageError(f"--count is {count}; it must be at least 1")
-    classes = [[f"{colour} {object_}"] for object_, colour in drawings.PAIRS]
-
-    def samples() -> Iterator[RawSample | SampleError]:
-        for i in range(count):
-            drawing = drawings.draw(split, seed, i, size)
-            yield RawSample(encode_png(drawing.image), drawing.captions, drawing.label)
-
-    return Source(samples(), classes, list(drawings.TEMPLATES))
+    def save(self, out: Path) -> None:
+        write_atomically(out / JOURNAL, json.dumps(dataclasses.asdict(self)))
 
 
-def encode_png(image: Image.Image) -> bytes:
-    """PNG bytes of an image."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def pack(source: Source, out: Path, shard_size: int = 10_000, holdout: int = 0) -> dict[str, Any]:
+def pack(
+    source: Source, out: Path, shard_size: int = 10_000, holdout: int = 0, encoding: Encoding | None = None
+) -> dict[str, Any]:
     """Write `source` to shards of `shard_size` samples in `out` -> the index.
 
-    With `holdout`, that many samples, spread evenly over the source, go to `<out>-val` instead.
-    Samples without a readable image or a caption are skipped and counted in the index. Raises UsageError if `out` is
-    not empty, DataError when nothing could be packed.
+    With `holdout`, that many samples, spread evenly over the source, go to `<out>-val` instead. Samples without a
+    readable image or a caption are skipped and counted in the index. What was interrupted goes on after its last whole
+    shard. Raises UsageError if `out` holds something else, DataError when nothing could be packed.
     """
-    folders = [out, out.with_name(out.name + "-val")] if holdout else [out]
-    for folder in folders:
-        if folder.exists() and any(folder.iterdir()):
-            raise UsageError(f"{folder} is not empty; choose another folder or remove it")
-    skipped: Counter[str] = Counter()
-    good = _readable(source.samples, skipped)
-    kept: list[RawSample] = []
-    if holdout:
-        everything = list(good)
-        if len(everything) <= holdout:
-            raise UsageError(f"--holdout {holdout} leaves nothing of {len(everything)} samples")
-        chosen = {i * len(everything) // holdout for i in range(holdout)}
-        kept = [everything[i] for i in sorted(chosen)]
-        good = iter([s for i, s in enumerate(everything) if i not in chosen])
+    encoding = encoding or Encoding()
+    val = out.with_name(out.name + "-val")
+    plan = hashlib.sha256(repr((source.identity, shard_size, holdout, encoding)).encode()).hexdigest()
+    if holdout and not (out / JOURNAL).is_file() and val.exists() and any(val.iterdir()):
+        raise UsageError(f"{val} is not empty; choose another folder or remove it")
+    total = source.count() if holdout else 0
+    if holdout and holdout >= total:
+        raise UsageError(f"--holdout {holdout} leaves nothing of {total} samples")
+    journal = _Journal.open(out, plan)
+    kept = _Kept(holdout, total, journal)
+    _write_shards(_good(source, encoding, journal, kept), out, shard_size, journal)
     about: dict[str, Any] = {"classes": source.classes, "templates": source.templates}
-    written = _write(good, out, shard_size)
-    if not written:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.most_common()) or "no image was found"
+    if not journal.shards:
+        (out / JOURNAL).unlink(missing_ok=True)
+        reasons = ", ".join(f"{n} {reason}" for reason, n in journal.skipped.items()) or "no image was found"
         raise DataError(f"nothing to pack: {reasons}")
     if holdout:
-        _write(kept, folders[1], shard_size)
-        write_index(folders[1], {**about, "skipped": {}})
-    return write_index(out, {**about, "skipped": dict(skipped)})
+        val.mkdir(parents=True, exist_ok=True)
+        entry, _ = _write_shard(val / "shard-000000.tar", 0, enumerate(kept.samples))
+        _write_index(val, [entry], {}, about)
+    index = _write_index(out, journal.shards, journal.skipped, about)
+    (out / JOURNAL).unlink()
+    return index
 
 
-def _readable(samples: Iterable[RawSample | SampleError], skipped: Counter[str]) -> Iterator[RawSample]:
-    for sample in samples:
-        try:
-            if isinstance(sample, SampleError):
-                raise sample
-            decode(sample.image)
-            captions = tuple(_clean(c) for c in sample.captions if c.strip())
-            if not captions:
-                raise SampleError("no caption")
-            yield RawSample(sample.image, captions, sample.label)
-        except SampleError as error:
-            skipped[error.reason] += 1
+class _Kept:
+    """Which samples are held out: evenly over the source; the next good one stands in for a bad one."""
+
+    def __init__(self, holdout: int, total: int, journal: _Journal) -> None:
+        self.holdout, self.total, self.journal = holdout, total, journal
+        self.before = set(journal.held)
+        self.samples: list[RawSample] = []
+
+    def takes(self, i: int, sample: RawSample) -> bool:
+        """Whether the good sample number i of the source is held out; keeps it if so."""
+        due = bool(self.holdout) and (i + 1) * self.holdout // self.total > len(self.samples)
+        if due:
+            self.samples.append(sample)
+            if i not in self.before:
+                self.journal.held.append(i)
+        return due
 
 
-def _clean(caption: str) -> str:
-    return caption.replace("\x00", " ").encode("utf-8", errors="replace").decode("utf-8")[:MAX_CAPTION].strip()
+def _good(source: Source, encoding: Encoding, journal: _Journal, kept: _Kept) -> Iterator[tuple[int, RawSample]]:
+    """Number and sample of what is to be written; what was written before is passed over."""
+    done = journal.consumed
+
+    def check(item: tuple[int, RawSample | SampleError]) -> RawSample | SampleError | None:
+        i, sample = item
+        if i < done and i not in kept.before:
+            return None
+        return _checked(sample, encoding)
+
+    skipped = Counter(journal.skipped)
+    bar = progress(enumerate(source.samples), None, "packing")
+    for i, result in enumerate(_in_order(check, bar)):
+        if isinstance(result, SampleError):
+            skipped[result.reason] += 1
+        elif result is not None and not kept.takes(i, result):
+            yield i, result
+        journal.skipped = dict(skipped)
 
 
-def _write(samples: Iterable[RawSample], out: Path, shard_size: int) -> int:
+def _checked(sample: RawSample | SampleError, encoding: Encoding) -> RawSample | SampleError:
+    if isinstance(sample, SampleError):
+        return sample
+    try:
+        with warnings.catch_warnings():  # Pillow warns of odd metadata; what matters, it raises
+            warnings.simplefilter("ignore")
+            image = encoding(sample.image)
+    except SampleError as error:
+        return error
+    captions = tuple(filter(None, map(clean_caption, sample.captions)))
+    return RawSample(image, captions, sample.label) if captions else SampleError("no caption")
+
+
+def _in_order(function: Callable[[A], B], things: Iterable[A]) -> Iterator[B]:
+    """`map` on several threads: results in order, a bounded number of things under way."""
+    workers = os.cpu_count() or 1
+    waiting: deque[Future[B]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for thing in things:
+            waiting.append(pool.submit(function, thing))
+            if len(waiting) >= 16 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _write_shards(samples: Iterator[tuple[int, RawSample]], out: Path, shard_size: int, journal: _Journal) -> None:
+    written = sum(int(s["samples"]) for s in journal.shards)
+    for first in samples:
+        name = f"shard-{len(journal.shards):06d}.tar"
+        entry, last = _write_shard(out / name, written, chain([first], islice(samples, shard_size - 1)))
+        journal.shards.append(entry)
+        journal.consumed, written = last + 1, written + int(entry["samples"])
+        journal.save(out)
+
+
+def _write_shard(path: Path, written: int, samples: Iterable[tuple[int, RawSample]]) -> tuple[dict[str, Any], int]:
+    """One shard, there as a whole or not at all -> its entry of the index, and the last sample's number."""
     import webdataset
 
-    out.mkdir(parents=True, exist_ok=True)
-    count = 0
+    aside, last = path.with_name(f".{path.name}.part"), -1
     # Fixed owner, mode and time: the same samples give the same bytes.
-    writer = webdataset.ShardWriter(
-        str(out / "shard-%06d.tar"), maxcount=shard_size, maxsize=1e12, verbose=0, user="", group="", mtime=0.0
-    )
-    with writer:
-        for count, sample in enumerate(samples, 1):
+    with webdataset.TarWriter(str(aside), user="", group="", mtime=0.0) as writer:
+        for key, (number, sample) in enumerate(samples, written):
+            last = number
             record = {"captions": list(sample.captions), "label": sample.label}
             writer.write(
                 {
-                    "__key__": f"{count - 1:09d}",
-                    _suffix(sample.image): sample.image,
+                    "__key__": f"{key:09d}",
+                    _SUFFIX[format_of(sample.image)]: sample.image,
                     "txt": sample.captions[0].encode(),
                     "json": json.dumps(record, ensure_ascii=False).encode(),
                 }
             )
-    return count
+    os.replace(aside, path)
+    return index_shard(path)[0], last
 
 
-def _suffix(data: bytes) -> str:
-    if data[:3] == b"\xff\xd8\xff":
-        return "jpg"
-    return "png" if data[:4] == b"\x89PNG" else "webp"
+_SUFFIX = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+assert set(_SUFFIX) == {name.lower() for name in FORMATS}
+
+
+def _write_index(
+    out: Path, shards: list[dict[str, Any]], skipped: dict[str, int], about: dict[str, Any]
+) -> dict[str, Any]:
+    total = sum(int(s["samples"]) for s in shards)
+    index = {"format": FORMAT, "samples": total, **about, "skipped": skipped, "shards": shards}
+    write_atomically(out / "index.json", json.dumps(index, indent=1, ensure_ascii=False))
+    return index

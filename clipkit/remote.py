@@ -125,11 +125,11 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 class _Failure(Exception):
-    """An attempt that failed; `final` when another would too."""
+    """An attempt that failed; `final` when another would too, `anew` when what has come is of no use."""
 
-    def __init__(self, what: str, final: bool = False) -> None:
+    def __init__(self, what: str, final: bool = False, anew: bool = False) -> None:
         super().__init__(what)
-        self.final = final
+        self.final, self.anew = final, anew
 
 
 def fetch(url: str, path: Path, size: int | None = None, digest: str | None = None) -> None:
@@ -148,6 +148,8 @@ def fetch(url: str, path: Path, size: int | None = None, digest: str | None = No
             return
         except _Failure as failure:
             cause, final = str(failure), failure.final
+            if failure.anew:
+                part.unlink(missing_ok=True)
         except (OSError, http.client.HTTPException) as error:
             cause, final = f"{type(error).__name__}: {error}", False
         have = part.stat().st_size if part.is_file() else 0
@@ -165,9 +167,8 @@ def _check(part: Path, size: int | None, digest: str | None) -> None:
     if size is not None and found < size:
         raise _Failure(f"{found} bytes came, {size} expected")
     if (size is not None and found > size) or (digest is not None and sha256(part) != digest):
-        part.unlink()
         what = f"{found} bytes, {size} expected" if size is not None and found > size else "another sha256 than listed"
-        raise _Failure(f"what came is not the file: {what}")
+        raise _Failure(f"what came is not the file: {what}", anew=True)
 
 
 def _receive(url: str, part: Path, size: int | None) -> None:
@@ -199,7 +200,8 @@ def _http(url: str, have: int, size: int | None) -> Iterator[int | bytes]:
         if have and response.status != 206:
             start = 0  # the server does not do ranges and begins anew
         elif have and not (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-"):
-            raise _Failure(f"asked for bytes {have}-, the server sent {response.headers.get('Content-Range')!r}")
+            sent = response.headers.get("Content-Range")
+            raise _Failure(f"asked for bytes {have}-, the server sent {sent!r}", anew=True)
         length = response.headers.get("Content-Length")
         kind = response.headers.get_content_type()
         if kind == "text/html":

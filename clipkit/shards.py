@@ -29,7 +29,7 @@ import numpy.typing as npt
 from clipkit.errors import SampleError, ShardError
 from clipkit.images import SUFFIXES
 from clipkit.records import write_atomically
-from clipkit.remote import Cache, open_store
+from clipkit.remote import Cache, Store, open_store
 
 FORMAT = 1
 MAX_CAPTION = 4096
@@ -162,6 +162,25 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def load_index(store: Store) -> dict[str, Any]:
+    """The index of a pack; a folder of shards without one gets it. Raises ShardError when it is not one."""
+    if not store.remote and not (Path(store.source) / "index.json").is_file():
+        return write_index(Path(store.source))
+    path = store.get("index.json")
+    try:
+        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        whole = {"name", "bytes", "samples", "sha256"}
+        known = index["format"] == FORMAT and all(e.keys() >= whole for e in index["shards"])
+        foreign = [n for n in (str(e["name"]) for e in index["shards"]) if "/" in n or not n.endswith(".tar")]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ShardError(f"{path} is not an index: {error}; delete it to have it made again") from None
+    if foreign:
+        raise ShardError(f"{path} names the shard {foreign[0]!r}; a shard is a .tar beside its index")
+    if not known:
+        raise ShardError(f"{path} has format {index['format']!r}, this version reads {FORMAT}; pack again")
+    return index
+
+
 class Shards:
     """An opened pack: `len(shards)` samples, `shards.read(i)`.
 
@@ -177,7 +196,7 @@ class Shards:
         if not self.store.remote and not Path(source).is_dir():
             raise ShardError(f"no pack at {source}; make one with `clipkit pack SOURCE {source}`")
         self.source = self.store.source
-        self.index = self._load_index()
+        self.index = load_index(self.store)
         self.entries: list[dict[str, Any]] = self.index["shards"]
         self.starts = [0, *accumulate(int(e["samples"]) for e in self.entries)]
         self._opened: OrderedDict[int, tuple[int, npt.NDArray[np.int64]]] = OrderedDict()
@@ -230,23 +249,6 @@ class Shards:
         for shard in shards:
             with contextlib.suppress(ShardError):
                 self._fetch(self.entries[shard])
-
-    def _load_index(self) -> dict[str, Any]:
-        if not self.store.remote and not (Path(self.source) / "index.json").is_file():
-            return write_index(Path(self.source))
-        path = self.store.get("index.json")
-        try:
-            index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            whole = {"name", "bytes", "samples", "sha256"}
-            known = index["format"] == FORMAT and all(e.keys() >= whole for e in index["shards"])
-            foreign = [n for n in (str(e["name"]) for e in index["shards"]) if "/" in n or not n.endswith(".tar")]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ShardError(f"{path} is not an index: {error}; delete it to have it made again") from None
-        if foreign:
-            raise ShardError(f"{path} names the shard {foreign[0]!r}; a shard is a .tar beside its index")
-        if not known:
-            raise ShardError(f"{path} has format {index['format']!r}, this version reads {FORMAT}; pack again")
-        return index
 
     def _open(self, shard: int) -> tuple[int, npt.NDArray[np.int64]]:
         """Descriptor and offsets of a shard; the least recently used one is closed when there are many."""

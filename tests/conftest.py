@@ -22,7 +22,8 @@ TINY = ("run.steps=4", "run.batch_size=32", "run.log_every=2", "run.save_every=2
 @pytest.fixture(scope="session")
 def packs(tmp_path_factory) -> Path:
     """A folder with the packs `train` (240 drawings) and `heldout` (64)."""
-    from clipkit.pack import drawings_source, pack
+    from clipkit.pack import pack
+    from clipkit.sources import drawings_source
 
     folder = tmp_path_factory.mktemp("packs")
     pack(drawings_source("train", 240, 24, 0), folder / "train", shard_size=100)

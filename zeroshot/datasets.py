@@ -17,8 +17,8 @@ from PIL import Image
 
 from clipkit.errors import DataError, SampleError, UsageError, did_you_mean
 from clipkit.images import decode
-from clipkit.pack import DEFAULT_TEMPLATES, image_files
 from clipkit.shards import Shards
+from clipkit.sources import DEFAULT_TEMPLATES, image_files
 
 
 @dataclass(frozen=True)

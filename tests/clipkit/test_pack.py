@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import io
 import json
@@ -6,9 +7,12 @@ import tarfile
 import pytest
 from PIL import Image
 
+from clipkit import pack as packing
 from clipkit.errors import DataError, UsageError
-from clipkit.pack import class_source, csv_source, drawings_source, pack
+from clipkit.images import format_of
+from clipkit.pack import Encoding, pack
 from clipkit.shards import Shards
+from clipkit.sources import class_source, csv_source, drawings_source
 
 
 def png(colour):
@@ -117,3 +121,107 @@ def test_never_writes_over_something(tmp_path):
     (tmp_path / "file").write_text("precious")
     with pytest.raises(UsageError, match="not empty"):
         pack(drawings_source("train", 5, 32, 0), tmp_path)
+
+
+def _drawings(count=40):
+    return drawings_source("train", count, 24, 0)
+
+
+@pytest.mark.parametrize("holdout", [0, 5])
+@pytest.mark.parametrize("at", [0, 7, 18, 39])
+def test_interrupted_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch, at, holdout):
+    whole = pack(_drawings(), tmp_path / "whole", 10, holdout)
+    draw, drawn = packing._checked, []
+
+    def interrupted(sample, encoding):
+        drawn.append(sample)
+        if len(drawn) > at:
+            raise KeyboardInterrupt
+        return draw(sample, encoding)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "_checked", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pack(_drawings(), tmp_path / "parts", 10, holdout)
+    assert not (tmp_path / "parts" / "index.json").exists()
+    with pytest.raises(UsageError, match="another source or options"):
+        pack(_drawings(), tmp_path / "parts", 11, holdout)
+    assert pack(_drawings(), tmp_path / "parts", 10, holdout) == whole
+    names = sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == names
+    if holdout:
+        a, b = (Shards(tmp_path / f"{n}-val") for n in ("whole", "parts"))
+        assert [a.read(i).image for i in range(5)] == [b.read(i).image for i in range(5)]
+
+
+def test_what_is_finished_is_not_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        packing, "_write_shard", lambda *a, made=packing._write_shard: calls.append(a[0].name) or made(*a)
+    )
+    calls: list[str] = []
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    source = _drawings()
+    failing = [*[next(source.samples) for _ in range(38)], KeyboardInterrupt()]
+
+    def samples():
+        for sample in failing:
+            if isinstance(sample, KeyboardInterrupt):
+                raise sample
+            yield sample
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(dataclasses.replace(source, samples=samples()), tmp_path / "out", 10)
+    pack(_drawings(), tmp_path / "out", 10)
+    assert calls == [f"shard-{i:06d}.tar" for i in (0, 1, 2, 2, 3)]  # 16 were under way
+
+
+def test_a_damaged_journal(tmp_path):
+    (tmp_path / "packing.json").write_text("{")
+    with pytest.raises(UsageError, match="is damaged"):
+        pack(_drawings(), tmp_path)
+
+
+def _photo(kind, size=(60, 40)):
+    buffer = io.BytesIO()
+    Image.radial_gradient("L").convert("RGB").resize(size).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+def test_images_are_reduced_and_encoded_anew_only_when_asked(kind):
+    data = _photo(kind)
+    assert Encoding()(data) == data
+    assert Encoding(resize=50)(data) == data
+    assert Encoding(encode=kind)(data) == data
+    smaller = Encoding(resize=20)(data)
+    assert format_of(smaller) == kind
+    assert Image.open(io.BytesIO(smaller)).size == (30, 20)
+    for other in ("jpeg", "png", "webp"):
+        assert format_of(Encoding(encode=other, resize=20)(data)) == other
+    assert len(Encoding(encode="jpeg", resize=39, quality=20)(data)) < len(
+        Encoding(encode="jpeg", resize=39, quality=95)(data)
+    )
+
+
+def test_a_bad_image_does_not_cost_the_holdout_its_size(folder, tmp_path):
+    for i in range(6):
+        (folder / "n01" / f"{i}.png").write_bytes(b"broken")
+    pack(class_source(folder, CLASSES, ["a {}."], 0), tmp_path / "out", holdout=3)
+    assert (len(Shards(tmp_path / "out")), len(Shards(tmp_path / "out-val"))) == (3, 3)
+
+
+def test_too_large_a_holdout(tmp_path):
+    with pytest.raises(UsageError, match="--holdout 40 leaves nothing of 40 samples"):
+        pack(_drawings(), tmp_path / "out", holdout=40)
+
+
+def test_hostile_captions_are_cleaned_or_counted(folder, tmp_path):
+    table = tmp_path / "captions.csv"
+    long = "x" * 100_000
+    table.write_bytes(
+        f'image,caption\nn01/0.png,"a\x00b"\nn01/1.png,"  "\nn01/2.png,{long}\nn01/3.png,<end> of text\n'.encode()
+    )
+    index = pack(csv_source(table, folder), tmp_path / "out")
+    captions = [Shards(tmp_path / "out").read(i).captions[0] for i in range(index["samples"])]
+    assert captions == ["a b", "x" * 4096, "<end> of text"]
+    assert index["skipped"]["no caption"] == 1

@@ -82,7 +82,7 @@ def _with_bad_images(tmp_path, bad, good=40):
     import webdataset
 
     from clipkit.drawings import draw
-    from clipkit.pack import encode_png
+    from clipkit.sources import encode_png
 
     with webdataset.TarWriter(str(tmp_path / "shard-000000.tar")) as writer:
         for i in range(good + bad):

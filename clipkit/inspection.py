@@ -1,0 +1,108 @@
+"""Looking into a pack before training on it: is every byte what the index says, and do the captions fit the images?"""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from clipkit.errors import SampleError, ShardError, UsageError
+from clipkit.images import decode
+from clipkit.records import progress
+from clipkit.remote import Cache, open_store
+from clipkit.shards import Shards, load_index, scan, sha256
+
+_TILE, _MARGIN, _LINE, _LINES = 160, 8, 13, 4
+
+
+@dataclass
+class Report:
+    """What `verify` found. damaged: shard -> what is wrong with it; bad: decoded samples that are, by reason."""
+
+    source: str
+    shards: int = 0
+    samples: int = 0
+    decoded: int = 0
+    damaged: dict[str, str] = field(default_factory=dict)
+    bad: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+
+
+def verify(source: str, per_shard: int = 16, cache: Cache | None = None) -> Report:
+    """Check size, sha256 and structure of every shard, and decode `per_shard` samples of each, spread evenly.
+
+    Goes on after damage, so that all of it is found. Raises ShardError only when there is no index to check against.
+    """
+    store = open_store(source, cache)
+    index = load_index(store)
+    report = Report(source, len(index["shards"]), int(index["samples"]), skipped=dict(index.get("skipped", {})))
+    for entry in progress(index["shards"], len(index["shards"]), "verifying"):
+        try:
+            path = store.get(entry["name"], entry["bytes"], entry["sha256"])
+            if sha256(path) != entry["sha256"]:
+                raise ShardError("its sha256 is not that of the index")
+            if len(scan(path).offsets) != entry["samples"]:
+                raise ShardError(f"{len(scan(path).offsets)} samples found, {entry['samples']} expected")
+        except ShardError as error:
+            report.damaged[entry["name"]] = str(error)
+    if not report.damaged:
+        report.decoded, bad = _decode_some(Shards(source, verify=False, cache=cache), per_shard)
+        report.bad = dict(bad)
+    return report
+
+
+def _decode_some(shards: Shards, per_shard: int) -> tuple[int, Counter[str]]:
+    bad: Counter[str] = Counter()
+    chosen: list[int] = []
+    for start, stop in pairwise(shards.starts):
+        n = min(per_shard, stop - start)
+        chosen += [start + k * (stop - start) // n for k in range(n)]
+    for i in progress(chosen, len(chosen), "decoding"):
+        try:
+            decode(shards.read(i).image)
+        except SampleError as error:
+            bad[error.reason] += 1
+    return len(chosen), bad
+
+
+def sheet(shards: Shards, n: int, seed: int) -> Image.Image:
+    """`n` random samples of a pack with their first captions under them, as one picture.
+
+    Raises UsageError when none of them can be shown.
+    """
+    chosen = np.random.default_rng(seed).choice(len(shards), size=min(n, len(shards)), replace=False)
+    tiles = [_tile(shards, int(i)) for i in sorted(chosen)]
+    if not tiles:
+        raise UsageError(f"{shards.source} holds no sample to show")
+    columns = int(np.ceil(np.sqrt(len(tiles))))
+    rows = -(-len(tiles) // columns)
+    width, height = tiles[0].size
+    picture = Image.new("RGB", (columns * width + _MARGIN, rows * height + _MARGIN), "white")
+    for k, tile in enumerate(tiles):
+        picture.paste(tile, (_MARGIN + k % columns * width, _MARGIN + k // columns * height))
+    return picture
+
+
+def _tile(shards: Shards, i: int) -> Image.Image:
+    tile = Image.new("RGB", (_TILE + _MARGIN, _TILE + _LINES * _LINE + _MARGIN), "white")
+    draw = ImageDraw.Draw(tile)
+    try:
+        sample = shards.read(i)
+        image, caption = decode(sample.image), sample.captions[0]
+        enlarged = Image.Resampling.NEAREST if max(image.size) * 2 <= _TILE else Image.Resampling.BICUBIC
+        scale = _TILE / max(image.size)
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        image = image.resize(size, enlarged)
+        tile.paste(image, ((_TILE - image.width) // 2, (_TILE - image.height) // 2))
+    except SampleError as error:
+        draw.rectangle((0, 0, _TILE - 1, _TILE - 1), outline="red")
+        caption = str(error)
+    lines = textwrap.wrap(caption, width=26, max_lines=_LINES, placeholder=" ...") or ["(empty)"]
+    font = ImageFont.load_default(11)
+    for k, line in enumerate(lines):
+        draw.text((0, _TILE + 2 + k * _LINE), line, fill="black", font=font)
+    return tile

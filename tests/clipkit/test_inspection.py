@@ -1,0 +1,87 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipkit.errors import ShardError
+from clipkit.inspection import sheet, verify
+from clipkit.shards import Shards, write_index
+
+
+@pytest.fixture
+def folder(packs, tmp_path):
+    return shutil.copytree(packs / "train", tmp_path / "pack")
+
+
+def test_a_sound_pack(folder):
+    report = verify(str(folder), per_shard=5)
+    assert (report.shards, report.samples, report.decoded) == (3, 240, 15)
+    assert (report.damaged, report.bad) == ({}, {})
+
+
+def test_all_damage_is_found_and_named(folder):
+    flipped = folder / "shard-000000.tar"
+    data = bytearray(flipped.read_bytes())
+    data[5000] ^= 4
+    flipped.write_bytes(data)
+    (folder / "shard-000002.tar").unlink()
+    report = verify(str(folder))
+    assert list(report.damaged) == ["shard-000000.tar", "shard-000002.tar"]
+    assert "sha256" in report.damaged["shard-000000.tar"]
+    assert "missing" in report.damaged["shard-000002.tar"]
+
+
+def test_images_that_do_not_decode_are_counted(tmp_path):
+    import webdataset
+
+    with webdataset.TarWriter(str(tmp_path / "shard-000000.tar")) as writer:
+        for i in range(4):
+            writer.write({"__key__": str(i), "jpg": b"broken", "txt": b"a caption"})
+    assert verify(str(tmp_path)).bad == {"not an image": 4}
+
+
+def test_more_asked_for_than_there_is(folder):
+    assert verify(str(folder), per_shard=1000).decoded == 240
+
+
+def test_no_pack(tmp_path):
+    with pytest.raises(ShardError):
+        verify(str(tmp_path / "nothing"))
+
+
+def test_the_command_says_what_is_wrong(folder, command):
+    code, out, _ = command("verify", folder, "--json")
+    assert (code, json.loads(out)["damaged"]) == (0, {})
+    assert "sound: every hash is right" in command("verify", folder)[1]
+    (folder / "shard-000001.tar").write_bytes(b"")
+    code, out, _ = command("verify", folder)
+    assert code == 1
+    assert "shard-000001.tar" in out
+    assert "1 damaged shards" in out
+
+
+def test_a_sheet_shows_samples_and_captions(folder):
+    picture = np.asarray(sheet(Shards(folder), 9, 0))
+    assert picture.shape[0] > 3 * 160
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
+    assert np.array_equal(picture, np.asarray(sheet(Shards(folder), 9, 0)))
+    assert not np.array_equal(picture, np.asarray(sheet(Shards(folder), 9, 1)))
+
+
+def test_a_sheet_of_what_cannot_be_shown_shows_why(tmp_path):
+    import webdataset
+
+    with webdataset.TarWriter(str(tmp_path / "shard-000000.tar")) as writer:
+        writer.write({"__key__": "0", "jpg": b"broken", "txt": b"a caption"})
+    write_index(tmp_path)
+    assert sheet(Shards(tmp_path), 4, 0).size == (8 + 168, 8 + 160 + 4 * 13 + 8)
+
+
+def test_the_inspect_command_writes_a_png(folder, command, tmp_path):
+    code, out, _ = command("inspect", folder, "-n", 4, "--out", tmp_path / "a" / "sheet.png")
+    assert code == 0
+    assert "sheet.png" in out
+    with Image.open(tmp_path / "a" / "sheet.png") as image:
+        assert image.format == "PNG"
