@@ -50,11 +50,16 @@ class Checkpoint:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of `<name>.safetensors`, on the CPU."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        if not (self.path / f"{name}.safetensors").is_file():
-            raise CheckpointError(f"{self.path} has no {name}.safetensors; it is a {self.state.get('kind')} checkpoint")
-        tensors: dict[str, Tensor] = load_file(self.path / f"{name}.safetensors")
+        file = self.path / f"{name}.safetensors"
+        if not file.is_file():
+            raise CheckpointError(f"{self.path} has no {file.name}; it is a {self.state.get('kind')} checkpoint")
+        try:
+            tensors: dict[str, Tensor] = load_file(file)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is not what its name says: {error}") from None
         return tensors
 
     def text(self, name: str) -> str:

@@ -43,6 +43,8 @@ def _open(data: bytes) -> Image.Image:
     """What the header says, nothing decoded yet."""
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise SampleError("too many pixels", str(error).split(",")[0]) from error
     except _DECODE_ERRORS as error:
         raise SampleError("not an image", f"no readable {', '.join(FORMATS)} header in {len(data)} bytes") from error
     if image.width * image.height > MAX_PIXELS:

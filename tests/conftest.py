@@ -19,6 +19,16 @@ settings.load_profile("clipkit")
 TINY = ("run.steps=4", "run.batch_size=32", "run.log_every=2", "run.save_every=2", "optim.warmup=1", "data.workers=0")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--nightly", action="store_true", help="the fault matrix with its nightly counts (make faults)")
+
+
+@pytest.fixture(scope="session")
+def times(request):
+    """times(push, nightly) -> how often a fault is injected: on every push, or under --nightly."""
+    return lambda push, nightly: nightly if request.config.getoption("--nightly") else push
+
+
 @pytest.fixture(scope="session")
 def packs(tmp_path_factory) -> Path:
     """A folder with the packs `train` (240 drawings) and `heldout` (64)."""

@@ -2,10 +2,8 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from itertools import pairwise
 
 import pytest
@@ -68,19 +66,6 @@ def test_a_stopped_run_resumes_to_the_same_bits(packs, uninterrupted, tmp_path, 
     pretrain.run("drawings_clip", words(packs, tmp_path))
     assert same(final(tmp_path), final(uninterrupted))
     assert losses(tmp_path) == losses(uninterrupted)
-
-
-@pytest.mark.slow
-def test_kill_9_at_any_moment(packs, uninterrupted, tmp_path):
-    command = [sys.executable, "-m", "clipkit", "pretrain", "drawings_clip", *words(packs, tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for seconds in (6, 7.5, 9):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
-        time.sleep(seconds)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, env=environment)
-    assert same(final(tmp_path), final(uninterrupted))
 
 
 def test_two_ranks_train_the_same_model(packs, tmp_path):

@@ -2,11 +2,8 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -47,34 +44,6 @@ def test_a_run_in_pieces_is_a_run(packs, tmp_path):
     shutil.rmtree(checkpoint.latest(tmp_path / "cut").path)
     pretrain.run("drawings_clip", words(packs, tmp_path / "cut"))
     assert losses(tmp_path / "cut") == expected
-
-
-@pytest.mark.slow
-def test_a_killed_rank_is_started_again_and_ends_the_same(packs, tmp_path):
-    """torchrun --max-restarts starts all ranks anew after a SIGKILL; they resume, and end with the same bits."""
-    longer = ["run.steps=12", "run.batch_size=32"]
-    done = torchrun("pretrain", "drawings_clip", *words(packs, tmp_path / "whole"), *longer)
-    assert done.returncode == 0, done.stderr
-    recipe = ["pretrain", "drawings_clip", *words(packs, tmp_path / "killed"), *longer]
-    process = subprocess.Popen(
-        [*LAUNCH, "--max-restarts=1", "-m", "clipkit", *recipe],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=ENVIRONMENT,
-    )
-    log, limit = tmp_path / "killed" / "log.jsonl", time.monotonic() + 120
-    while not (log.is_file() and len(log.read_text().splitlines()) >= 4):
-        assert process.poll() is None
-        assert time.monotonic() < limit
-        time.sleep(0.02)
-    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(ranks[-1]), signal.SIGKILL)
-    assert process.wait(120) == 0
-    theirs, ours = (checkpoint.latest(tmp_path / name) for name in ("whole", "killed"))
-    assert ours.step == theirs.step == 12
-    for name, tensor in theirs.tensors("model").items():
-        assert torch.equal(ours.tensors("model")[name], tensor), name
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
 def test_what_cannot_be_cut_says_so(packs, tmp_path):
