@@ -3,13 +3,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint faults clean
 
 demo: .venv/installed
 	$(BIN)/clipkit demo
 
 test: .venv/installed lint
 	$(BIN)/python -m pytest
+
+# The fault matrix of docs/reliability.md with its nightly counts: an hour or so.
+faults: .venv/installed
+	$(BIN)/python -m pytest tests/faults tests/clipkit/test_remote.py --nightly
 
 lint: .venv/installed
 	$(BIN)/ruff check .

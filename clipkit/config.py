@@ -77,6 +77,11 @@ class RunConfig:
         for name in ("steps", "batch_size", "micro_batches", "log_every", "save_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"run.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("save_minutes", "keep_every", "eval_every"):
+            if getattr(self, name) < 0:
+                raise RecipeError(f"run.{name} is {getattr(self, name)}; it must be at least 0")
+        if self.timeout_minutes <= 0:
+            raise RecipeError(f"run.timeout_minutes is {self.timeout_minutes}; it must be above 0")
         if not 0 <= self.ema_decay < 1:
             raise RecipeError(f"run.ema_decay is {self.ema_decay}; it must be in [0, 1)")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -82,51 +83,57 @@ def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=timeout)
-    _Roll.store = store
+    _Group.store = store
     try:
         yield
     finally:
-        _Roll.store = None
+        _Group.store = None
         dist.destroy_process_group()
 
 
-class _Roll:
-    """Where each rank writes down which step it has come to."""
+class _Group:
+    """What ranks can tell each other when their collectives fail."""
 
     store: Any = None
 
 
-def arrive(step: int, wish: int) -> int:
-    """Meet the other ranks at the beginning of a step -> the largest wish of any; on the CPU, no GPU is waited for."""
+def meet(wish: int) -> int:
+    """The largest wish of any rank; on the CPU, so that no GPU is waited for."""
     if not active():
         return wish
-    _Roll.store.set(f"step_of_rank_{rank()}", str(step))
     wishes = torch.tensor([wish])
     dist.all_reduce(wishes, dist.ReduceOp.MAX)
     return int(wishes)
 
 
 def explain(error: RuntimeError, step: int, timeout_minutes: float) -> Exception:
-    """A RankError that names the ranks which did not come to `step`, if that is what `error` is about."""
+    """A RankError that names the ranks which do not answer, if that is what `error` is about."""
     if not active() or not any(word in str(error) for word in _LOST):
         return error
-    late = [r for r in range(world_size()) if _step_of(r) < step]
-    who = f"rank {', '.join(map(str, late))} did not come to it" if late else "a rank left in the middle of it"
+    silent = _silent_ranks()
+    who = f"rank {', '.join(map(str, silent))} does not answer" if silent else "the connection was lost"
     return RankError(
-        f"step {step}: {who} within run.timeout_minutes = {timeout_minutes:g}; rank {rank()} stops. The same command "
-        "goes on from the last checkpoint"
+        f"step {step}: {who} (run.timeout_minutes = {timeout_minutes:g}); rank {rank()} stops. The same command goes "
+        "on from the last checkpoint"
     )
 
 
 _LOST = ("gloo", "NCCL", "ProcessGroup", "Timed out", "Connection closed", "Connection reset", "Broken pipe")
+_PATIENCE = 3.0
 
 
-def _step_of(number: int) -> int:
+def _silent_ranks() -> list[int]:
+    """Ranks that do not say within `_PATIENCE` seconds that they have given up too."""
+    others = [r for r in range(world_size()) if r != rank()]
     try:
-        key = f"step_of_rank_{number}"
-        return int(_Roll.store.get(key)) if _Roll.store.check([key]) else -1
-    except (RuntimeError, ValueError):  # the store is gone with the rank that kept it
-        return -1
+        _Group.store.set(f"gave_up_{rank()}", "1")
+        limit = time.monotonic() + _PATIENCE
+        while others and time.monotonic() < limit:
+            others = [r for r in others if not _Group.store.check([f"gave_up_{r}"])]
+            time.sleep(0.05)
+    except RuntimeError:  # the store is gone with the rank that kept it
+        return others
+    return others
 
 
 def sum_counts(counts: Mapping[str, int]) -> Counter[str]:

@@ -7,6 +7,7 @@ ranks, workers nor time can change what comes when.
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
 import signal
 import threading
@@ -137,7 +138,15 @@ class _Samples(Dataset[Batch]):
     def begin_worker(self, worker: int) -> None:
         """What a loader process does first; Ctrl-C is for the main process, which stops when it has saved."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # torch's own watch over the parent fails when another process forked this one, and when the queue is full.
+        threading.Thread(target=_die_with_parent, daemon=True).start()
         self.whereabouts[worker, 0] = os.getpid()
+
+
+def _die_with_parent() -> None:
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 class _Steps(Sampler[list[int]]):

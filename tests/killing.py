@@ -26,6 +26,7 @@ def _pretrain(words: Sequence[str], err: str) -> None:
     from clipkit.cli import main
 
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # as when the command is run
     with open(err, "w", buffering=1) as file:
         os.dup2(file.fileno(), 2)
         sys.stderr = file

@@ -86,7 +86,7 @@ class _Loop:
         self.ema = optim.EMA(task.model, run.ema_decay)
         self.guard = _Guard(device)
         self.saver = checkpoint.Saver(Path(run.out), run.keep_last, run.keep_every)
-        self.saved, self.saved_at = -1, time.monotonic()
+        self.saved, self.saved_at = 0, time.monotonic()
         self.epoch: Counter[str] = Counter()  # samples seen in it, and skipped by reason; rank 0 has what was resumed
 
     def resume(self, folder: Path) -> int:
@@ -130,7 +130,7 @@ class _Loop:
     def meet(self, step: int, interruption: _Interruption) -> None:
         """Before a step, agree with the other ranks on whether to save or stop."""
         overdue = distributed.rank() == 0 and time.monotonic() - self.saved_at > 60 * self.run.save_minutes
-        wish = distributed.arrive(step, max(int(overdue), interruption.signal))
+        wish = distributed.meet(max(int(overdue), interruption.signal))
         if wish:
             self.guard.check()
             self.save(step)

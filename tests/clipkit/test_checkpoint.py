@@ -1,10 +1,14 @@
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from clipkit import checkpoint
 from clipkit.errors import CheckpointError
+from clipkit.shards import sha256
 
 
 def write(run, step, keep=3):
@@ -82,3 +86,70 @@ def test_a_pickle_in_disguise_is_not_run(tmp_path):
     with pytest.warns(UserWarning, match="damaged"), pytest.raises(CheckpointError):
         checkpoint.latest(tmp_path)
     assert not (tmp_path / "attacked").exists()
+
+
+def test_some_steps_are_kept_for_good(tmp_path):
+    for step in range(1, 9):
+        tensors = {"model": {"w": torch.zeros(2)}}
+        checkpoint.save(tmp_path, {"step": step, "kind": "clip"}, tensors, {}, keep_last=1, keep_every=3)
+    assert [int(p.name[-8:]) for p in sorted((tmp_path / "checkpoints").iterdir())] == [3, 6, 8]
+
+
+def test_a_saver_writes_what_was_there_when_it_was_told_to(tmp_path):
+    weights = torch.zeros(100_000)
+    with checkpoint.Saver(tmp_path, keep_last=3, keep_every=0) as saver:
+        for step in (1, 2, 3):
+            weights.fill_(step)
+            saver.save({"step": step, "kind": "clip"}, {"model": {"w": weights}}, {"tokenizer.json": "{}"})
+            weights.fill_(-1)  # the next step does not wait for the disk
+    for step in (1, 2, 3):
+        found = checkpoint.verify(tmp_path / "checkpoints" / f"step-{step:08d}")
+        assert found.tensors("model")["w"].unique().tolist() == [step]
+
+
+def test_a_save_that_failed_is_heard_of(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").write_text("in the way")
+    saver = checkpoint.Saver(tmp_path, 2, 0)
+    saver.save({"step": 1, "kind": "clip"}, {"model": {"w": torch.zeros(2)}}, {})
+    with pytest.raises(CheckpointError, match="could not save"):
+        saver.wait()
+    saver.check()  # once
+
+
+def test_a_manifest_cannot_point_elsewhere(tmp_path):
+    path = write(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["../../../outside"] = {"bytes": 0, "sha256": ""}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"step-00000001/outside is missing"):
+        checkpoint.verify(path)
+
+
+FORMATS = sorted((Path(__file__).parents[1] / "fixtures").glob("checkpoint-format-*"))
+
+
+@pytest.mark.parametrize("run", FORMATS, ids=lambda p: p.name)
+def test_runs_of_every_format_keep_loading(run):
+    """Made by a release, with the features its model gave then: `python tests/fixtures/make.py`."""
+    import clipkit
+
+    expected = load_file(run / "features.safetensors")
+    clip = clipkit.load(run, "cpu")
+    torch.testing.assert_close(clip.model.encode_image(expected["images"]), expected["image"], rtol=1e-5, atol=1e-6)
+    text = clip.model.encode_text(clip.tokenizer(["a red rocket", "one blue fish"]))
+    torch.testing.assert_close(text, expected["text"], rtol=1e-5, atol=1e-6)
+
+
+def test_there_is_a_fixture_of_the_present_format():
+    assert f"checkpoint-format-{checkpoint.FORMAT}" in {run.name for run in FORMATS}
+
+
+def test_a_format_of_the_future_is_refused(tmp_path):
+    path = write(tmp_path, 1)
+    state = json.loads((path / "state.json").read_text()) | {"format": checkpoint.FORMAT + 1}
+    (path / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["state.json"] = {"bytes": (path / "state.json").stat().st_size, "sha256": sha256(path / "state.json")}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"has format 2; this version of clipkit reads 1"):
+        checkpoint.verify(path)

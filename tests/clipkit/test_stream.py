@@ -1,9 +1,14 @@
+import os
+from itertools import accumulate
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipkit.config import DataConfig
 from clipkit.errors import DataError, RecipeError
+from clipkit.order import Order
 from clipkit.shards import Shards
 from clipkit.stream import Stream
 
@@ -100,3 +105,45 @@ def test_a_bad_sample_is_skipped_and_counted(tmp_path):
 def test_too_many_bad_samples_stop_the_run(tmp_path):
     with pytest.raises(DataError, match=r"not an image\), more than data.max_bad_fraction"):
         list(_with_bad_images(tmp_path, bad=20).batches(0, 60))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from Linux's /proc")
+def test_memory_is_flat_over_twenty_epochs(packs):
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    stream, steps_per_epoch, sizes = make(packs, 32), 2, []
+    for step, _ in enumerate(stream.batches(0, 20 * steps_per_epoch)):
+        if step % steps_per_epoch == steps_per_epoch - 1:
+            sizes.append(resident())
+    assert len(sizes) == 20
+    assert max(sizes[10:]) - max(sizes[:5]) < 2 << 20
+
+
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    world=st.integers(1, 4),
+    resumed_world=st.integers(1, 4),
+    stop=st.integers(0, 12),
+    window=st.integers(0, 3),
+)
+@settings(max_examples=60, deadline=None)
+def test_resumed_by_other_ranks_after_any_stop_the_global_order_goes_on(sizes, world, resumed_world, stop, window):
+    """Also with fewer shards, or samples, than ranks: each sample once an epoch, whoever reads it."""
+    starts, batch = [0, *accumulate(sizes)], 12
+
+    def global_order(first, last, ranks):
+        found = []
+        for step in range(first, last):
+            for rank in range(ranks):
+                order = Order(starts, window, 0)  # each rank has its own
+                share = batch // ranks
+                begin = step * batch + rank * share
+                found += [order(p) for p in range(begin, begin + share)]
+        return found
+
+    together = global_order(0, stop, world) + global_order(stop, 15, resumed_world)
+    assert together == global_order(0, 15, 1)
+    n = starts[-1]
+    for epoch in range(len(together) // n):
+        assert sorted(together[epoch * n : (epoch + 1) * n]) == list(range(n))

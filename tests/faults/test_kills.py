@@ -98,6 +98,25 @@ def test_a_second_interrupt_does_not_wait(packs, tmp_path):
     assert process.exitcode == 130
 
 
+def test_a_killed_run_leaves_no_process_behind(packs, tmp_path):
+    out = tmp_path / "run"
+    process = training(tiny(packs, out, 5000, "data.workers=2"), tmp_path / "err")
+    until(lambda: steps_done(out) > 5, process)
+    loaders = _loaders(process.pid)
+    assert len(loaders) == 2
+    process.kill()
+    process.join()
+    until(lambda: not any(_alive(p) for p in loaders), seconds=20)
+
+
+def _alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def _save(run, step, size=64):
     tensors = {"model": {"w": torch.full((size,), float(step))}, "optimizer": {"m": torch.zeros(size)}}
     return checkpoint.save(run, {"step": step, "kind": "clip"}, tensors, {"tokenizer.json": "{}"}, 2)

@@ -21,7 +21,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 def torchrun(err, *words, restarts=0):
     command = [*LAUNCH, f"--max-restarts={restarts}", "-m", "clipkit", "pretrain", "drawings_clip", *words]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=err.open("w"), env=ENVIRONMENT)
+    with err.open("w") as file:
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file, env=ENVIRONMENT)
 
 
 def workers(process):
@@ -30,7 +31,7 @@ def workers(process):
 
 
 def longer(packs, out, *more):
-    return tiny(packs, out, 300, "run.batch_size=32", "data.workers=0", *more)
+    return tiny(packs, out, 150, "run.batch_size=32", "data.workers=0", *more)
 
 
 def test_a_killed_rank_is_started_again_and_ends_the_same(packs, tmp_path, times):
@@ -38,7 +39,7 @@ def test_a_killed_rank_is_started_again_and_ends_the_same(packs, tmp_path, times
     for kill in range(times(1, 20)):
         out = tmp_path / f"killed{kill}"
         process = torchrun(tmp_path / "err", *longer(packs, out), restarts=1)
-        until(lambda o=out, k=kill: steps_done(o) > 10 + 10 * k)
+        until(lambda o=out, k=kill: steps_done(o) > 10 + 5 * k)
         os.kill(workers(process)[kill % 2], signal.SIGKILL)
         assert process.wait(300) == 0, (tmp_path / "err").read_text()
         assert same(out, tmp_path / "whole")
@@ -51,16 +52,20 @@ def test_a_hanging_rank_is_named_and_not_waited_for_forever(packs, tmp_path, tim
         process = torchrun(err, *longer(packs, out, "run.steps=5000", f"run.timeout_minutes={minutes}"))
         until(lambda o=out: steps_done(o) > 5)
         ranks = workers(process)
-        stopped = ranks[hang % 2]
+        hung = hang % 2
+        stopped = next(p for p in ranks if f"RANK={hung}".encode() in _environment(p))
         os.kill(stopped, signal.SIGSTOP)
         began = time.monotonic()
-        until(lambda r=ranks, s=stopped: all(not _runs(p) for p in r if p != s), seconds=60 * minutes + 30)
+        until(lambda r=ranks, s=stopped: all(not _runs(p) for p in r if p != s), seconds=60 * minutes + 60)
         waited = time.monotonic() - began
         os.kill(stopped, signal.SIGKILL)  # torchrun would, half a minute later
         assert process.wait(120) != 0
-        assert waited < 60 * minutes + 20
-        assert "did not come to it within run.timeout_minutes = 0.1" in err.read_text()
-        assert f"rank {_rank_of(hang % 2, err.read_text())} did not come to it" in err.read_text()
+        assert waited < 60 * minutes + 30
+        assert f"rank {hung} does not answer (run.timeout_minutes = 0.1); rank {1 - hung} stops" in err.read_text()
+
+
+def _environment(pid):
+    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
 
 
 def _runs(pid):
@@ -70,41 +75,10 @@ def _runs(pid):
         return False
 
 
-def _rank_of(_, text):
-    """Process numbers do not say which rank is which; the message must name the one that does not speak."""
-    return 1 if "rank 0 stops" in text else 0
-
-
-def test_it_resumes_after_the_hang(packs, tmp_path):
-    out, err = tmp_path / "run", tmp_path / "err"
-    process = torchrun(err, *longer(packs, out, "run.timeout_minutes=0.1"))
-    until(lambda: steps_done(out) > 20)
-    for rank in workers(process):
-        os.kill(rank, signal.SIGSTOP)
-    process.kill()
-    for rank in workers_left(out):
-        os.kill(rank, signal.SIGKILL)
-    process.wait()
-    assert torchrun(err, *longer(packs, out)).wait(300) == 0, err.read_text()
-    assert torchrun(err, *longer(packs, tmp_path / "whole")).wait(300) == 0
-    assert same(out, tmp_path / "whole")
-
-
-def workers_left(out):
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                if f"run.out={out}".encode() in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-    return found
-
-
 def _with_nan(packs, out, poisoned, where):
     """Train on this rank; rank `poisoned` meets a NaN in step 3. What is left, and what was said."""
-    from clipkit.train import pretrain
+    from clipkit.config import load_recipe
+    from clipkit.train import launch, pretrain
 
     original, steps, seen = pretrain.Pretraining.loss, [], {}
 
@@ -121,9 +95,10 @@ def _with_nan(packs, out, poisoned, where):
         return value, values
 
     pretrain.Pretraining.loss = loss
-    recipe = tiny(packs, out, 6, "data.workers=0")
+    words = tiny(packs, out, 6, "data.workers=0", "run.batch_size=24")
+    recipe = load_recipe(pretrain.PretrainRecipe, "drawings_clip", words)
     with pytest.raises(NonFiniteError, match=r"step 3: .*no weight was changed"):
-        pretrain.run("drawings_clip", recipe)
+        launch.train_recipe(recipe, pretrain.Pretraining, torch.device("cpu"))
     return torch.tensor([torch.equal(seen["before"][n], t) for n, t in seen["model"].state_dict().items()])
 
 

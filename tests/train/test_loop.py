@@ -11,7 +11,7 @@ import torch
 
 from clipkit import checkpoint, records
 from clipkit.config import OptimConfig, load_recipe
-from clipkit.errors import CheckpointError, NonFiniteError
+from clipkit.errors import CheckpointError, NonFiniteError, ShardError
 from clipkit.train import loop, optim, pretrain
 
 WORDS = ["run.batch_size=16", "run.log_every=1", "optim.warmup=2", "data.workers=0", "run.save_every=2"]
@@ -282,3 +282,48 @@ def test_ema_is_the_written_formula():
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * layer.weight.detach()
     torch.testing.assert_close(ema.shadow["weight"], expected)
+
+
+def test_a_checkpoint_is_due_by_time_too(packs, tmp_path):
+    recipe = words(packs, tmp_path, 4, "run.save_every=100", "run.save_minutes=0", "run.keep_last=10")
+    pretrain.run("drawings_clip", recipe)
+    assert sorted(int(p.name[-8:]) for p in (tmp_path / "checkpoints").iterdir()) == [1, 2, 3, 4]
+
+
+def test_the_end_of_an_epoch_is_summed_up_also_after_a_stop(packs, tmp_path, monkeypatch):
+    """30 steps of 16 are two epochs of 240; stopped in between, no sample of the first is forgotten."""
+    recipe = words(packs, tmp_path, 30, "run.log_every=5", "run.save_every=4")
+    original, calls = pretrain.Pretraining.forward, []
+
+    def dies(self, batch):
+        calls.append(1)
+        if len(calls) == 11:
+            raise KeyboardInterrupt
+        return original(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.Pretraining, "forward", dies)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.run("drawings_clip", recipe)
+    pretrain.run("drawings_clip", recipe)
+    epochs = [line for line in records.read(tmp_path / "log.jsonl") if "epoch" in line]
+    assert epochs == [{"step": 15 * e, "epoch": e, "seen": 240, "skipped": {}} for e in (1, 2)]
+
+
+def test_a_shard_that_is_not_what_the_index_says_stops_the_run(packs, tmp_path):
+    folder = shutil.copytree(packs / "train", tmp_path / "pack")
+    damaged = folder / "shard-000001.tar"
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    recipe = [*words(packs, tmp_path / "run", 50), f"data.shards={folder}"]
+    with pytest.raises(ShardError, match=r"shard-000001\.tar is damaged: its sha256"):
+        pretrain.run("drawings_clip", recipe)
+
+
+def test_a_folder_is_trained_by_one_process_at_a_time(packs, tmp_path):
+    with (
+        checkpoint.lock(tmp_path),
+        pytest.raises(CheckpointError, match=r"is being trained by process \d+ on .*run\.out"),
+    ):
+        pretrain.run("drawings_clip", words(packs, tmp_path))
