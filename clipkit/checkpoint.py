@@ -1,25 +1,24 @@
 """Atomic checkpoints: a directory of safetensors and JSON, written aside, fsynced, listed in a manifest, then renamed.
 
 A kill or a full disk at any moment leaves the previous checkpoint loadable; a flipped bit is found by its sha256 and
-named. Nothing in here is pickled, so that loading never runs code. Runs write from a thread of their own while they go
-on, and hold a lock on their folder.
+named. Nothing in here is pickled, so that loading never runs code.
 
     RUN/checkpoints/step-00000500/
         model.safetensors  ema.safetensors  optimizer.safetensors
         state.json         step, kind of model, recipe, versions, samples skipped so far
         manifest.json      size and sha256 of every other file
         tokenizer.json ... what else belongs to the model
+
+Ranks that hold a piece of the model each write it themselves, as model-00001-of-00004.safetensors and so on; reading
+puts the pieces together, for any number of ranks.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import shutil
-import socket
-import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipkit.errors import CheckpointError
+from clipkit.records import write_atomically
 from clipkit.shards import sha256
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 _STEP = "step-"
+_PART = ".part-"
 
 
 @dataclass(frozen=True)
@@ -49,24 +50,59 @@ class Checkpoint:
         return int(self.state["step"])
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of `<name>.safetensors`, on the CPU."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        """The tensors called `name` ("model", "ema", "optimizer"), on the CPU."""
+        return dict(self.stream(name))
 
-        file = self.path / f"{name}.safetensors"
-        if not file.is_file():
-            raise CheckpointError(f"{self.path} has no {file.name}; it is a {self.state.get('kind')} checkpoint")
+    def stream(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """The same one by one, for what is too large to hold twice; pieces are put together, rank after rank."""
+        import torch
+        from safetensors import SafetensorError, safe_open
+
+        whole = self.path / f"{name}.safetensors"
+        files = [whole] if whole.is_file() else sorted(self.path.glob(f"{name}-*-of-*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{self.path} has no {whole.name}; it is a {self.state.get('kind')} checkpoint")
         try:
-            tensors: dict[str, Tensor] = load_file(file)
+            opened: list[Any] = [safe_open(file, framework="pt") for file in files]
+            for key in opened[0].keys():  # noqa: SIM118 - not a dict; what is not cut in pieces is in the first alone
+                pieces = [file.get_tensor(key) for file in opened if key in file.keys()]  # noqa: SIM118
+                yield key, pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         except SafetensorError as error:
-            raise CheckpointError(f"{file} is not what its name says: {error}") from None
-        return tensors
+            raise CheckpointError(f"{files[0]} is not what its name says: {error}") from None
 
     def text(self, name: str) -> str:
         """A text file of the checkpoint. Raises CheckpointError if it has none of that name."""
         if not (self.path / name).is_file():
             raise CheckpointError(f"{self.path} has no {name}; it is a {self.state.get('kind')} checkpoint")
         return (self.path / name).read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which piece of a checkpoint a rank writes: all of it, or number `rank` of `of`."""
+
+    rank: int = 0
+    of: int = 1
+
+    def file(self, name: str) -> str:
+        """Where the tensors called `name` go."""
+        piece = f"-{self.rank + 1:05d}-of-{self.of:05d}" if self.of > 1 else ""
+        return f"{name}{piece}.safetensors"
+
+
+def begin(run: Path, step: int) -> Path:
+    """An empty directory for the files of a step's checkpoint; what killed saves left goes. Raises OSError."""
+    folder = run / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.glob(".*.tmp"):
+        shutil.rmtree(left_over)
+    aside = _aside(run, step)
+    aside.mkdir()
+    return aside
+
+
+def _aside(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f".{_STEP}{step:08d}.tmp"
 
 
 def save(
@@ -76,31 +112,36 @@ def save(
     texts: Mapping[str, str],
     keep_last: int,
     keep_every: int = 0,
+    part: Part | None = None,
 ) -> Path:
     """Write the checkpoint of `state["step"]` into RUN/checkpoints, then drop old ones.
 
-    The newest `keep_last` stay, and those whose step `keep_every` divides, if it is not 0. Raises CheckpointError
-    naming the path and the free space when it cannot be written; what was there before is untouched.
+    The newest `keep_last` stay, and those whose step `keep_every` divides, if it is not 0. With a `part`, every rank
+    calls this with its piece after the first has called `begin`; the first waits for the others and finishes.
+
+    Raises CheckpointError naming the path and the free space when it cannot be written; what was there before is
+    untouched.
     """
     from safetensors import SafetensorError
 
-    folder = run / "checkpoints"
-    final = folder / f"{_STEP}{int(state['step']):08d}"
-    aside = folder / f".{final.name}.tmp"
+    step, part = int(state["step"]), part or Part()
+    folder, aside = run / "checkpoints", _aside(run, step)
+    final = folder / f"{_STEP}{step:08d}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left_over in folder.glob(".*.tmp"):  # by a run that was killed; this one holds the lock
-            shutil.rmtree(left_over)
-        aside.mkdir()
-        _write_files(aside, {"format": FORMAT, **state}, tensors, texts)
-        if final.exists():
-            final.rename(folder / f".{final.name}.old.tmp")
-        aside.rename(final)
-        _fsync(folder)
+        if part.of == 1:
+            begin(run, step)
+        entries = _write_files(aside, {"format": FORMAT, **state}, tensors, texts, part)
+        if part.rank:
+            _report(aside, part, {"files": entries})
+            return final
+        _finish(aside, final, {**entries, **_gathered(aside, part)})
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        free = shutil.disk_usage(run).free
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if part.rank:
+            _report(aside, part, {"error": reason})
+        else:
+            shutil.rmtree(aside, ignore_errors=True)
+        free = shutil.disk_usage(run).free
         raise CheckpointError(
             f"could not save {final}: {reason} ({free / 1e6:.1f} MB free there); the checkpoints before it are whole"
         ) from error
@@ -110,91 +151,59 @@ def save(
     return final
 
 
-class Saver:
-    """Saves in the background: `save` copies the tensors and returns, a thread writes them. Leaving it waits."""
-
-    def __init__(self, run: Path, keep_last: int, keep_every: int) -> None:
-        self.run, self.keep_last, self.keep_every = run, keep_last, keep_every
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    def save(
-        self, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]
-    ) -> None:
-        """Begin to save, when the save before is done. Raises what that one raised."""
-        self.wait()
-        copies = {group: {n: _copy(t) for n, t in named.items()} for group, named in tensors.items()}
-        self._thread = threading.Thread(target=self._write, args=(dict(state), copies, dict(texts)))
-        self._thread.start()
-
-    def _write(
-        self, state: dict[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]
-    ) -> None:
-        try:
-            save(self.run, state, tensors, texts, self.keep_last, self.keep_every)
-        except BaseException as error:
-            self._error = error
-
-    def __enter__(self) -> Saver:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if self._thread is not None:
-            self._thread.join()
-        if kind is None:
-            self.check()
-
-    def check(self) -> None:
-        """Raise what a finished save raised."""
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-    def wait(self) -> None:
-        """Until everything is on the disk. Raises CheckpointError if it could not be put there."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self.check()
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-@contextlib.contextmanager
-def lock(run: Path) -> Iterator[None]:
-    """Hold a run's folder. Raises CheckpointError naming the process that already does; a dead one holds nothing."""
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise CheckpointError(
-                f"{run} is being trained by {file.read().strip() or 'another process'}; wait for it, or give run.out "
-                "another folder"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
-
-
 def _write_files(
-    folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]
-) -> None:
+    folder: Path,
+    state: Mapping[str, Any],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    texts: Mapping[str, str],
+    part: Part,
+) -> dict[str, Any]:
+    """Write and fsync what is this part's -> its entries of the manifest."""
     from safetensors.torch import save_file
 
-    for name, group in tensors.items():
-        save_file({k: v.detach().cpu().contiguous() for k, v in group.items()}, folder / f"{name}.safetensors")
-    for name, text in {**texts, "state.json": json.dumps(state, indent=1)}.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    files = sorted(folder.iterdir())
-    manifest = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for file in [*files, folder / "manifest.json", folder]:
+    files = [folder / part.file(name) for name in tensors]
+    for file, group in zip(files, tensors.values(), strict=True):
+        save_file({k: v.detach().cpu().contiguous() for k, v in group.items()}, file)
+    if not part.rank:
+        for name, text in {**texts, "state.json": json.dumps(state, indent=1)}.items():
+            (folder / name).write_text(text, encoding="utf-8")
+            files.append(folder / name)
+    for file in files:
         _fsync(file)
+    return {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
+
+
+def _report(aside: Path, part: Part, report: Mapping[str, Any]) -> None:
+    """Tell the first rank, through the file system they share, that this part is written, or why it is not."""
+    write_atomically(aside / f"{_PART}{part.rank}", json.dumps(report))
+
+
+def _gathered(aside: Path, part: Part, patience: float = 1800.0) -> dict[str, Any]:
+    """The other parts' entries, when all are there. Raises OSError when one failed or does not come."""
+    entries: dict[str, Any] = {}
+    limit = time.monotonic() + patience
+    for rank in range(1, part.of):
+        file = aside / f"{_PART}{rank}"
+        while not file.is_file():
+            if time.monotonic() > limit:
+                raise OSError(f"rank {rank} did not write its part in {patience:g} s")
+            time.sleep(0.02)
+        report = json.loads(file.read_text(encoding="utf-8"))
+        if "error" in report:
+            raise OSError(f"rank {rank}: {report['error']}")
+        entries |= report["files"]
+        file.unlink()
+    return entries
+
+
+def _finish(aside: Path, final: Path, entries: Mapping[str, Any]) -> None:
+    (aside / "manifest.json").write_text(json.dumps(dict(sorted(entries.items())), indent=1), encoding="utf-8")
+    _fsync(aside / "manifest.json")
+    _fsync(aside)
+    if final.exists():
+        final.rename(final.with_name(f".{final.name}.old.tmp"))
+    aside.rename(final)
+    _fsync(final.parent)
 
 
 def _fsync(path: Path) -> None:

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from clipkit._version import __version__
 from clipkit.config import Recipe, from_dict
 from clipkit.errors import CheckpointError, NonFiniteError, StoppedError, UsageError
 from clipkit.records import Records, say
+from clipkit.saver import Saver, lock
 from clipkit.stream import Batch, Stream
 from clipkit.train import optim, parallel
 from clipkit.train.step import Task, backward
@@ -54,7 +55,7 @@ def train(task: Task, stream: Stream, recipe: Recipe, device: torch.device) -> P
     """
     folder, main = Path(recipe.run.out), distributed.rank() == 0
     task.to(device)
-    with checkpoint.lock(folder) if main else nullcontext():
+    with lock(folder) if main else nullcontext():
         loop = _Loop(task, recipe, device)
         start = loop.resume(folder)
         if main:
@@ -85,7 +86,7 @@ class _Loop:
         self.optimizer = optim.make_optimizer(task.model, config, task.lr_scales())
         self.ema = optim.EMA(task.model, run.ema_decay)
         self.guard = _Guard(device)
-        self.saver = checkpoint.Saver(Path(run.out), run.keep_last, run.keep_every)
+        self.saver = Saver(Path(run.out), run.keep_last, run.keep_every)
         self.saved, self.saved_at = 0, time.monotonic()
         self.epoch: Counter[str] = Counter()  # samples seen in it, and skipped by reason; rank 0 has what was resumed
 
@@ -97,9 +98,9 @@ class _Loop:
             return 0
         _same_recipe(found, self.recipe)
         for there, here in (("model", self.task.model.state_dict()), ("ema", self.ema.shadow)):
-            for name, tensor in found.tensors(there).items():
+            for name, tensor in found.stream(there):
                 here[name].copy_(parallel.like(tensor, here[name]))
-        _load_optimizer(self.optimizer, found.tensors("optimizer"))
+        _load_optimizer(self.optimizer, found.stream("optimizer"))
         if distributed.rank() == 0:
             self.epoch.update(found.state.get("epoch", {}))
         self.saved = found.step
@@ -186,24 +187,28 @@ class _Loop:
         return scores
 
     def save(self, step: int) -> None:
-        """Put the state together; rank 0 writes it as a checkpoint while all go on."""
+        """Put the state together, and write it as a checkpoint while the run goes on.
+
+        Ranks that hold pieces write their own, but for the last checkpoint, which is made whole.
+        """
         if self.saved == step:
             return
+        in_parts = self.run.parallel == "fsdp" and distributed.active() and step < self.run.steps
+        collect = parallel.shares if in_parts else parallel.whole
         tensors = {
-            "model": parallel.whole(self.task.model.state_dict()),
-            "ema": parallel.whole(self.ema.shadow),
-            "optimizer": parallel.whole(_optimizer_tensors(self.optimizer)),
+            "model": collect(self.task.model.state_dict()),
+            "ema": collect(self.ema.shadow),
+            "optimizer": collect(_optimizer_tensors(self.optimizer)),
         }
-        epoch = distributed.sum_counts(self.epoch)
-        if distributed.rank() == 0:
-            state = {
-                "kind": self.task.kind,
-                "step": step,
-                "epoch": epoch,
-                "recipe": dataclasses.asdict(self.recipe),
-                "versions": _versions(),
-            }
-            self.saver.save(state, tensors, self.task.texts())
+        state = {
+            "kind": self.task.kind,
+            "step": step,
+            "epoch": distributed.sum_counts(self.epoch),
+            "recipe": dataclasses.asdict(self.recipe),
+            "versions": _versions(),
+        }
+        if in_parts or distributed.rank() == 0:
+            self.saver.save(state, tensors, self.task.texts(), in_parts)
         self.saved, self.saved_at = step, time.monotonic()
 
 
@@ -325,9 +330,9 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"{i}.{k}": torch.as_tensor(v) for i, entry in state.items() for k, v in entry.items()}
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Iterable[tuple[str, Tensor]]) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for name, tensor in tensors.items():
+    for name, tensor in tensors:
         number, _, quantity = name.partition(".")
         parameter = parameters[int(number)]
         # In the parameter's own memory format: the fused kernel walks all of a parameter's tensors in one order.

@@ -67,8 +67,18 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Named tensors put together from all ranks' shares; every rank must call this."""
-    return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in tensors.items()}
+    """Named tensors put together from all ranks' shares, on rank 0 and its CPU; every rank must call this."""
+    found = {}
+    for name, tensor in tensors.items():  # one by one: a device holds no more than one of them whole
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if distributed.rank() == 0:
+            found[name] = full.cpu() if full is not tensor else full
+    return found
+
+
+def shares(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's shares of named tensors; what is not cut belongs to rank 0."""
+    return {n: local(t) for n, t in tensors.items() if isinstance(t, DTensor) or distributed.rank() == 0}
 
 
 def like(tensor: Tensor, example: Tensor) -> Tensor:

@@ -95,27 +95,6 @@ def test_some_steps_are_kept_for_good(tmp_path):
     assert [int(p.name[-8:]) for p in sorted((tmp_path / "checkpoints").iterdir())] == [3, 6, 8]
 
 
-def test_a_saver_writes_what_was_there_when_it_was_told_to(tmp_path):
-    weights = torch.zeros(100_000)
-    with checkpoint.Saver(tmp_path, keep_last=3, keep_every=0) as saver:
-        for step in (1, 2, 3):
-            weights.fill_(step)
-            saver.save({"step": step, "kind": "clip"}, {"model": {"w": weights}}, {"tokenizer.json": "{}"})
-            weights.fill_(-1)  # the next step does not wait for the disk
-    for step in (1, 2, 3):
-        found = checkpoint.verify(tmp_path / "checkpoints" / f"step-{step:08d}")
-        assert found.tensors("model")["w"].unique().tolist() == [step]
-
-
-def test_a_save_that_failed_is_heard_of(tmp_path, monkeypatch):
-    (tmp_path / "checkpoints").write_text("in the way")
-    saver = checkpoint.Saver(tmp_path, 2, 0)
-    saver.save({"step": 1, "kind": "clip"}, {"model": {"w": torch.zeros(2)}}, {})
-    with pytest.raises(CheckpointError, match="could not save"):
-        saver.wait()
-    saver.check()  # once
-
-
 def test_a_manifest_cannot_point_elsewhere(tmp_path):
     path = write(tmp_path, 1)
     manifest = json.loads((path / "manifest.json").read_text())
@@ -153,3 +132,58 @@ def test_a_format_of_the_future_is_refused(tmp_path):
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=r"has format 2; this version of clipkit reads 1"):
         checkpoint.verify(path)
+
+
+def _parts(run, step, of=3):
+    """What three ranks write that hold rows of one matrix each, and a number that the first has alone."""
+    matrix = torch.arange(21.0).view(7, 3) + step
+    for rank, rows in reversed(list(enumerate(matrix.split([3, 3, 1])))):
+        tensors = {"model": {"w": rows, **({} if rank else {"scale": torch.tensor(5.0)})}}
+        yield (
+            rank,
+            lambda rank=rank, t=tensors: checkpoint.save(
+                run, {"step": step, "kind": "clip"}, t, {"tokenizer.json": "{}"}, 2, part=checkpoint.Part(rank, of)
+            ),
+        )
+
+
+def test_pieces_are_put_together(tmp_path):
+    checkpoint.begin(tmp_path, 4)
+    for rank, save in _parts(tmp_path, 4):  # the first rank comes last, and finds the others' parts
+        assert checkpoint.latest(tmp_path) is None, rank
+        save()
+    found = checkpoint.latest(tmp_path)
+    assert found.tensors("model")["w"].equal(torch.arange(21.0).view(7, 3) + 4)
+    assert found.tensors("model")["scale"] == 5
+    assert sorted(p.name for p in found.path.iterdir()) == [
+        *("manifest.json", "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"),
+        *("model-00003-of-00003.safetensors", "state.json", "tokenizer.json"),
+    ]
+    (found.path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors is missing"):
+        checkpoint.verify(found.path)
+
+
+def test_a_part_that_fails_fails_the_checkpoint(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    checkpoint.begin(tmp_path, 4)
+    saves = dict(_parts(tmp_path, 4))
+    saves[2]()
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_fsync", full)
+        with pytest.raises(CheckpointError, match="No space left"):
+            saves[1]()
+    with pytest.raises(CheckpointError, match="rank 1: No space left on device"):
+        saves[0]()
+    assert checkpoint.latest(tmp_path).step == 1
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_a_part_that_does_not_come(tmp_path):
+    aside = checkpoint.begin(tmp_path, 4)
+    with pytest.raises(OSError, match="rank 1 did not write its part in 0 s"):
+        checkpoint._gathered(aside, checkpoint.Part(0, 2), patience=0)

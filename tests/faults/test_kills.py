@@ -14,6 +14,7 @@ from killing import killed_before_call, same, steps_done, tiny, training, until
 
 from clipkit import checkpoint
 from clipkit.errors import CheckpointError
+from clipkit.saver import lock
 
 STEPS = 40
 
@@ -159,7 +160,7 @@ def test_two_runs_in_one_folder(packs, tmp_path):
     assert f"{out} is being trained by process {process.pid} on " in (tmp_path / "err2").read_text()
     process.kill()
     process.join()
-    with checkpoint.lock(out), pytest.raises(CheckpointError, match=f"process {os.getpid()} on"), checkpoint.lock(out):
+    with lock(out), pytest.raises(CheckpointError, match=f"process {os.getpid()} on"), lock(out):
         pass
 
 

@@ -41,7 +41,11 @@ def test_a_run_in_pieces_is_a_run(packs, tmp_path):
     assert losses(tmp_path / "cut") == expected
     shapes = {n: t.shape for n, t in load(tmp_path / "whole").model.state_dict().items()}
     assert {n: t.shape for n, t in load(tmp_path / "cut").model.state_dict().items()} == shapes
-    shutil.rmtree(checkpoint.latest(tmp_path / "cut").path)
+    last = checkpoint.latest(tmp_path / "cut").path
+    assert (last / "model.safetensors").is_file()  # the last one is whole, the one before in pieces
+    shutil.rmtree(last)
+    assert (checkpoint.latest(tmp_path / "cut").path / "model-00002-of-00002.safetensors").is_file()
+    assert {n: t.shape for n, t in load(tmp_path / "cut").model.state_dict().items()} == shapes
     pretrain.run("drawings_clip", words(packs, tmp_path / "cut"))
     assert losses(tmp_path / "cut") == expected
 

@@ -1,0 +1,105 @@
+"""What a run does with its folder: hold it, and save into it while it goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from clipkit import checkpoint, distributed
+from clipkit.checkpoint import Part
+from clipkit.errors import CheckpointError
+
+
+class Saver:
+    """Saves in the background: `save` copies the tensors and returns, a thread writes them. Leaving it waits."""
+
+    def __init__(self, run: Path, keep_last: int, keep_every: int) -> None:
+        self.run, self.keep_last, self.keep_every = run, keep_last, keep_every
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(
+        self,
+        state: Mapping[str, Any],
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        texts: Mapping[str, str],
+        in_parts: bool = False,
+    ) -> None:
+        """Begin to save, when the save before is done: on one rank, or `in_parts` on all of them, each its piece.
+
+        Raises what the save before raised.
+        """
+        self.wait()
+        part = Part(distributed.rank(), distributed.world_size()) if in_parts else Part()
+        if part.of > 1:
+            if not part.rank:
+                checkpoint.begin(self.run, int(state["step"]))
+            distributed.barrier()
+        copies = {group: {n: _copy(t) for n, t in named.items()} for group, named in tensors.items()}
+        self._thread = threading.Thread(target=self._write, args=(dict(state), copies, dict(texts), part))
+        self._thread.start()
+
+    def _write(
+        self,
+        state: dict[str, Any],
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        texts: Mapping[str, str],
+        part: Part,
+    ) -> None:
+        try:
+            checkpoint.save(self.run, state, tensors, texts, self.keep_last, self.keep_every, part)
+        except BaseException as error:
+            self._error = error
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._thread is not None:
+            self._thread.join()
+        if kind is None:
+            self.check()
+
+    def check(self) -> None:
+        """Raise what a finished save raised."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self) -> None:
+        """Until everything is on the disk. Raises CheckpointError if it could not be put there."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+@contextlib.contextmanager
+def lock(run: Path) -> Iterator[None]:
+    """Hold a run's folder. Raises CheckpointError naming the process that already does; a dead one holds nothing."""
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise CheckpointError(
+                f"{run} is being trained by {file.read().strip() or 'another process'}; wait for it, or give run.out "
+                "another folder"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
