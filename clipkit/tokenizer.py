@@ -9,10 +9,12 @@ from __future__ import annotations
 import gzip
 import hashlib
 import html
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +23,11 @@ from clipkit.shards import MAX_CAPTION
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 _PATTERN = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_ASCII_WORDS = re.compile(
+    r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+"
+).findall  # the same, for lower-case ASCII
 _CLIP_MERGES = 49152 - 256 - 2
+_REMEMBERED_WORDS = 500_000
 
 
 class Tokenizer:
@@ -33,6 +39,7 @@ class Tokenizer:
 
     def __init__(self, encoder: Any, context_length: int = 77) -> None:
         self._encoder, self.context_length = encoder, context_length
+        self._words: dict[str, list[int]] = {}  # captions are made of words that were seen before
         start, end = encoder.token_to_id(START), encoder.token_to_id(END)
         if start is None or end is None:
             raise CheckpointError(f"tokenizer has no {START} or {END} token; it is not a clipkit or CLIP tokenizer")
@@ -110,19 +117,37 @@ class Tokenizer:
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         """One caption or several -> int64 [B, L]."""
-        batch = [clean(t) for t in ([texts] if isinstance(texts, str) else texts)]
         room = self.context_length - 2
-        rows = [e.ids[:room] for e in self._encoder.encode_batch(batch, add_special_tokens=False)]
-        ids = torch.zeros(len(rows), max(map(len, rows), default=0) + 2, dtype=torch.int64)
+        rows = [row[:room] for row in self._encode([texts] if isinstance(texts, str) else texts)]
+        ids = np.zeros((len(rows), max(map(len, rows), default=0) + 2), dtype=np.int64)
+        ids[:, 0] = self.start_id
         for i, row in enumerate(rows):
-            ids[i, : len(row) + 2] = torch.tensor([self.start_id, *row, self.end_id])
-        return ids
+            ids[i, 1 : len(row) + 1] = row
+            ids[i, len(row) + 1] = self.end_id
+        return torch.from_numpy(ids)
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text: of plain ASCII word by word from memory, of anything else by the encoder."""
+        if len(self._words) > _REMEMBERED_WORDS:
+            self._words.clear()
+        plain = [_ASCII_WORDS(t[:MAX_CAPTION].lower()) if _is_plain(t[:MAX_CAPTION]) else None for t in texts]
+        words = self._words
+        unknown = list({w for found in plain if found is not None for w in found if w not in words})
+        others = [clean(t) for t, found in zip(texts, plain, strict=True) if found is None]
+        encoded = [e.ids for e in self._encoder.encode_batch_fast([*unknown, *others], add_special_tokens=False)]
+        words.update(zip(unknown, encoded, strict=False))
+        rest = iter(encoded[len(unknown) :])
+        return [next(rest) if found is None else [i for w in found for i in words[w]] for found in plain]
+
+
+def _is_plain(text: str) -> bool:
+    return text.isascii() and text.isprintable() and "&" not in text  # nothing for ftfy or html to mend
 
 
 def clean(text: str) -> str:
     """CLIP's cleaning: ftfy, HTML entities, white space; at most 4,096 characters; lone surrogates become '?'."""
     text = text[:MAX_CAPTION]
-    if not (text.isascii() and text.isprintable() and "&" not in text):  # else there is nothing for ftfy to mend
+    if not _is_plain(text):
         import ftfy
 
         text = ftfy.fix_text(text.encode("utf-8", errors="replace").decode("utf-8"))

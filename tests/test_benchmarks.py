@@ -28,3 +28,19 @@ def test_train_step():
     (row,) = run("train_step.py", "--model", "vit_tiny", "--batch", "2", "--rounds", "1")
     assert row["clipkit_s"] > 0
     assert row["ratio"] == pytest.approx(row["clipkit_s"] / row["open_clip_s"])
+
+
+@pytest.mark.slow
+def test_loader():
+    row = run("loader.py", "--samples", "256", "--rounds", "1")
+    assert row["clipkit_samples_per_s"] > 0
+    assert row["ratio"] == pytest.approx(row["clipkit_samples_per_s"] / row["open_clip_samples_per_s"])
+
+
+@pytest.mark.slow
+def test_tokenizer():
+    rows = run("tokenizer.py", "--captions", "1000", "--rounds", "1")
+    assert [(row["captions"], row["memory"]) for row in rows] == [
+        (captions, memory) for captions in ("common words", "long tail") for memory in ("fresh", "warm")
+    ]
+    assert all(row["ids_equal"] for row in rows)

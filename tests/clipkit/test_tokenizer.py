@@ -1,10 +1,12 @@
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipkit.errors import CheckpointError, DataError, UsageError
-from clipkit.tokenizer import END, START, Tokenizer
+from clipkit.tokenizer import END, START, Tokenizer, clean
 
 CAPTIONS = ["a red rocket", "a drawing of a blue fish on white", "two cats, one dog's house!", "ÉCOLE naïve 北京"]
 
@@ -109,3 +111,42 @@ def test_ids_equal_open_clips(clip_pair):
 @settings(max_examples=300)
 def test_ids_equal_open_clips_on_any_text(clip_pair, text):
     ids_equal(clip_pair, [text])
+
+
+def test_ids_equal_open_clips_on_twenty_thousand_strings(clip_pair):
+    """Words, contractions, numbers, symbols, white space, accents and entities in any order."""
+    chance = random.Random(0)
+    pieces = [
+        *"abcdefghij 0123456789 '!?.,&;#<>/\\ \t\n-_\"$%",
+        "'s",
+        "'LL",
+        "don't",
+        " The ",
+        "&amp;",
+        "é",
+        "ü",
+        "中",
+        "🙂",
+        "…",
+    ]
+    texts = ["".join(chance.choices(pieces, k=chance.randrange(1, 30))) for _ in range(20_000)]
+    for i in range(0, len(texts), 2000):
+        ids_equal(clip_pair, texts[i : i + 2000])
+
+
+@given(st.lists(st.text(st.characters(max_codepoint=126), max_size=30), max_size=5))
+@settings(max_examples=300)
+def test_words_from_memory_are_those_of_the_encoder(trained, texts):
+    def through_the_encoder(text):
+        return trained._encoder.encode(clean(text), add_special_tokens=False).ids
+
+    for _ in range(2):  # learned, then remembered
+        assert trained._encode(texts) == [through_the_encoder(t) for t in texts]
+
+
+def test_memory_is_bounded(trained, monkeypatch):
+    monkeypatch.setattr("clipkit.tokenizer._REMEMBERED_WORDS", 10)
+    again = Tokenizer.from_json(trained.to_json(), 16)
+    for i in range(5):
+        again([f"{a}{b}" for a in "abcdef" for b in "ghi" * (i + 1)])
+    assert len(again._words) <= 28
