@@ -88,11 +88,14 @@ def _copy(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def lock(run: Path) -> Iterator[None]:
-    """Hold a run's folder. Raises CheckpointError naming the process that already does; a dead one holds nothing."""
+    """Hold a run's folder. Raises CheckpointError naming the process that already does; a dead one holds nothing.
+
+    The lock is the process's own (POSIX): loader processes forked from it do not hold it on when it is killed.
+    """
     run.mkdir(parents=True, exist_ok=True)
     with (run / ".lock").open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
             raise CheckpointError(

@@ -12,7 +12,6 @@ import torch
 from clipkit import checkpoint, records
 from clipkit.config import OptimConfig, load_recipe
 from clipkit.errors import CheckpointError, NonFiniteError, ShardError
-from clipkit.saver import lock
 from clipkit.train import loop, optim, pretrain
 
 WORDS = ["run.batch_size=16", "run.log_every=1", "optim.warmup=2", "data.workers=0", "run.save_every=2"]
@@ -320,11 +319,3 @@ def test_a_shard_that_is_not_what_the_index_says_stops_the_run(packs, tmp_path):
     recipe = [*words(packs, tmp_path / "run", 50), f"data.shards={folder}"]
     with pytest.raises(ShardError, match=r"shard-000001\.tar is damaged: its sha256"):
         pretrain.run("drawings_clip", recipe)
-
-
-def test_a_folder_is_trained_by_one_process_at_a_time(packs, tmp_path):
-    with (
-        lock(tmp_path),
-        pytest.raises(CheckpointError, match=r"is being trained by process \d+ on .*run\.out"),
-    ):
-        pretrain.run("drawings_clip", words(packs, tmp_path))
