@@ -203,7 +203,37 @@ _training_command("noisy-clip", "noisy_clip", "Teach a pretrained CLIP to see no
 
 
 @cli.command()
-@click.option("--model", required=True, help="A run's folder.")
+@click.argument("pattern", default="")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, name to hub repository.")
+def models(pattern: str, as_json: bool) -> None:
+    """List published models by name; those that contain PATTERN.
+
+    Wherever a command takes --model, it takes one of these names, which is fetched from the Hugging Face hub once;
+    "hf-hub:organisation/name"; a folder with open_clip_config.json, or of transformers' CLIP or SigLIP; a file of
+    OpenAI's; or the folder of a run.
+
+    \b
+    Example:
+      clipkit models ViT-B-32
+    """
+    from clipkit import hub
+
+    found = {name: published.repository for name, published in hub.known().items() if pattern.lower() in name.lower()}
+    if not found:
+        raise UsageError(f"no published model has {pattern!r} in its name; `clipkit models` lists them all")
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    width = max(map(len, found))
+    for name, repository in found.items():
+        click.echo(f"{name:{width}}  {repository}")
+
+
+_MODEL_HELP = "A run's folder, other people's weights, or a published name (see clipkit models)."
+
+
+@cli.command()
+@click.option("--model", required=True, help=_MODEL_HELP)
 @click.option("--dataset", required=True, help="cifar10, cifar100, fashion-mnist, folder:DIR, tar:FILE or shards:DIR.")
 @click.option(
     "--classnames", type=click.Path(path_type=Path), help="JSON list (a name or names per class), or text file."
@@ -231,6 +261,7 @@ def zeroshot(
     Examples:
       clipkit zeroshot --model runs/clip --dataset cifar100 --download
       clipkit zeroshot --model runs/clip --dataset folder:photos --json
+      clipkit zeroshot --model ViT-B-32/laion2b_s34b_b79k --dataset cifar10
     """
     from clipkit.pretrained import load
     from clipkit.zeroshot import classify

@@ -13,6 +13,9 @@ from __future__ import annotations
 import io
 import math
 import struct
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -22,6 +25,9 @@ from torch import Tensor
 
 from clipkit.config import DataConfig
 from clipkit.errors import SampleError
+
+if TYPE_CHECKING:
+    from clipkit.model import CLIPConfig
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -76,15 +82,36 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def preprocess(image: Image.Image, size: int) -> Tensor:
-    """Evaluation transform: shorter side to `size` (bicubic), centre crop -> uint8 [3, size, size]."""
+def preprocess(
+    image: Image.Image,
+    size: int,
+    resize: Literal["crop", "squash"] = "crop",
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic",
+) -> Tensor:
+    """Evaluation transform -> uint8 [3, size, size]: shorter side to `size`, then the middle; or both sides to `size`.
+
+    What torchvision's Resize and CenterCrop make of a Pillow image, as OpenAI and open_clip evaluate, without the
+    pixels that the crop would throw away.
+    """
     image = to_rgb(image)
     if image.size != (size, size):
-        side = min(image.size)
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        box = (left, top, left + side, top + side)
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+        box = _middle(*image.size, size) if resize == "crop" else None
+        image = image.resize((size, size), Image.Resampling[interpolation.upper()], box=box)
     return _pixels(image).contiguous()
+
+
+def _middle(width: int, height: int, size: int) -> tuple[float, float, float, float]:
+    """The part of the image that is seen after the resize and the crop, both of which round to whole pixels."""
+    short = min(width, height)
+    w, h = (size if side == short else int(size * side / short) for side in (width, height))
+    left, top = round((w - size) / 2), round((h - size) / 2)
+    return left * width / w, top * height / h, (left + size) * width / w, (top + size) * height / h
+
+
+def preprocessing(config: CLIPConfig) -> Callable[[Image.Image], Tensor]:
+    """`preprocess` as this model wants it."""
+    how = config.conventions
+    return partial(preprocess, size=config.image_size, resize=how.image_resize, interpolation=how.image_interpolation)
 
 
 def random_view(data: bytes, size: int, config: DataConfig, rng: np.random.Generator) -> Tensor:

@@ -6,8 +6,10 @@ Radford et al. 2021 (arXiv 2103.00020), section 2.3 and figure 3.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,38 @@ from clipkit.errors import RecipeError, did_you_mean
 from clipkit.towers import OURS
 
 MAX_LOGIT_SCALE = 100.0
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """In what weights trained elsewhere differ; the defaults are those of CLIP as it is trained here."""
+
+    text_activation: Literal["gelu", "quick_gelu", "gelu_tanh"] = "gelu"
+    """Of the text transformer; "quick_gelu", x sigmoid(1.702 x), is OpenAI's. The image tower's is in image_kwargs."""
+    text_norm_eps: float = 1e-5
+    """Epsilon of the text tower's layer norms."""
+    text_mlp_width: int = 0
+    """Width inside its MLPs; 0 is four times text_width."""
+    text_attention: Literal["causal", "full"] = "causal"
+    """"full" pads every caption to context_length, and lets all of its tokens, padding included, see each other."""
+    text_pool: Literal["end", "last"] = "end"
+    """The token whose features count: the first END, or the last of the padded caption."""
+    text_projection_bias: bool = False
+    """Whether the text projection has a bias."""
+    text_cleaning: Literal["clip", "canonical", "none"] = "clip"
+    """What is done to captions before they are cut into tokens; "canonical" (SigLIP's) drops punctuation."""
+    pad_id: int = 0
+    """Token that pads captions under full attention."""
+    image_projection: Literal["linear", "bias", "mlp", "none"] = "linear"
+    """What follows the image trunk: a matrix, a matrix and a bias, two layers with GELU, or nothing."""
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    """Subtracted from pixels in [0, 1]; by default the statistics of OpenAI's models."""
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    """Pixels are divided by these."""
+    image_resize: Literal["crop", "squash"] = "crop"
+    """What makes an image square: the middle of it, or a change of its proportions."""
+    image_interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """How images are resized for evaluation."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +84,8 @@ class CLIPConfig:
     """The logit scale before training; 10 for the sigmoid loss."""
     init_logit_bias: float | None = None
     """The logit bias before training, which only the sigmoid loss learns: -10 there."""
+    conventions: Conventions = field(default_factory=Conventions)
+    """In what weights trained elsewhere differ; nothing to set in a recipe, except to train alike."""
 
     def __post_init__(self) -> None:
         if self.text_width % self.text_heads:
@@ -61,7 +97,7 @@ class CLIPConfig:
 
 
 class ImageTower(nn.Module):
-    """A timm model without its classifier, and a linear projection: pixels -> [B, embed_dim].
+    """A timm model without its classifier, and a projection: pixels -> [B, embed_dim].
 
     Raises RecipeError for a name timm does not know or arguments it refuses.
     """
@@ -74,13 +110,10 @@ class ImageTower(nn.Module):
         self.trunk = _timm(config)
         if config.grad_checkpointing:
             _checkpoint_blocks(self.trunk, config.image_tower)
-        width = self._width(config.image_size)
-        self.projection = nn.Linear(width, config.embed_dim, bias=False)
-        nn.init.normal_(self.projection.weight, std=width**-0.5)
-        # The statistics of OpenAI's models; fixed, so that one preprocessing serves every tower.
-        mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        conventions = config.conventions
+        self.projection = _projection(conventions.image_projection, self._width(config.image_size), config.embed_dim)
+        self.register_buffer("mean", torch.tensor(conventions.image_mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(conventions.image_std).view(1, 3, 1, 1), persistent=False)
         self.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
@@ -102,6 +135,21 @@ class ImageTower(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.projection(self.trunk(self.normalise(images)))
         return features
+
+
+def _projection(kind: str, width: int, embed_dim: int) -> nn.Module:
+    if kind == "none":
+        if width != embed_dim:
+            raise RecipeError(
+                f"without a projection embed_dim must be the image tower's width, {width}; it is {embed_dim}"
+            )
+        return nn.Identity()
+    if kind == "mlp":
+        hidden = nn.Linear(width, 2 * embed_dim)
+        return nn.Sequential(hidden, nn.GELU(), nn.Linear(2 * embed_dim, embed_dim, bias=False))
+    linear = nn.Linear(width, embed_dim, bias=kind == "bias")
+    nn.init.normal_(linear.weight, std=width**-0.5)
+    return linear
 
 
 def _timm(config: CLIPConfig) -> nn.Module:
@@ -140,15 +188,31 @@ def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
     return model
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block with GELU; causal self-attention."""
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x), which OpenAI's models were trained with (openai/CLIP, model.py)."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> the same."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "quick_gelu": QuickGELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+}
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with GELU; self-attention, causal unless the conventions say otherwise."""
+
+    def __init__(self, width: int, heads: int, conventions: Conventions) -> None:
         super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.heads, self.causal = heads, conventions.text_attention == "causal"
+        self.norm1, self.norm2 = (nn.LayerNorm(width, conventions.text_norm_eps) for _ in range(2))
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        hidden, activation = conventions.text_mlp_width or 4 * width, _ACTIVATIONS[conventions.text_activation]
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), activation(), nn.Linear(hidden, width))
 
     def forward(self, x: Tensor, kept: Tensor, batch: int, length: int) -> Tensor:
         """Packed tokens [T, W]; `kept` [T] are their places among the batch * length of the padded captions."""
@@ -156,7 +220,7 @@ class Block(nn.Module):
         qkv = self.qkv(self.norm1(x))  # [T, 3 W]
         padded = qkv.new_zeros(batch * length, 3 * width).index_copy(0, kept, qkv)
         q, k, v = padded.reshape(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [B, heads, L, W / heads]
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # [B, heads, L, W / heads]
         x = x + self.out(attended.transpose(1, 2).reshape(batch * length, width)[kept])
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
@@ -167,18 +231,18 @@ class TextTower(nn.Module):
 
     Attention is causal, so nothing after END matters, and nothing after END is computed: the captions of a batch lie
     packed, one after the other, everywhere but in the attention itself. Ids may lie on the CPU whatever the device of
-    the weights; where captions end is then known without waiting for it.
+    the weights; where captions end is then known without waiting for it. Full attention (SigLIP) has no such end.
     """
 
     def __init__(self, config: CLIPConfig, vocab_size: int, end_id: int) -> None:
         super().__init__()
-        width, layers = config.text_width, config.text_layers
-        self.end_id, self.checkpointing = end_id, config.grad_checkpointing
+        width, layers, conventions = config.text_width, config.text_layers, config.conventions
+        self.end_id, self.checkpointing, self.conventions = end_id, config.grad_checkpointing, conventions
         self.tokens = nn.Embedding(vocab_size, width)
         self.positions = nn.Parameter(torch.empty(config.context_length, width))
-        self.blocks = nn.ModuleList(Block(width, config.text_heads) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
-        self.projection = nn.Linear(width, config.embed_dim, bias=False)
+        self.blocks = nn.ModuleList(Block(width, config.text_heads, conventions) for _ in range(layers))
+        self.norm = nn.LayerNorm(width, conventions.text_norm_eps)
+        self.projection = nn.Linear(width, config.embed_dim, bias=conventions.text_projection_bias)
         self._init(width, layers)
 
     def _init(self, width: int, layers: int) -> None:
@@ -194,11 +258,20 @@ class TextTower(nn.Module):
         nn.init.normal_(self.projection.weight, std=width**-0.5)
 
     def forward(self, ids: Tensor) -> Tensor:
+        if self.conventions.text_attention == "full":
+            ids = F.pad(ids, (0, len(self.positions) - ids.shape[1]), value=self.conventions.pad_id)
         batch, length = ids.shape
         end = (ids == self.end_id).int().argmax(dim=1)  # first END of each row
-        inside = torch.arange(length, device=ids.device) <= end[:, None]
-        kept = inside.flatten().nonzero().squeeze(1)  # [T] of B * L
-        tokens, places, last = ids.flatten()[kept], kept % length, (end + 1).cumsum(dim=0) - 1
+        if self.conventions.text_pool == "last":
+            end = torch.full_like(end, length - 1)
+        if self.conventions.text_attention == "full":
+            kept = torch.arange(batch * length, device=ids.device)
+            last = torch.arange(batch, device=ids.device) * length + end
+        else:
+            inside = torch.arange(length, device=ids.device) <= end[:, None]
+            kept = inside.flatten().nonzero().squeeze(1)  # [T] of B * L
+            last = (end + 1).cumsum(dim=0) - 1
+        tokens, places = ids.flatten()[kept], kept % length
         tokens, places, last, kept = (
             t.to(self.positions.device, non_blocking=True) for t in (tokens, places, last, kept)
         )

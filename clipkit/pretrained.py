@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from clipkit import checkpoint, distributed
+from clipkit import archives, checkpoint, distributed, hub, weights
 from clipkit.checkpoint import Checkpoint
 from clipkit.config import from_dict
 from clipkit.errors import CheckpointError
-from clipkit.images import preprocess
+from clipkit.images import preprocessing
 from clipkit.model import CLIP, CLIPConfig
-from clipkit.tokenizer import Tokenizer
+from clipkit.tokenizer import AnyTokenizer, ForeignTokenizer, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Pretrained:
     """A model in evaluation mode; `preprocess(image)` gives uint8 [3, S, S], `tokenizer(texts)` gives ids [B, L]."""
 
     model: CLIP
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer
     preprocess: Callable[[Image.Image], Tensor]
 
 
@@ -46,18 +48,127 @@ def find(path: str | Path, kind: str) -> Checkpoint:
     raise CheckpointError(f"{folder} is not a model: it {what}; give the folder of a training run")
 
 
-def load(path: str | Path, device: str = "auto") -> Pretrained:
-    """Load the averaged weights of a CLIP run.
+def load(name: str | Path, device: str = "auto") -> Pretrained:
+    """A CLIP with its tokenizer and preprocessing, from whoever trained it.
 
-    Raises CheckpointError when `path` is not one, or its files are damaged.
+    `name` is the folder of one of our runs (its averaged weights are taken); a folder with an open_clip_config.json, or
+    with the config.json of transformers' CLIP or SigLIP; a file of OpenAI's, state dict or TorchScript archive;
+    "architecture/pretraining" as open_clip calls it, or "hf-hub:organisation/name", which are fetched from the hub.
+    Nothing that lies in these files is run. Raises CheckpointError when `name` is none of this, its files are damaged,
+    or its architecture is one that clipkit does not have.
     """
+    path, activation = Path(name), None
+    if not path.exists() and (published := hub.find(str(name))) is not None:
+        path, activation = hub.fetch(published), published.activation
+    if path.is_file() or any((path / config).is_file() for config in _CONFIGS):
+        return _load_foreign(path, device, activation)
+    if not path.exists() and (meant := hub.suggestion(str(name))):
+        raise CheckpointError(f"{name} is neither a folder nor a published model; {meant}")
     found = find(path, "clip")
     config = from_dict(CLIPConfig, found.state["recipe"]["model"])
     tokenizer = Tokenizer.from_json(found.text("tokenizer.json"), config.context_length)
     model = CLIP(config, tokenizer.vocab_size, tokenizer.end_id)
     load_weights(model, found)
+    return _ready(model, tokenizer, device)
+
+
+def _ready(model: CLIP, tokenizer: AnyTokenizer, device: str) -> Pretrained:
     model.to(distributed.choose_device(device)).eval()
-    return Pretrained(model, tokenizer, partial(preprocess, size=config.image_size))
+    return Pretrained(model, tokenizer, preprocessing(model.config))
+
+
+_CONFIGS = ("open_clip_config.json", "config.json")
+
+
+def _load_foreign(path: Path, device: str, activation: str | None = None) -> Pretrained:
+    folder = path if path.is_dir() else path.parent
+    file = path if path.is_file() else _weights_file(path)
+    archive = archives.read(file)
+    try:
+        config, tensors = _understand(folder, archive)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    found = config.conventions.text_activation
+    if activation is not None and found != activation:
+        raise CheckpointError(
+            f"{folder} says that the activation is {found}; these weights were trained with {activation}"
+        )
+    tokenizer = _tokenizer(folder, config)
+    model = CLIP(config, config.vocab_size, tokenizer.end_id)
+    wrong = model.load_state_dict(_fitting(model, tensors, file), strict=False)
+    if wrong.missing_keys or wrong.unexpected_keys:
+        first = [*wrong.missing_keys, *wrong.unexpected_keys][0]
+        what = f"{len(wrong.missing_keys)} tensors missing and {len(wrong.unexpected_keys)} too many, such as {first}"
+        raise CheckpointError(f"{file} holds another architecture than {folder.name} says: {what}")
+    return _ready(model, tokenizer, device)
+
+
+def _fitting(model: CLIP, tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    for name, tensor in model.state_dict().items():
+        if name.endswith("num_batches_tracked"):  # counted in training only; some files leave it away
+            tensors.setdefault(name, tensor)
+        if name in tensors and tensors[name].shape != tensor.shape:
+            shapes = f"{list(tensors[name].shape)} where {list(tensor.shape)} is due"
+            raise CheckpointError(f"{file} holds another architecture: {name} is {shapes}")
+    return tensors
+
+
+def _understand(folder: Path, archive: archives.Archive) -> tuple[CLIPConfig, dict[str, Tensor]]:
+    tensors = archive.tensors
+    if (folder / "open_clip_config.json").is_file():
+        return weights.from_open_clip(_json(folder / "open_clip_config.json"), tensors)
+    if (folder / "config.json").is_file():
+        seen = folder / "preprocessor_config.json"
+        return weights.from_transformers(_json(folder / "config.json"), _json(seen) if seen.is_file() else {}, tensors)
+    if archive.scripted or weights.is_openai(tensors):
+        return weights.from_openai(tensors)
+    raise CheckpointError(
+        "these weights do not say what model they belong to, nor whether its GELU is the quick one; put an "
+        "open_clip_config.json beside them"
+    )
+
+
+def _weights_file(folder: Path) -> Path:
+    found = next((folder / name for name in hub.WEIGHTS if (folder / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(f"{folder} has no weights; looked for {', '.join(hub.WEIGHTS)}")
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} must be a JSON object; it is a {type(found).__name__}")
+    return found
+
+
+def _tokenizer(folder: Path, config: CLIPConfig) -> AnyTokenizer:
+    """The one beside the weights; for CLIP's vocabulary a merges file will do, also that of an installed open_clip."""
+    conventions, length = config.conventions, config.context_length
+    if (folder / "tokenizer.json").is_file():
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        if conventions.text_cleaning == "clip":
+            return Tokenizer.from_json(text, length)
+        return ForeignTokenizer(text, length, conventions.text_cleaning, conventions.pad_id)
+    if conventions.text_cleaning != "clip":
+        raise CheckpointError(f"{folder} has no tokenizer.json, which these weights need")
+    peer = importlib.util.find_spec("open_clip")
+    around = [folder / "merges.txt", folder / _MERGES]
+    if peer is not None and peer.origin is not None:
+        around.append(Path(peer.origin).parent / _MERGES)
+    for merges in around:
+        if merges.is_file():
+            return Tokenizer.clip(merges, length)
+    raise CheckpointError(
+        f"{folder} has no tokenizer; put CLIP's {_MERGES} (or a tokenizer.json) there, or install open_clip_torch, "
+        "which brings it"
+    )
+
+
+_MERGES = "bpe_simple_vocab_16e6.txt.gz"
 
 
 def load_weights(model: torch.nn.Module, found: Checkpoint) -> None:

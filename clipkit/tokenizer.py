@@ -1,7 +1,8 @@
 """Byte-pair tokenizer: CLIP's own vocabulary from its merges file, or one trained on a pack's captions.
 
 Both share the cleaning, the pre-tokenization and the layout of Radford et al. 2021 (openai/CLIP): lower case, words cut
-by CLIP's pattern, bytes as printable characters, `</w>` at the end of a word. Only the vocabulary differs.
+by CLIP's pattern, bytes as printable characters, `</w>` at the end of a word. Only the vocabulary differs. Tokenizers
+that came with other people's weights are taken as they are.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import gzip
 import hashlib
 import html
 import re
-from collections.abc import Iterable, Sequence
+import string
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +30,16 @@ _ASCII_WORDS = re.compile(
 ).findall  # the same, for lower-case ASCII
 _CLIP_MERGES = 49152 - 256 - 2
 _REMEMBERED_WORDS = 500_000
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-class Tokenizer:
-    """Captions -> token ids [B, L], L being the longest caption of the batch, never more than `context_length`.
+class AnyTokenizer:
+    """Captions -> token ids [B, L], L being the longest caption of the batch, never more than `context_length`."""
 
-    A row is START, the caption's tokens, END, then zeros; a caption that does not fit is cut and still ends with END.
-    The text of a special token inside a caption is ordinary text: no caption can end itself.
-    """
+    end_id: int
 
-    def __init__(self, encoder: Any, context_length: int = 77) -> None:
+    def __init__(self, encoder: Any, context_length: int) -> None:
         self._encoder, self.context_length = encoder, context_length
-        self._words: dict[str, list[int]] = {}  # captions are made of words that were seen before
-        start, end = encoder.token_to_id(START), encoder.token_to_id(END)
-        if start is None or end is None:
-            raise CheckpointError(f"tokenizer has no {START} or {END} token; it is not a clipkit or CLIP tokenizer")
-        self.start_id, self.end_id = int(start), int(end)
 
     @property
     def vocab_size(self) -> int:
@@ -54,6 +50,60 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Hash of the vocabulary and merges; weights belong to one."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def to_json(self) -> str:
+        """The tokenizer.json of the `tokenizers` library."""
+        return str(self._encoder.to_str())
+
+    def __call__(self, texts: str | Sequence[str]) -> Tensor:
+        """One caption or several -> int64 [B, L]."""
+        raise NotImplementedError
+
+
+class ForeignTokenizer(AnyTokenizer):
+    """The tokenizer.json that came with other people's weights (SigLIP's sentencepiece, for instance), as it is.
+
+    It says itself what stands around a caption; rows shorter than the longest are filled with `pad_id`.
+    Raises CheckpointError for a file that `tokenizers` does not read.
+    """
+
+    def __init__(self, text: str, context_length: int, cleaning: str = "none", pad_id: int = 0) -> None:
+        from tokenizers import Tokenizer as Encoder
+
+        try:
+            encoder = Encoder.from_str(text)
+        except Exception as error:  # the Rust side raises bare Exception
+            raise CheckpointError(f"damaged tokenizer.json: {str(error)[:80]}") from None
+        super().__init__(encoder, context_length)
+        encoder.enable_truncation(context_length)
+        encoder.no_padding()
+        self._clean, self.pad_id = _CLEANINGS[cleaning], pad_id
+        self.end_id = int(encoder.encode("").ids[-1]) if encoder.encode("").ids else pad_id
+
+    def __call__(self, texts: str | Sequence[str]) -> Tensor:
+        """One caption or several -> int64 [B, L]."""
+        cleaned = [self._clean(t) for t in ([texts] if isinstance(texts, str) else texts)]
+        rows = [e.ids for e in self._encoder.encode_batch(cleaned)]
+        ids = np.full((len(rows), max(map(len, rows), default=0)), self.pad_id, dtype=np.int64)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = row
+        return torch.from_numpy(ids)
+
+
+class Tokenizer(AnyTokenizer):
+    """Byte pairs, CLIP's or our own.
+
+    A row is START, the caption's tokens, END, then zeros; a caption that does not fit is cut and still ends with END.
+    The text of a special token inside a caption is ordinary text: no caption can end itself.
+    """
+
+    def __init__(self, encoder: Any, context_length: int = 77) -> None:
+        super().__init__(encoder, context_length)
+        self._words: dict[str, list[int]] = {}  # captions are made of words that were seen before
+        start, end = encoder.token_to_id(START), encoder.token_to_id(END)
+        if start is None or end is None:
+            raise CheckpointError(f"tokenizer has no {START} or {END} token; it is not a clipkit or CLIP tokenizer")
+        self.start_id, self.end_id = int(start), int(end)
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int = 4096, context_length: int = 77) -> Tokenizer:
@@ -111,10 +161,6 @@ class Tokenizer:
         except Exception as error:  # the Rust side raises bare Exception
             raise CheckpointError(f"damaged tokenizer.json: {str(error)[:80]}") from None
 
-    def to_json(self) -> str:
-        """The tokenizer.json of the `tokenizers` library."""
-        return str(self._encoder.to_str())
-
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         """One caption or several -> int64 [B, L]."""
         room = self.context_length - 2
@@ -146,12 +192,24 @@ def _is_plain(text: str) -> bool:
 
 def clean(text: str) -> str:
     """CLIP's cleaning: ftfy, HTML entities, white space; at most 4,096 characters; lone surrogates become '?'."""
+    return " ".join(_mend(text).split()).lower()
+
+
+def canonical(text: str) -> str:
+    """SigLIP's cleaning (big_vision, pp/ops_text.py): also without punctuation, an underscore being a space."""
+    return " ".join(_mend(text).replace("_", " ").translate(_NO_PUNCTUATION).lower().split())
+
+
+_CLEANINGS: dict[str, Callable[[str], str]] = {"clip": clean, "canonical": canonical, "none": lambda text: text}
+
+
+def _mend(text: str) -> str:
     text = text[:MAX_CAPTION]
     if not _is_plain(text):
         import ftfy
 
         text = ftfy.fix_text(text.encode("utf-8", errors="replace").decode("utf-8"))
-    return " ".join(html.unescape(html.unescape(text)).split()).lower()
+    return html.unescape(html.unescape(text))
 
 
 def _encoder(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Any:

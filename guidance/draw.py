@@ -25,7 +25,7 @@ from clipkit.guidance.guiders import score_shift
 from clipkit.guidance.noisy_clip import NoisyCLIP
 from clipkit.guidance.schedule import karras, leading, log_snr
 from clipkit.guidance.unet import UNetConfig
-from clipkit.images import preprocess, to_image
+from clipkit.images import to_image
 from clipkit.model import CLIP, CLIPConfig
 from clipkit.pretrained import Pretrained, find, load, load_weights
 from clipkit.records import progress
@@ -137,7 +137,7 @@ class Studio:
         """Cosine similarity of each picture to the prompt under the clean CLIP."""
         model: CLIP = self.clip.model
         device = model.log_logit_scale.device
-        pixels = torch.stack([preprocess(to_image(image), model.config.image_size) for image in images]).to(device)
+        pixels = torch.stack([self.clip.preprocess(to_image(image)) for image in images]).to(device)
         text = model.encode_text(self.clip.tokenizer(prompt))
         return [round(s, 4) for s in (model.encode_image(pixels) @ text.T)[:, 0].tolist()]
 

@@ -5,19 +5,21 @@ Radford et al. 2021 (arXiv 2103.00020), section 3.1: the weight of a class is th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipkit import distributed
 from clipkit.errors import UsageError
+from clipkit.images import preprocessing
 from clipkit.model import CLIP
 from clipkit.records import progress
-from clipkit.tokenizer import Tokenizer
+from clipkit.tokenizer import AnyTokenizer
 from clipkit.zeroshot.datasets import ImageSet
 
 _TEXT_BATCH = 512
@@ -25,7 +27,7 @@ _PADDING = -1
 
 
 @torch.no_grad()
-def embed_texts(model: CLIP, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+def embed_texts(model: CLIP, tokenizer: AnyTokenizer, texts: Sequence[str]) -> Tensor:
     """Texts -> unit vectors [len(texts), D] on the model's device.
 
     Each distinct text is encoded once, and texts of like length share a batch.
@@ -39,7 +41,7 @@ def embed_texts(model: CLIP, tokenizer: Tokenizer, texts: Sequence[str]) -> Tens
 
 
 def class_head(
-    model: CLIP, tokenizer: Tokenizer, classnames: Sequence[str | Sequence[str]], templates: Sequence[str]
+    model: CLIP, tokenizer: AnyTokenizer, classnames: Sequence[str | Sequence[str]], templates: Sequence[str]
 ) -> Tensor:
     """Head [C, D]: for each class the normalised mean of the normalised embeddings of its prompts.
 
@@ -71,19 +73,17 @@ class Scores:
 class _Preprocessed(Dataset[tuple[Tensor, int]]):
     """This rank's share of an image set, as uint8 tensors and labels."""
 
-    def __init__(self, images: ImageSet, size: int) -> None:
-        self.images, self.size = images, size
+    def __init__(self, images: ImageSet, preprocess: Callable[[Image.Image], Tensor]) -> None:
+        self.images, self.preprocess = images, preprocess
         self.rank, self.ranks = distributed.rank(), distributed.world_size()
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.ranks)  # the same on all ranks: a cut model needs them all
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        from clipkit.images import preprocess
-
         index = self.rank + i * self.ranks
         image, label = self.images[min(index, len(self.images) - 1)]
-        return preprocess(image, self.size), label if index < len(self.images) else _PADDING
+        return self.preprocess(image), label if index < len(self.images) else _PADDING
 
 
 @torch.no_grad()
@@ -97,7 +97,7 @@ def evaluate(model: CLIP, head: Tensor, images: ImageSet, batch_size: int = 256,
         raise UsageError(f"data set {images.name!r} holds no image")
     device, classes = head.device, len(head)
     counts = torch.zeros(3, classes, dtype=torch.int64, device=device)  # images, right at 1, right among 5
-    loader = DataLoader(_Preprocessed(images, model.config.image_size), batch_size=batch_size, num_workers=workers)
+    loader = DataLoader(_Preprocessed(images, preprocessing(model.config)), batch_size=batch_size, num_workers=workers)
     for pixels, labels in progress(loader, len(loader), "zero-shot"):
         ranking = (model.encode_image(pixels.to(device)) @ head.T).topk(min(5, classes), dim=1).indices
         ranking, labels = ranking[labels != _PADDING], labels[labels != _PADDING].to(device)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from clipkit.model import CLIP
 from clipkit.shards import Shards
-from clipkit.tokenizer import Tokenizer
+from clipkit.tokenizer import AnyTokenizer
 from clipkit.zeroshot.classify import embed_texts
 
 _CHUNK = 1024
@@ -29,15 +29,15 @@ def recall(queries: Tensor, targets: Tensor, k: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: CLIP, tokenizer: Tokenizer, shards: Shards, batch_size: int = 256) -> dict[str, float]:
+def evaluate(model: CLIP, tokenizer: AnyTokenizer, shards: Shards, batch_size: int = 256) -> dict[str, float]:
     """Recall@1 and @5, both ways, over every image of a pack and its first caption."""
-    from clipkit.images import decode, preprocess
+    from clipkit.images import decode, preprocessing
 
-    device, size = model.log_logit_scale.device, model.config.image_size
+    device, preprocess = model.log_logit_scale.device, preprocessing(model.config)
     images, captions = [], []
     for start in range(0, len(shards), batch_size):
         samples = [shards.read(i) for i in range(start, min(start + batch_size, len(shards)))]
-        pixels = torch.stack([preprocess(decode(s.image), size) for s in samples])
+        pixels = torch.stack([preprocess(decode(s.image)) for s in samples])
         images.append(model.encode_image(pixels.to(device)))
         captions += [s.captions[0] for s in samples]
     image, text = torch.cat(images), embed_texts(model, tokenizer, captions)

@@ -77,10 +77,18 @@ def test_exif_rotation_is_applied():
     assert images.decode(encoded(noise(), "JPEG", exif=exif)).size == (30, 40)
 
 
-def test_preprocess_is_pillow_resize_and_centre_crop():
-    image = noise(size=(60, 40))
-    expected = image.resize((20, 20), Image.Resampling.BICUBIC, box=(10, 0, 50, 40), reducing_gap=3.0)
-    assert torch.equal(images.preprocess(image, 20), torch.from_numpy(np.array(expected)).permute(2, 0, 1))
+@pytest.mark.parametrize("size", [(60, 40), (40, 60), (47, 131), (20, 20), (7, 9), (640, 427)])
+def test_preprocess_is_torchvisions_resize_and_centre_crop(size):
+    image = noise(size=size)
+    transforms = pytest.importorskip("torchvision.transforms.v2")
+    for interpolation in ("bicubic", "bilinear"):
+        mode = transforms.InterpolationMode(interpolation)
+        wanted = transforms.CenterCrop(20)(transforms.Resize(20, mode)(image))
+        found = images.preprocess(image, 20, "crop", interpolation)
+        assert (found.int() - torch.from_numpy(np.array(wanted)).permute(2, 0, 1)).abs().max() <= 1
+    squashed = transforms.Resize((20, 20), transforms.InterpolationMode.BICUBIC)(image)
+    found = images.preprocess(image, 20, "squash")
+    assert torch.equal(found, torch.from_numpy(np.array(squashed)).permute(2, 0, 1))
 
 
 def view(data, seed=0, size=16, **varied):

@@ -1,11 +1,9 @@
-import os
-
 import pytest
 import torch
 
 from clipkit import checkpoint
 from clipkit.errors import CheckpointError
-from clipkit.saver import Saver, lock
+from clipkit.saver import Saver
 
 
 def test_a_saver_writes_what_was_there_when_it_was_told_to(tmp_path):
@@ -27,14 +25,3 @@ def test_a_save_that_failed_is_heard_of(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="could not save"):
         saver.wait()
     saver.check()  # once
-
-
-def test_a_folder_is_held_by_one(tmp_path):
-    with (
-        lock(tmp_path),
-        pytest.raises(CheckpointError, match=f"is being trained by process {os.getpid()} on "),
-        lock(tmp_path),
-    ):
-        pass
-    with lock(tmp_path):
-        pass

@@ -5,6 +5,7 @@ from PIL import Image
 
 import clipkit
 from clipkit.errors import UsageError
+from clipkit.model import CLIPConfig
 from clipkit.zeroshot import classify, retrieval
 from clipkit.zeroshot.datasets import ImageSet
 
@@ -41,8 +42,7 @@ def test_heads_that_make_no_sense(clip, names, templates, message):
 class Fake:
     """A model whose image feature is the picture's colour: what is right is known."""
 
-    class config:
-        image_size = 4
+    config = CLIPConfig(image_size=4)
 
     def encode_image(self, pixels):
         return F.normalize(pixels[:, :, 0, 0].float() + 1e-3, dim=1)

@@ -1,0 +1,145 @@
+"""Models that others published: their names, and their files from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import re
+import sys
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+from clipkit.errors import CheckpointError, UsageError
+from clipkit.shards import sha256
+
+PREFIX = "hf-hub:"
+WEIGHTS = (
+    "open_clip_model.safetensors",
+    "model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "pytorch_model.bin",
+)
+"""Names of weight files, in the order in which they are looked for."""
+_AROUND = (
+    "open_clip_config.json",
+    "config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A repository of the hub, and the GELU that its weights were trained with, where that is known."""
+
+    repository: str
+    activation: Literal["gelu", "quick_gelu"] | None = None
+
+
+@cache
+def known() -> dict[str, Published]:
+    """open_clip's names, "architecture/pretraining", for those models that clipkit has the towers of."""
+    table = json.loads(files("clipkit").joinpath("data/published.json").read_text(encoding="utf-8"))
+    return {n: Published(e["hub"], "quick_gelu" if e.get("quick_gelu") else "gelu") for n, e in table.items()}
+
+
+def find(name: str) -> Published | None:
+    """What a name like "ViT-B-32/laion2b_s34b_b79k" or "hf-hub:organisation/name" stands for; None for other names.
+
+    Raises UsageError for "-quickgelu" before weights that were trained with the plain one.
+    """
+    if name.startswith(PREFIX):
+        return Published(name.removeprefix(PREFIX))
+    found = known().get(name.replace("-quickgelu/", "/"))
+    if found is not None and "-quickgelu/" in name and found.activation != "quick_gelu":
+        raise UsageError(f"{name}: these weights were trained with plain GELU; leave -quickgelu away")
+    return found
+
+
+def suggestion(name: str) -> str:
+    """What the name may have meant, as the end of an error message; empty when nothing is near."""
+    close = difflib.get_close_matches(name, known(), n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
+def fetch(published: Published) -> Path:
+    """The folder with this model's configuration, tokenizer and weights, fetched where they are not in the cache yet.
+
+    The weights' sha256 is checked where the hub tells it. With HF_HUB_OFFLINE=1 only the cache is looked at.
+    Raises CheckpointError when there is no such repository, no network, or the file came damaged.
+    """
+    from huggingface_hub import file_download, utils  # noqa: F401  (the import sets the level of its log)
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of what matters the caller hears by an error
+    if not sys.stderr.isatty():
+        utils.disable_progress_bars()  # type: ignore[attr-defined]
+    repository, commit, weights, offline = published.repository, None, None, not _reachable()
+    try:
+        for name in (*_AROUND, *WEIGHTS):
+            if name in WEIGHTS and weights is not None:
+                break
+            found = _file(repository, name, commit, offline)
+            commit = found.parent.name if found is not None else commit
+            weights = found if name in WEIGHTS else None
+    except GatedRepoError:
+        raise CheckpointError(
+            f"hub repository {repository} wants you to accept its terms and log in: hf auth login"
+        ) from None
+    except RepositoryNotFoundError:
+        raise CheckpointError(f"the hub has no repository {repository}, or not for you (hf auth login)") from None
+    except Exception as error:  # the hub's library lets those of its HTTP library through, which changes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+        raise CheckpointError(
+            f"cannot fetch {repository} from the hub ({reason}); without a network, give a folder that holds its files"
+        ) from None
+    if weights is None:
+        raise CheckpointError(f"hub repository {repository} has no weights ({', '.join(WEIGHTS)})")
+    _check(weights)
+    return weights.parent
+
+
+def _reachable() -> bool:
+    """Whether the hub answers at all; asked once, for its library would ask for half a minute."""
+    from huggingface_hub import constants
+
+    try:
+        with urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=5):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
+
+
+def _file(repository: str, name: str, commit: str | None, offline: bool) -> Path | None:
+    """A file of the repository at this commit (the newest for None), or None where it has no such file."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, name, revision=commit, local_files_only=offline))
+    except LocalEntryNotFoundError:  # no network; whether the file exists may be known from before
+        known_as = try_to_load_from_cache(repository, name, revision=commit)
+        if known_as is None or isinstance(known_as, str):
+            raise
+        return None
+    except EntryNotFoundError:
+        return None
+
+
+def _check(weights: Path) -> None:
+    blob = weights.resolve()
+    if re.fullmatch("[0-9a-f]{64}", blob.name) and (digest := sha256(blob)) != blob.name:  # the cache's names
+        blob.unlink()
+        raise CheckpointError(
+            f"{weights} came damaged: its sha256 is {digest[:12]}, not {blob.name[:12]}; fetch it again"
+        )
