@@ -233,52 +233,86 @@ _MODEL_HELP = "A run's folder, other people's weights, or a published name (see 
 
 
 @cli.command()
-@click.option("--model", required=True, help=_MODEL_HELP)
-@click.option("--dataset", required=True, help="cifar10, cifar100, fashion-mnist, folder:DIR, tar:FILE or shards:DIR.")
+@click.option("--model", "models", required=True, multiple=True, help=_MODEL_HELP)
+@click.option(
+    "--dataset", "datasets", required=True, multiple=True, help="A name, or folder:, tar:, csv:, shards:, wds:."
+)
 @click.option(
     "--classnames", type=click.Path(path_type=Path), help="JSON list (a name or names per class), or text file."
 )
-@click.option("--templates", type=click.Path(path_type=Path), help="Text file, one prompt template with {} a line.")
+@click.option("--templates", help='"one", "7", "80" (those for ImageNet), or a text file, one template with {} a line.')
+@click.option("--descriptions", type=click.Path(path_type=Path), help="JSON: class -> sentences, as further prompts.")
 @click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
 @click.option("--download", is_flag=True, help="Fetch a named data set into --data-dir if it is not there.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that decode.")
+@click.option("--report", type=click.Path(path_type=Path), help="Also write a page with confusions into this folder.")
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, and nothing else there.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout (a list for several results).")
 def zeroshot(
-    model: str,
-    dataset: str,
+    models: tuple[str, ...],
+    datasets: tuple[str, ...],
     classnames: Path | None,
-    templates: Path | None,
+    templates: str | None,
+    descriptions: Path | None,
     data_dir: Path,
     download: bool,
+    batch_size: int,
+    workers: int,
+    report: Path | None,
     device: str,
     as_json: bool,
 ) -> None:
-    """Classify a data set without training on it.
+    """Classify data sets without training on them.
 
-    In a folder or tar the class is the directory's name. Scores are fractions.
+    \b
+    A data set is one of these names, or
+      folder:DIR, tar:FILE   <class>/<image>
+      csv:FILE               columns image,label; labels joined by | make it multi-label
+      shards:DIR             a pack with classes
+      wds:DIR                a webdataset as CLIP_benchmark publishes them
+    Names: cifar10 cifar100 fashion-mnist mnist svhn stl10 oxford-pets flowers102 food101 dtd eurosat gtsrb caltech101
+    fgvc-aircraft stanford-cars sun397 imagenet imagenet-v2 imagenet-r imagenet-a imagenet-sketch
+
+    --model and --dataset may be repeated. Scores are fractions. Under torchrun the ranks share the images.
 
     \b
     Examples:
       clipkit zeroshot --model runs/clip --dataset cifar100 --download
-      clipkit zeroshot --model runs/clip --dataset folder:photos --json
-      clipkit zeroshot --model ViT-B-32/laion2b_s34b_b79k --dataset cifar10
+      clipkit zeroshot --model runs/clip --dataset folder:photos --report report
+      clipkit zeroshot --model ViT-B-32/laion2b_s34b_b79k --dataset cifar10 --json
     """
-    from clipkit.pretrained import load
-    from clipkit.zeroshot import classify
+    from clipkit import distributed
+    from clipkit.zeroshot import evaluation, heads
     from clipkit.zeroshot.datasets import open_set
+    from clipkit.zeroshot.report import write_report
 
-    images = open_set(dataset, data_dir, download)
-    classes = _class_list(classnames, images.classes) if classnames else images.classes
-    lines = _lines(templates) if templates else images.templates
-    clip = load(model, device)
-    head = classify.class_head(clip.model, clip.tokenizer, classes, lines)
-    scores = classify.evaluate(clip.model, head, images)
+    sets = [open_set(name, data_dir, download) for name in datasets]
+    prompts = evaluation.Prompts(
+        classes=_class_list(classnames, sets[0].classes) if classnames else None,
+        templates=_templates(templates, heads.ensembles()) if templates else None,
+        descriptions=_class_names(descriptions) if descriptions else None,
+    )
+    with distributed.process_group(distributed.choose_device(device)):
+        results = evaluation.evaluate_all(
+            models, sets, prompts, device, batch_size=batch_size, workers=workers, cache=heads.CACHE
+        )
+        if distributed.rank():
+            return
+    if report is not None:
+        page = write_report(results, report)
+        click.echo(f"{page}", err=True)
     if as_json:
-        fields = ("n", "top1", "top5", "mean_per_class")
-        click.echo(json.dumps({"dataset": dataset, "model": model, **{f: getattr(scores, f) for f in fields}}))
-        return
-    click.echo(f"{dataset}: {scores.n} images, {len(classes)} classes, {len(lines)} templates")
-    click.echo(f"top-1 {scores.top1:.2%}   top-5 {scores.top5:.2%}   mean per class {scores.mean_per_class:.2%}")
+        found = [result.as_dict() for result in results]
+        click.echo(json.dumps(found[0] if len(found) == 1 else found))
+    else:
+        click.echo(evaluation.table(results))
+
+
+def _templates(given: str, ensembles: dict[str, list[str]]) -> list[str]:
+    if given not in ensembles and not Path(given).is_file():
+        raise UsageError(f"--templates {given!r} is neither a file nor one of {', '.join(ensembles)}")
+    return ensembles.get(given) or _lines(Path(given))
 
 
 def _class_list(path: Path, found: Sequence[Sequence[str]]) -> list[list[str]]:

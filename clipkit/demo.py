@@ -61,13 +61,13 @@ def _pack(out: Path, quick: bool) -> dict[str, Path]:
 def _score_clip(out: Path, heldout: Path) -> dict[str, float]:
     """Zero-shot top-1 on drawings of pairs never seen in training, among all pairs."""
     from clipkit.shards import Shards
-    from clipkit.zeroshot import classify
+    from clipkit.zeroshot import classify, heads
     from clipkit.zeroshot.datasets import from_shards
 
     images, scores = from_shards("held-out pairs", Shards(heldout)), {}
     for name in ("clip", "judge"):
         clip = load(out / name)
-        head = classify.class_head(clip.model, clip.tokenizer, images.classes, images.templates)
+        head = heads.class_head(clip.model, clip.tokenizer, images.classes, images.templates)
         scores[f"{name}_heldout_top1"] = round(classify.evaluate(clip.model, head, images).top1, 4)
     return scores
 
@@ -96,7 +96,7 @@ def _draw(out: Path, seed: int, quick: bool) -> dict[str, float]:
 def _named(judge: Pretrained, images: Tensor) -> list[str]:
     """The object that the judge sees in each picture, among all objects."""
     from clipkit.images import to_image
-    from clipkit.zeroshot.classify import class_head
+    from clipkit.zeroshot.heads import class_head
 
     objects = list(drawings.OBJECTS)
     head = class_head(judge.model, judge.tokenizer, objects, drawings.TEMPLATES)

@@ -14,10 +14,10 @@ from clipkit.errors import UsageError
 T = TypeVar("T")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that is there as a whole or not at all."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file that is there as a whole or not at all."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text, encoding="utf-8")
+    aside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     os.replace(aside, path)
 
 

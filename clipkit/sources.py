@@ -50,7 +50,7 @@ class Source:
 def image_names(source: Path) -> Iterator[PurePosixPath]:
     """Paths inside a folder or tar of every image, in the order of `image_files`."""
     if source.is_dir():
-        yield from (PurePosixPath(p.relative_to(source).as_posix()) for p in _images_of(source))
+        yield from (PurePosixPath(p.relative_to(source).as_posix()) for p in images_of(source))
     else:
         yield from (PurePosixPath(member.name) for _, member in _members(source))
 
@@ -58,7 +58,7 @@ def image_names(source: Path) -> Iterator[PurePosixPath]:
 def image_files(source: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
     """(path inside, bytes) of every image of a folder or a tar of any compression, in a fixed order for a folder."""
     if source.is_dir():
-        for path in _images_of(source):
+        for path in images_of(source):
             yield PurePosixPath(path.relative_to(source).as_posix()), path.read_bytes()
         return
     for archive, member in _members(source):
@@ -67,7 +67,8 @@ def image_files(source: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
         yield PurePosixPath(member.name), file.read()
 
 
-def _images_of(folder: Path) -> list[Path]:
+def images_of(folder: Path) -> list[Path]:
+    """Every image file below a folder, sorted."""
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
 
 

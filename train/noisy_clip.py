@@ -28,7 +28,7 @@ from clipkit.shards import Shards
 from clipkit.stream import Batch
 from clipkit.train.launch import launch
 from clipkit.train.step import Features, Task
-from clipkit.zeroshot.classify import class_head
+from clipkit.zeroshot.heads import class_head
 
 _LEVELS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, float("inf"))
 _EVALUATED = 1000

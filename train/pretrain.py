@@ -114,7 +114,7 @@ class Pretraining(Task):
 
     def evaluate(self, device: torch.device) -> dict[str, float]:
         """Zero-shot scores on the validation set, or retrieval where it has no classes."""
-        from clipkit.zeroshot import classify, retrieval
+        from clipkit.zeroshot import classify, heads, retrieval
         from clipkit.zeroshot.datasets import from_shards
 
         if self.validation is None:
@@ -122,7 +122,7 @@ class Pretraining(Task):
         if not self.validation.classes:
             return retrieval.evaluate(self.model, self.tokenizer, self.validation)
         images = from_shards("validation", self.validation)
-        head = classify.class_head(self.model, self.tokenizer, images.classes, images.templates)
+        head = heads.class_head(self.model, self.tokenizer, images.classes, images.templates)
         scores = classify.evaluate(self.model, head, images)
         return {"zeroshot_top1": scores.top1, "zeroshot_top5": scores.top5}
 

@@ -1,15 +1,15 @@
-"""Zero-shot classification: a class head from prompts, and the scores of a data set against it.
+"""Zero-shot classification of a data set against a class head, and what is counted: accuracy, calibration, confusions.
 
-Radford et al. 2021 (arXiv 2103.00020), section 3.1: the weight of a class is the mean of its prompts' embeddings.
+Radford et al. 2021 (arXiv 2103.00020), section 3.1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -19,59 +19,44 @@ from clipkit.errors import UsageError
 from clipkit.images import preprocessing
 from clipkit.model import CLIP
 from clipkit.records import progress
-from clipkit.tokenizer import AnyTokenizer
 from clipkit.zeroshot.datasets import ImageSet
 
-_TEXT_BATCH = 512
-_PADDING = -1
+_BINS = 15
 
 
-@torch.no_grad()
-def embed_texts(model: CLIP, tokenizer: AnyTokenizer, texts: Sequence[str]) -> Tensor:
-    """Texts -> unit vectors [len(texts), D] on the model's device.
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says about each of N images of C classes, in their order, on the CPU."""
 
-    Each distinct text is encoded once, and texts of like length share a batch.
-    """
-    distinct = sorted(set(texts), key=lambda t: (len(t), t))
-    features = [
-        model.encode_text(tokenizer(distinct[i : i + _TEXT_BATCH])) for i in range(0, len(distinct), _TEXT_BATCH)
-    ]
-    place = {text: i for i, text in enumerate(distinct)}
-    return torch.cat(features)[[place[t] for t in texts]]
-
-
-def class_head(
-    model: CLIP, tokenizer: AnyTokenizer, classnames: Sequence[str | Sequence[str]], templates: Sequence[str]
-) -> Tensor:
-    """Head [C, D]: for each class the normalised mean of the normalised embeddings of its prompts.
-
-    A class is a name or a list of names (synonyms count alike); a template has one `{}` for the name.
-    Raises UsageError for no classes, no templates, an empty name or a template without `{}`.
-    """
-    names = [[c] if isinstance(c, str) else list(c) for c in classnames]
-    if not names or not templates:
-        raise UsageError(f"a class head needs classes and templates; got {len(names)} and {len(templates)}")
-    if any(not group or not all(n.strip() for n in group) for group in names):
-        raise UsageError("a class name is empty; every class needs at least one word")
-    if bad := [t for t in templates if t.count("{}") != 1]:
-        raise UsageError(f"template {bad[0]!r} must hold exactly one {{}} where the class name goes")
-    prompts = [[t.format(n) for n in group for t in templates] for group in names]
-    features = embed_texts(model, tokenizer, [p for group in prompts for p in group])
-    return torch.stack([F.normalize(f.mean(dim=0), dim=0) for f in torch.split(features, [len(p) for p in prompts])])
+    targets: Tensor
+    """bool [N, C]: the classes that an image is of; several in a multi-label set."""
+    ranking: Tensor
+    """int64 [N, k]: the most similar classes, best first; k is 5, or C where that is less."""
+    confidence: Tensor
+    """float64 [N]: the probability of the first, under the model's own logit scale."""
+    similarities: Tensor | None
+    """float32 [N, C], kept for multi-label sets only."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Fractions over a data set of `n` images; `mean_per_class` is the mean of each present class's recall."""
+    """Fractions over a data set of `n` images."""
 
     n: int
     top1: float
     top5: float
+    """Of five guesses one is right; of all, where there are fewer classes."""
     mean_per_class: float
+    """Mean recall of those classes that have images."""
+    top1_low: float
+    top1_high: float
+    """Ends of the bootstrap's 95 % interval of top1."""
+    ece: float
+    """Expected calibration error: 15 bins of confidence (Guo et al. 2017, arXiv 1706.04599, equation 3)."""
 
 
-class _Preprocessed(Dataset[tuple[Tensor, int]]):
-    """This rank's share of an image set, as uint8 tensors and labels."""
+class _Share(Dataset[tuple[int, Tensor, Tensor]]):
+    """This rank's share of an image set: index, pixels, and which classes it is of."""
 
     def __init__(self, images: ImageSet, preprocess: Callable[[Image.Image], Tensor]) -> None:
         self.images, self.preprocess = images, preprocess
@@ -80,38 +65,106 @@ class _Preprocessed(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return -(-len(self.images) // self.ranks)  # the same on all ranks: a cut model needs them all
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+    def __getitem__(self, i: int) -> tuple[int, Tensor, Tensor]:
         index = self.rank + i * self.ranks
-        image, label = self.images[min(index, len(self.images) - 1)]
-        return self.preprocess(image), label if index < len(self.images) else _PADDING
+        image, labels = self.images[min(index, len(self.images) - 1)]
+        targets = torch.zeros(len(self.images.classes), dtype=torch.bool)
+        targets[list(labels)] = True
+        return index, self.preprocess(image), targets
 
 
 @torch.no_grad()
-def evaluate(model: CLIP, head: Tensor, images: ImageSet, batch_size: int = 256, workers: int = 0) -> Scores:
-    """Classify every image by its nearest row of `head` [C, D]; all ranks share the work and get the same scores.
+def predict(model: CLIP, head: Tensor, images: ImageSet, batch_size: int = 256, workers: int = 0) -> Predictions:
+    """Compare every image with every row of `head` [C, D]; all ranks share the work and get all of it.
 
-    A class that no image has is left out of the per-class mean; top-5 is top-C when there are fewer classes.
-    Raises UsageError for an empty set.
+    Raises UsageError for an empty set, or a head with another number of classes.
     """
     if not len(images):
         raise UsageError(f"data set {images.name!r} holds no image")
-    device, classes = head.device, len(head)
-    counts = torch.zeros(3, classes, dtype=torch.int64, device=device)  # images, right at 1, right among 5
-    loader = DataLoader(_Preprocessed(images, preprocessing(model.config)), batch_size=batch_size, num_workers=workers)
-    for pixels, labels in progress(loader, len(loader), "zero-shot"):
-        ranking = (model.encode_image(pixels.to(device)) @ head.T).topk(min(5, classes), dim=1).indices
-        ranking, labels = ranking[labels != _PADDING], labels[labels != _PADDING].to(device)
-        hits = ranking == labels[:, None]  # [b, 5]
-        counts += torch.stack(
-            [_per_class(labels, torch.ones_like(labels), classes)]
-            + [_per_class(labels, hits[:, :k].any(dim=1).long(), classes) for k in (1, 5)]
+    if len(head) != len(images.classes):
+        raise UsageError(f"the head has {len(head)} classes, data set {images.name!r} {len(images.classes)}")
+    n, classes, device = len(images), len(head), head.device
+    k = min(5, classes)
+    found = torch.zeros(n, k + 1, dtype=torch.float64)  # ranking and confidence, filled by one rank each
+    targets = torch.zeros(n, classes, dtype=torch.uint8)
+    similarities = torch.zeros(n if images.multilabel else 0, classes)
+    loader = DataLoader(_Share(images, preprocessing(model.config)), batch_size=batch_size, num_workers=workers)
+    for index, pixels, labels in progress(loader, len(loader), "zero-shot"):
+        similar = model.encode_image(pixels.to(device)) @ head.T  # [b, C]
+        probability = (model.logit_scale * similar).softmax(dim=1)
+        ranking = similar.topk(k, dim=1).indices
+        best = probability.gather(1, ranking[:, :1])
+        inside = index < n
+        rows = index[inside]
+        found[rows] = torch.cat([ranking.double(), best.double()], dim=1).cpu()[inside]
+        targets[rows] = labels[inside].to(torch.uint8)
+        if images.multilabel:
+            similarities[rows] = similar.float().cpu()[inside]
+    if distributed.active():
+        found, targets, similarities = (
+            distributed.sum_over_ranks(t.to(device)).cpu() for t in (found, targets, similarities)
         )
-    total, right1, right5 = distributed.sum_over_ranks(counts).double().cpu()
-    present = total > 0
-    n = int(total.sum())
-    recall = (right1[present] / total[present]).mean()
-    return Scores(n, float(right1.sum() / n), float(right5.sum() / n), float(recall))
+    return Predictions(targets.bool(), found[:, :k].long(), found[:, k], similarities if images.multilabel else None)
 
 
-def _per_class(labels: Tensor, values: Tensor, classes: int) -> Tensor:
-    return torch.zeros(classes, dtype=torch.int64, device=labels.device).index_add_(0, labels, values)
+def evaluate(model: CLIP, head: Tensor, images: ImageSet, batch_size: int = 256, workers: int = 0) -> Scores:
+    """Classify every image by its nearest row of `head` [C, D]; all ranks share the work and get the same scores."""
+    return score(predict(model, head, images, batch_size, workers))
+
+
+def score(predictions: Predictions) -> Scores:
+    """Count. In a multi-label set a guess is right when it is one of the image's classes."""
+    targets, ranking = predictions.targets, predictions.ranking
+    hits = targets.gather(1, ranking)  # [N, k]
+    top1 = hits[:, 0].double()
+    per_class = targets.double().sum(dim=0)  # [C]
+    right = (targets & (ranking[:, :1] == torch.arange(targets.shape[1]))).double().sum(dim=0)
+    recall = (right / per_class)[per_class > 0].mean()
+    n, share = len(top1), float(top1.mean())
+    # A bootstrap sample of n hits and misses is n draws with this share of hits: a binomial number.
+    low, high = np.quantile(np.random.default_rng(0).binomial(n, share, 10_000) / n, [0.025, 0.975])
+    return Scores(
+        n=n,
+        top1=share,
+        top5=float(hits.any(dim=1).double().mean()),
+        mean_per_class=float(recall),
+        top1_low=float(low),
+        top1_high=float(high),
+        ece=calibration_error(predictions.confidence, top1),
+    )
+
+
+def calibration_error(confidence: Tensor, right: Tensor, bins: int = _BINS) -> float:
+    """Mean over images of |accuracy - confidence| of the bin that they fall in; bins are equally wide, (low, high]."""
+    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, right.double() - confidence.double())
+    return float(gaps.abs().sum() / len(confidence))
+
+
+def confusions(predictions: Predictions) -> Tensor:
+    """int64 [C, C]: how many images of the row's class were taken for the column's."""
+    classes = predictions.targets.shape[1]
+    matrix = torch.zeros(classes, classes, dtype=torch.int64)
+    image, target = predictions.targets.nonzero().T
+    flat = target * classes + predictions.ranking[image, 0]
+    return matrix.flatten().index_add_(0, flat, torch.ones_like(flat)).reshape(classes, classes)
+
+
+def mean_average_precision(similarities: Tensor, targets: Tensor) -> float:
+    """Mean over classes of the average precision of [N, C] scores against bool [N, C].
+
+    The area under the precision-recall steps, as in scikit-learn: equal scores count together. Classes without images
+    are left out.
+    """
+    present = [c for c in range(targets.shape[1]) if targets[:, c].any()]
+    return float(torch.stack([_average_precision(similarities[:, c], targets[:, c]) for c in present]).mean())
+
+
+def _average_precision(scores: Tensor, right: Tensor) -> Tensor:
+    order = scores.argsort(descending=True, stable=True)
+    scores, right = scores[order], right[order].double()
+    last = torch.cat([scores[1:] != scores[:-1], torch.ones(1, dtype=torch.bool)])  # of a run of equal scores
+    hits = right.cumsum(0)[last]
+    precision = hits / (torch.arange(1, len(scores) + 1)[last])
+    gained = torch.diff(hits, prepend=torch.zeros(1, dtype=hits.dtype)) / right.sum()
+    return (precision * gained).sum()

@@ -8,7 +8,7 @@ from torch import Tensor
 from clipkit.model import CLIP
 from clipkit.shards import Shards
 from clipkit.tokenizer import AnyTokenizer
-from clipkit.zeroshot.classify import embed_texts
+from clipkit.zeroshot.heads import embed_texts
 
 _CHUNK = 1024
 

@@ -26,7 +26,7 @@ def folder(tmp_path):
 def check(images):
     assert len(images) == 6
     assert images.classes == [["boat"], ["red cup"]]
-    image, label = images[0]
+    image, (label,) = images[0]
     assert label == (0 if image.getpixel((4, 4))[2] > 200 else 1)
 
 
@@ -91,7 +91,7 @@ def test_cifar_in_its_own_format(name, tmp_path, monkeypatch):
 
     key = "labels" if name == "cifar10" else "fine_labels"
     test_list = [write("test", {"data": pixels, key: labels})]
-    names = [n[0] for n in known()[name]["classes"]]
+    names = known()[name]["classes"]
     meta_key = kind.meta["key"]
     meta = write("meta", {meta_key: names})
     for attribute, value in {
@@ -101,7 +101,7 @@ def test_cifar_in_its_own_format(name, tmp_path, monkeypatch):
     }.items():
         monkeypatch.setattr(kind, attribute, value)
     images = open_set(name, tmp_path)
-    assert [images[i][1] for i in range(4)] == labels
+    assert [images[i][1] for i in range(4)] == [(label,) for label in labels]
     assert np.array_equal(np.asarray(images[2][0]), pixels[2].reshape(3, 32, 32).transpose(1, 2, 0))
     assert len(images.classes) == len(known()[name]["classes"])
 
@@ -114,7 +114,7 @@ def test_fashion_mnist_in_its_own_format(tmp_path):
         (folder / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">iiii", 2051, 2, 28, 28) + pixels.tobytes())
         (folder / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 2049, 2) + bytes([9, 4]))
     images = open_set("fashion-mnist", tmp_path)
-    assert [images[i][1] for i in range(2)] == [9, 4]
+    assert [images[i][1] for i in range(2)] == [(9,), (4,)]
     assert images.classes[9] == ["ankle boot"]
     assert np.array_equal(np.asarray(images[1][0]), pixels[1])
 
@@ -151,7 +151,7 @@ def test_a_download_goes_through_and_a_failed_one_is_one_line(tmp_path, monkeypa
     monkeypatch.setattr(datasets.FashionMNIST, "resources", resources)
     monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
     try:
-        assert open_set("fashion-mnist", tmp_path / "data", download=True)[0][1] == 7
+        assert open_set("fashion-mnist", tmp_path / "data", download=True)[0][1] == (7,)
         for file in served.iterdir():
             file.unlink()
         with pytest.raises(DataError, match=r"fashion-mnist .*(download failed|could not be fetched)") as error:

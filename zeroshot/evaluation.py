@@ -1,0 +1,111 @@
+"""Several models on several data sets in one call, and the results as a table, as JSON or as a page."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipkit.errors import UsageError
+from clipkit.pretrained import Pretrained, load
+from clipkit.zeroshot import classify
+from clipkit.zeroshot.classify import Predictions, Scores
+from clipkit.zeroshot.datasets import ImageSet
+from clipkit.zeroshot.heads import class_head
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model on one data set."""
+
+    model: str
+    images: ImageSet
+    templates: int
+    scores: Scores
+    mean_average_precision: float | None
+    """Of a multi-label set."""
+    predictions: Predictions
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a script reads: names, counts, and the scores as fractions."""
+        found = {"dataset": self.images.name, "model": self.model, **dataclasses.asdict(self.scores)}
+        if self.mean_average_precision is not None:
+            found["mean_average_precision"] = self.mean_average_precision
+        return found
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What replaces a data set's own names and templates, where it is given."""
+
+    classes: Sequence[Sequence[str]] | None = None
+    templates: Sequence[str] | None = None
+    descriptions: Mapping[str, Sequence[str]] | None = None
+
+
+def evaluate(
+    name: str,
+    clip: Pretrained,
+    images: ImageSet,
+    prompts: Prompts | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+    cache: Path | None = None,
+) -> Result:
+    """Make a head for the data set and classify its images; all ranks share the work and get the same result.
+
+    Raises UsageError for prompts that do not fit the data set.
+    """
+    prompts = prompts or Prompts()
+    classes = prompts.classes or images.classes
+    if len(classes) != len(images.classes):
+        raise UsageError(f"there are names for {len(classes)} classes; {images.name} has {len(images.classes)}")
+    images = dataclasses.replace(images, classes=classes)
+    templates = prompts.templates or images.templates
+    head = class_head(clip.model, clip.tokenizer, classes, templates, prompts.descriptions, cache)
+    predictions = classify.predict(clip.model, head, images, batch_size, workers)
+    precision = None
+    if predictions.similarities is not None:
+        precision = classify.mean_average_precision(predictions.similarities, predictions.targets)
+    return Result(name, images, len(templates), classify.score(predictions), precision, predictions)
+
+
+def evaluate_all(
+    models: Sequence[str], sets: Sequence[ImageSet], prompts: Prompts, device: str = "auto", **how: Any
+) -> list[Result]:
+    """Each model, loaded once, on each data set; `how` as `evaluate` takes it."""
+    results = []
+    for name in models:
+        clip = load(name, device)
+        results += [evaluate(name, clip, images, prompts, **how) for images in sets]
+    return results
+
+
+def table(results: Sequence[Result]) -> str:
+    """The results as lines of text."""
+    rows = [["model", "data set", "n", "top-1", "95 %", "top-5", "per class", "ECE", "mAP"]]
+    rows += [[r.model, r.images.name, *figures(r)] for r in results]
+    if all(row[-1] == "" for row in rows[1:]):
+        rows = [row[:-1] for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    aligned = (
+        [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        for row in rows
+    )
+    return "\n".join("  ".join(cells).rstrip() for cells in aligned)
+
+
+def figures(result: Result) -> list[str]:
+    """The result in words: n, top-1 and its interval, top-5, mean per class, ECE, mAP."""
+    s, precision = result.scores, result.mean_average_precision
+    return [
+        f"{s.n:,}",
+        f"{s.top1:.2%}",
+        f"{s.top1_low:.1%} to {s.top1_high:.1%}",
+        f"{s.top5:.2%}",
+        f"{s.mean_per_class:.2%}",
+        f"{s.ece:.3f}",
+        "" if precision is None else f"{precision:.2%}",
+    ]

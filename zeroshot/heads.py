@@ -1,0 +1,125 @@
+"""Class heads: prompts for each class, encoded once, their mean the class's weight.
+
+Radford et al. 2021 (arXiv 2103.00020), section 3.1.4.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipkit.errors import UsageError
+from clipkit.model import CLIP
+from clipkit.records import progress, write_atomically
+from clipkit.tokenizer import AnyTokenizer
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "clipkit" / "heads"
+"""Where the command line keeps heads."""
+_TEXT_BATCH = 256
+
+
+@cache
+def ensembles() -> dict[str, list[str]]:
+    """Template sets of the CLIP repository's notebook for ImageNet, by name: "one", "7" (the best subset) and "80"."""
+    text = files("clipkit.zeroshot").joinpath("data/templates.json").read_text(encoding="utf-8")
+    found: dict[str, list[str]] = json.loads(text)["ensembles"]
+    return found
+
+
+@torch.no_grad()
+def embed_texts(model: CLIP, tokenizer: AnyTokenizer, texts: Sequence[str]) -> Tensor:
+    """Texts -> unit vectors [len(texts), D] on the model's device.
+
+    Each distinct text is encoded once, and texts of like length share a batch.
+    """
+    distinct = sorted(set(texts), key=lambda t: (len(t), t))
+    starts = range(0, len(distinct), _TEXT_BATCH)
+    bar = progress(starts, len(starts), "prompts") if len(starts) > 4 else starts
+    features = [model.encode_text(tokenizer(distinct[i : i + _TEXT_BATCH])) for i in bar]
+    place = {text: i for i, text in enumerate(distinct)}
+    return torch.cat(features)[[place[t] for t in texts]]
+
+
+def class_head(
+    model: CLIP,
+    tokenizer: AnyTokenizer,
+    classnames: Sequence[str | Sequence[str]],
+    templates: Sequence[str],
+    descriptions: Mapping[str, Sequence[str]] | None = None,
+    cache: Path | None = None,
+) -> Tensor:
+    """Head [C, D]: for each class the normalised mean of the normalised embeddings of its prompts.
+
+    A class is a name or a list of names (synonyms count alike); a template has one `{}` for the name. `descriptions`
+    gives further prompts, whole sentences, to classes by their first name. With `cache` (a folder) a head is computed
+    once for the same text tower, tokenizer and prompts.
+    Raises UsageError for no classes, no templates, an empty name or a template without `{}`.
+    """
+    prompts = _prompts(classnames, templates, descriptions or {})
+    file = cache / f"{_key(model, tokenizer, prompts)}.safetensors" if cache is not None else None
+    device = model.log_logit_scale.device
+    if file is not None and (known := _read(file)) is not None:
+        return known.to(device)
+    features = embed_texts(model, tokenizer, [p for group in prompts for p in group])
+    means = [f.mean(dim=0) for f in torch.split(features, [len(group) for group in prompts])]
+    head = F.normalize(torch.stack(means), dim=1)
+    if file is not None:
+        _write(file, head)
+    return head
+
+
+def _prompts(
+    classnames: Sequence[str | Sequence[str]], templates: Sequence[str], descriptions: Mapping[str, Sequence[str]]
+) -> list[list[str]]:
+    groups = [[c] if isinstance(c, str) else list(c) for c in classnames]
+    if not groups or not templates:
+        raise UsageError(f"a class head needs classes and templates; got {len(groups)} and {len(templates)}")
+    if any(not group or not all(n.strip() for n in group) for group in groups):
+        raise UsageError("a class name is empty; every class needs at least one word")
+    if bad := [t for t in templates if t.count("{}") != 1]:
+        raise UsageError(f"template {bad[0]!r} must hold exactly one {{}} where the class name goes")
+    if strangers := [name for name in descriptions if name not in {group[0] for group in groups}]:
+        raise UsageError(f"there are descriptions of {strangers[0]!r}, which is none of the {len(groups)} classes")
+    return [
+        [t.replace("{}", n) for n in group for t in templates] + list(descriptions.get(group[0], ()))
+        for group in groups
+    ]
+
+
+def _key(model: CLIP, tokenizer: AnyTokenizer, prompts: list[list[str]]) -> str:
+    """Hash of all that the head depends on."""
+    digest = hashlib.sha256(json.dumps([tokenizer.fingerprint, tokenizer.context_length, prompts]).encode())
+    digest.update(repr(model.config.conventions).encode())
+    for name, tensor in sorted(model.text.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _read(file: Path) -> Tensor | None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        head: Tensor = load_file(file)["head"]
+    except (OSError, SafetensorError, KeyError):  # not there, or not whole: it is computed anew
+        return None
+    return head
+
+
+def _write(file: Path, head: Tensor) -> None:
+    from safetensors.torch import save
+
+    with contextlib.suppress(OSError):  # a cache that cannot be written is only slower
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, save({"head": head.cpu().contiguous()}))
