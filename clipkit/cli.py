@@ -329,6 +329,81 @@ def _class_list(path: Path, found: Sequence[Sequence[str]]) -> list[list[str]]:
     return [[entry] if isinstance(entry, str) else [str(n) for n in entry] for entry in data]
 
 
+@cli.command()
+@click.argument("images", nargs=-1, required=True)
+@click.option("--text", "texts", multiple=True, required=True, help="A description; may be repeated.")
+@click.option("--model", required=True, help=_MODEL_HELP)
+@click.option("--out", type=click.Path(path_type=Path), help="Also draw the matrix into this file (PNG, SVG, PDF).")
+@click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def similarity(
+    images: tuple[str, ...], texts: tuple[str, ...], model: str, out: Path | None, device: str, as_json: bool
+) -> None:
+    """Compare pictures with descriptions: the cosine of each with each.
+
+    \b
+    Example:
+      clipkit similarity cat.jpg car.jpg --text "a cat" --text "a red car" --model runs/clip --out matrix.png
+    """
+    from clipkit.pretrained import load
+    from clipkit.zeroshot import similarity as room
+
+    pictures = room.read_images(images)
+    cosines = room.similarities(load(model, device), pictures, texts)
+    if out is not None:
+        _save_figure(room.similarity_figure(pictures, texts, cosines), out)
+    if as_json:
+        click.echo(json.dumps({"images": images, "texts": texts, "cosines": cosines.tolist()}))
+        return
+    width = max(map(len, texts))
+    click.echo(" " * width + "".join(f"  {Path(i).name[-10:]:>10}" for i in images))
+    for text, row in zip(texts, cosines.tolist(), strict=True):
+        click.echo(f"{text:{width}}" + "".join(f"  {value:10.3f}" for value in row))
+
+
+@cli.command()
+@click.argument("images", nargs=-1, required=True)
+@click.option("--labels", required=True, help="Names with commas between them, or a text file, one a line.")
+@click.option("--model", required=True, help=_MODEL_HELP)
+@click.option("--templates", default="one", show_default=True, help='"one", "7", "80", or a text file.')
+@click.option("--out", type=click.Path(path_type=Path), help="Also draw pictures and bars into this file.")
+@click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def classify(
+    images: tuple[str, ...], labels: str, model: str, templates: str, out: Path | None, device: str, as_json: bool
+) -> None:
+    """Say which of some labels fits each picture, with probabilities.
+
+    \b
+    Example:
+      clipkit classify photo.jpg --labels "cat,dog,rocket" --model ViT-B-32/openai --out photo-labels.png
+    """
+    from clipkit.pretrained import load
+    from clipkit.zeroshot import similarity as room
+    from clipkit.zeroshot.heads import ensembles
+
+    names = _lines(Path(labels)) if Path(labels).is_file() else [name.strip() for name in labels.split(",")]
+    lines, pictures = _templates(templates, ensembles()), room.read_images(images)
+    guesses = room.classify(load(model, device), pictures, names, lines)
+    if out is not None:
+        _save_figure(room.classify_figure(pictures, guesses), out)
+    if as_json:
+        found = {i: {g.label: g.probability for g in guess} for i, guess in zip(images, guesses, strict=True)}
+        click.echo(json.dumps(found))
+        return
+    for image, guess in zip(images, guesses, strict=True):
+        click.echo(f"{image}: " + ", ".join(f"{g.label} {g.probability:.1%}" for g in guess))
+
+
+def _save_figure(figure: Any, out: Path) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot write {out}: {error}") from None
+    click.echo(f"{out}", err=True)
+
+
 @cli.command("guided-sample")
 @click.argument("prompt")
 @click.option("--model", required=True, help="Folder that holds the runs clip, denoiser and noisy_clip.")

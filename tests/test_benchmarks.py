@@ -44,3 +44,10 @@ def test_tokenizer():
         (captions, memory) for captions in ("common words", "long tail") for memory in ("fresh", "warm")
     ]
     assert all(row["ids_equal"] for row in rows)
+
+
+@pytest.mark.slow
+def test_class_head():
+    row = run("class_head.py", "--classes", "1")
+    assert row["ratio"] > 0
+    assert row["largest_difference"] < 1e-5

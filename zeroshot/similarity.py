@@ -1,0 +1,130 @@
+"""A few pictures and a few texts: how similar they are, and which label fits best; as numbers and as figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clipkit.errors import DataError, UsageError
+from clipkit.images import decode
+from clipkit.pretrained import Pretrained
+from clipkit.zeroshot.heads import class_head, embed_texts
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_TOP = 5
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A label and its probability among all labels, under the model's own logit scale."""
+
+    label: str
+    probability: float
+
+
+def read_images(paths: Sequence[str | Path]) -> list[Image.Image]:
+    """Files -> RGB images. Raises DataError naming the first that cannot be read or is no JPEG, PNG or WebP."""
+    found = []
+    for path in paths:
+        try:
+            found.append(decode(Path(path).read_bytes()))
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+    return found
+
+
+@torch.no_grad()
+def embed_images(clip: Pretrained, images: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
+    """Images -> unit vectors [len(images), D] on the model's device."""
+    device = clip.model.log_logit_scale.device
+    batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
+    return torch.cat(
+        [clip.model.encode_image(torch.stack([clip.preprocess(i) for i in b]).to(device)) for b in batches]
+    )
+
+
+def similarities(clip: Pretrained, images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
+    """Cosines [len(texts), len(images)] of every text with every image. Raises UsageError for an empty text or none."""
+    if not images or not texts or not all(t.strip() for t in texts):
+        raise UsageError("similarity needs at least one image and one text, none of them empty")
+    return (embed_texts(clip.model, clip.tokenizer, texts) @ embed_images(clip, images).T).float().cpu()
+
+
+def classify(
+    clip: Pretrained,
+    images: Sequence[Image.Image],
+    labels: Sequence[str],
+    templates: Sequence[str] = ("a photo of a {}.",),
+) -> list[list[Guess]]:
+    """The five most probable labels of each image, best first. Raises UsageError for labels that make no head."""
+    head = class_head(clip.model, clip.tokenizer, labels, templates)
+    with torch.no_grad():
+        probabilities = (clip.model.logit_scale * embed_images(clip, images) @ head.T).softmax(dim=1).cpu()
+    best = probabilities.topk(min(_TOP, len(labels)), dim=1)
+    return [
+        [Guess(labels[i], p) for i, p in zip(places, values, strict=True)]
+        for places, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+
+
+def _pyplot() -> type[Figure]:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise UsageError('figures are drawn with matplotlib: pip install "clipkit[plot]"') from None
+    return Figure
+
+
+def similarity_figure(images: Sequence[Image.Image], texts: Sequence[str], cosines: Tensor) -> Figure:
+    """The matrix with its numbers, the images along the top (Radford et al. 2021, the notebook of their repository)."""
+    rows, columns = cosines.shape
+    figure = _pyplot()(figsize=(3 + 1.1 * columns, 1.5 + 0.55 * rows), layout="constrained")
+    pictures, matrix = figure.subplots(2, 1, height_ratios=[1.1, 0.55 * rows], sharex=True)
+    for i, image in enumerate(images):
+        pictures.imshow(_square(image), extent=(i - 0.48, i + 0.48, -0.48, 0.48))
+    pictures.set(xlim=(-0.5, columns - 0.5), ylim=(-0.5, 0.5), aspect="equal")
+    pictures.axis("off")
+    matrix.imshow(cosines.numpy(), aspect="auto", cmap="viridis")
+    matrix.set_yticks(range(rows), [t if len(t) < 48 else t[:45] + "..." for t in texts])
+    matrix.set_xticks([])
+    middle = float(cosines.min() + cosines.max()) / 2
+    for row in range(rows):
+        for column in range(columns):
+            value = float(cosines[row, column])
+            colour = "black" if value > middle else "white"
+            matrix.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour)
+    return figure
+
+
+def classify_figure(images: Sequence[Image.Image], guesses: Sequence[Sequence[Guess]]) -> Figure:
+    """Each image beside a bar chart of its most probable labels."""
+    figure = _pyplot()(figsize=(7, 2.4 * len(images)), layout="constrained")
+    axes = figure.subplots(len(images), 2, squeeze=False, width_ratios=[1, 1.6])
+    for (left, right), image, found in zip(axes, images, guesses, strict=True):
+        left.imshow(image)
+        left.axis("off")
+        _bars(right, found)
+    return figure
+
+
+def _bars(axes: Axes, guesses: Sequence[Guess]) -> None:
+    axes.barh([g.label for g in guesses], [g.probability for g in guesses])
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1), xlabel="probability")
+
+
+def _square(image: Image.Image) -> Image.Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side)).resize((128, 128))
