@@ -404,6 +404,132 @@ def _save_figure(figure: Any, out: Path) -> None:
     click.echo(f"{out}", err=True)
 
 
+@cli.command()
+@click.argument("images")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help=_MODEL_HELP)
+@click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that decode.")
+@click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
+def index(images: str, out: Path, model: str, batch_size: int, workers: int, device: str) -> None:
+    """Embed a folder of pictures (or a pack), so that they can be searched.
+
+    Interrupted, the same command goes on; under torchrun the ranks share the work.
+
+    \b
+    Example:
+      clipkit index photos/ indexes/photos --model ViT-B-32/laion2b_s34b_b79k
+    """
+    _embed(images, out, model, False, batch_size, workers, device)
+
+
+@cli.command()
+@click.argument("shards")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help=_MODEL_HELP)
+@click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that decode.")
+@click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
+def embed(shards: str, out: Path, model: str, batch_size: int, workers: int, device: str) -> None:
+    """Write the embeddings of a pack's images and first captions.
+
+    OUT gets part-00000.npy (images) and part-00000.texts.npy (captions), float16 unit vectors, and part-00000.json with
+    their keys, and so on. It is an index as well. Interrupted, the same command goes on; under torchrun the ranks share
+    the work.
+
+    \b
+    Example:
+      clipkit embed packs/photos embeddings/photos --model runs/clip
+    """
+    _embed(shards, out, model, True, batch_size, workers, device)
+
+
+def _embed(source: str, out: Path, model: str, texts: bool, batch_size: int, workers: int, device: str) -> None:
+    from clipkit import distributed
+    from clipkit.pretrained import load
+    from clipkit.zeroshot import index as room
+
+    gallery = room.open_gallery(source)
+    with distributed.process_group(distributed.choose_device(device)):
+        skipped = room.build(load(model, device), model, gallery, out, texts, batch_size, workers)
+        if distributed.rank():
+            return
+    reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "none"
+    click.echo(f"{out}: {len(gallery) - sum(skipped.values())} pictures; skipped: {reasons}")
+
+
+@cli.command()
+@click.argument("folder", metavar="INDEX")
+@click.argument("query")
+@click.option("--model", help="Instead of the model that the index was made with: the same, at another place.")
+@click.option("-k", type=click.IntRange(min=1), default=12, show_default=True, help="How many are found.")
+@click.option("--out", type=click.Path(path_type=Path), help="Also show what was found as a contact sheet (PNG).")
+@click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def search(folder: str, query: str, model: str | None, k: int, out: Path | None, device: str, as_json: bool) -> None:
+    """Find the pictures of an INDEX that fit QUERY, a description or the file of a picture.
+
+    \b
+    Examples:
+      clipkit search indexes/photos "a red bicycle" --out found.png
+      clipkit search indexes/photos holiday/cat.jpg
+    """
+    import dataclasses
+
+    from clipkit.inspection import contact_sheet
+    from clipkit.zeroshot import index as room
+
+    found = room.Index(folder)
+    hits = found.search(room.embed_query(found, query, model, device), k)[0]
+    if out is not None:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            contact_sheet(room.show(found, hits)).save(out, "PNG")
+        except OSError as error:
+            raise UsageError(f"cannot write {out}: {error.strerror or error}") from None
+    if as_json:
+        click.echo(json.dumps({"query": query, "hits": [dataclasses.asdict(hit) for hit in hits]}))
+        return
+    for hit in hits:
+        click.echo(f"{hit.score:.4f}  {hit.key}")
+
+
+@cli.command()
+@click.option("--model", required=True, help=_MODEL_HELP)
+@click.option("--train", required=True, help="A data set as zeroshot takes it: folder:DIR, shards:DIR ...")
+@click.option("--test", required=True, help="The same, to count on.")
+@click.option("--shots", type=click.IntRange(min=0), default=0, show_default=True, help="Images a class; 0 is all.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Draws the shots.")
+@click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that decode.")
+@click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def probe(model: str, train: str, test: str, shots: int, seed: int, workers: int, device: str, as_json: bool) -> None:
+    """Fit a linear classifier on frozen image features: a linear probe, or a few-shot one.
+
+    \b
+    Example:
+      clipkit probe --model runs/clip --train folder:photos/train --test folder:photos/test --shots 16
+    """
+    import dataclasses
+
+    from clipkit.pretrained import load
+    from clipkit.zeroshot import probe as room
+    from clipkit.zeroshot.datasets import open_set
+
+    sets = [open_set(name, Path("data")) for name in (train, test)]
+    if list(sets[0].classes) != list(sets[1].classes):
+        counts = f"{len(sets[0].classes)} and {len(sets[1].classes)}"
+        raise UsageError(f"{train} and {test} must have the same classes; they have {counts}")
+    clip = load(model, device)
+    known, unknown = (room.features(clip.model, images, workers=workers) for images in sets)
+    found = room.probe(known, unknown, len(sets[0].classes), shots, seed)
+    if as_json:
+        click.echo(json.dumps({"model": model, **dataclasses.asdict(found)}))
+        return
+    click.echo(f"{found.train} training images, {found.test} test images, {found.classes} classes, C = {found.C:g}")
+    click.echo(f"accuracy {found.accuracy:.2%}   on the validation part {found.validation_accuracy:.2%}")
+
+
 @cli.command("guided-sample")
 @click.argument("prompt")
 @click.option("--model", required=True, help="Folder that holds the runs clip, denoiser and noisy_clip.")

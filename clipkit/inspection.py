@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -75,9 +76,21 @@ def sheet(shards: Shards, n: int, seed: int) -> Image.Image:
     Raises UsageError when none of them can be shown.
     """
     chosen = np.random.default_rng(seed).choice(len(shards), size=min(n, len(shards)), replace=False)
-    tiles = [_tile(shards, int(i)) for i in sorted(chosen)]
-    if not tiles:
+    shown: list[tuple[bytes | str, str]] = []
+    for i in sorted(chosen):
+        try:
+            sample = shards.read(int(i))
+            shown.append((sample.image, sample.captions[0]))
+        except SampleError as error:
+            shown.append((str(error), ""))
+    if not shown:
         raise UsageError(f"{shards.source} holds no sample to show")
+    return contact_sheet(shown)
+
+
+def contact_sheet(shown: Sequence[tuple[bytes | str, str]]) -> Image.Image:
+    """Images (their bytes, or what is wrong with them) with captions, as one picture; at least one."""
+    tiles = [_tile(image, caption) for image, caption in shown]
     columns = int(np.ceil(np.sqrt(len(tiles))))
     rows = -(-len(tiles) // columns)
     width, height = tiles[0].size
@@ -87,12 +100,13 @@ def sheet(shards: Shards, n: int, seed: int) -> Image.Image:
     return picture
 
 
-def _tile(shards: Shards, i: int) -> Image.Image:
+def _tile(content: bytes | str, caption: str) -> Image.Image:
     tile = Image.new("RGB", (_TILE + _MARGIN, _TILE + _LINES * _LINE + _MARGIN), "white")
     draw = ImageDraw.Draw(tile)
     try:
-        sample = shards.read(i)
-        image, caption = decode(sample.image), sample.captions[0]
+        if isinstance(content, str):
+            raise SampleError(content)
+        image = decode(content)
         enlarged = Image.Resampling.NEAREST if max(image.size) * 2 <= _TILE else Image.Resampling.BICUBIC
         scale = _TILE / max(image.size)
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))

@@ -51,3 +51,8 @@ def test_class_head():
     row = run("class_head.py", "--classes", "1")
     assert row["ratio"] > 0
     assert row["largest_difference"] < 1e-5
+
+
+def test_search():
+    row = run("search.py", "--count", "3000", "--queries", "2")
+    assert row["milliseconds"] > 0

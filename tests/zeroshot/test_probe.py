@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import clipkit
+from clipkit.cli import cli
+from clipkit.errors import UsageError
+from clipkit.zeroshot import probe
+from clipkit.zeroshot.datasets import open_set
+
+
+def blobs(n, classes=4, dim=12, spread=1.0, seed=0):
+    """Overlapping clusters of points, x [n, dim] and y [n]."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(7).normal(size=(classes, dim))
+    y = rng.integers(0, classes, n)
+    return torch.from_numpy(centres[y] + spread * rng.normal(size=(n, dim))), torch.from_numpy(y)
+
+
+@pytest.mark.parametrize("C", [1e-3, 0.1, 1.0, 100.0])
+def test_the_fit_is_scikit_learns(C):
+    linear = pytest.importorskip("sklearn.linear_model")
+    (x, y), (x2, y2) = blobs(400), blobs(1000, seed=1)
+    ours = probe.LogisticRegression(4, C).fit(x, y)
+    theirs = linear.LogisticRegression(C=C, max_iter=5000, tol=1e-10).fit(x.numpy(), y.numpy())
+    assert np.allclose(ours.weight.detach().numpy(), theirs.coef_, atol=2e-4 * max(1, np.abs(theirs.coef_).max()))
+    assert ours.accuracy(x2, y2) == pytest.approx(theirs.score(x2.numpy(), y2.numpy()), abs=0.002)
+
+
+def test_the_strength_is_chosen_on_held_out_images():
+    found = probe.probe(blobs(300, spread=3.0), blobs(2000, spread=3.0, seed=1), 4)
+    accuracies = {C: probe.LogisticRegression(4, C).fit(*blobs(300, spread=3.0)) for C in (1e-3, found.C, 1e6)}
+    scores = {C: m.accuracy(*blobs(2000, spread=3.0, seed=1)) for C, m in accuracies.items()}
+    assert found.accuracy == scores[found.C]
+    assert found.accuracy >= max(scores.values()) - 0.03
+
+
+def test_few_shots():
+    x, y = blobs(200)
+    rows = probe.few(y, 5, seed=3)
+    assert y[rows].bincount().tolist() == [5] * 4
+    assert rows.equal(probe.few(y, 5, seed=3))
+    assert not rows.equal(probe.few(y, 5, seed=4))
+    found = probe.probe((x, y), blobs(500, seed=1), 4, shots=5)
+    assert (found.train, found.shots) == (20, 5)
+    assert found.accuracy > 0.5
+    assert probe.probe((x, y), blobs(500, seed=1), 4, shots=1).train == 4
+    with pytest.raises(UsageError, match="training images; 100 shots need as many"):
+        probe.few(y, 100, 0)
+
+
+def test_a_probe_of_images(chain, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 8), ("test", 4)):
+        for name, colour in (("red", (220, 30, 30)), ("blue", (30, 30, 220))):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(np.array(colour) + rng.normal(0, 20, (24, 24, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / part / name / f"{i}.png")
+    words = ["probe", "--model", str(chain), "--train", f"folder:{tmp_path / 'train'}"]
+    cli.main([*words, "--test", f"folder:{tmp_path / 'test'}"], standalone_mode=False)
+    assert "16 training images, 8 test images, 2 classes" in capsys.readouterr().out
+    clip = clipkit.load(chain / "clip", "cpu")
+    x, y = probe.features(clip.model, open_set(f"folder:{tmp_path / 'test'}", tmp_path))
+    assert (x.shape, x.dtype, y.bincount().tolist()) == ((8, clip.model.config.embed_dim), torch.float64, [4, 4])
+    (tmp_path / "test" / "green").mkdir()
+    Image.new("RGB", (24, 24), "green").save(tmp_path / "test" / "green" / "0.png")
+    with pytest.raises(UsageError, match="must have the same classes; they have 2 and 3"):
+        cli.main([*words, "--test", f"folder:{tmp_path / 'test'}"], standalone_mode=False)

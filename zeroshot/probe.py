@@ -1,0 +1,145 @@
+"""Linear probe: how well a linear classifier does on frozen image features, with all training images or a few a class.
+
+Radford et al. 2021 (arXiv 2103.00020), section 3.2 and appendix A.3: logistic regression by L-BFGS, its regularisation
+chosen on a part of the training images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from clipkit.errors import UsageError
+from clipkit.images import preprocessing
+from clipkit.model import CLIP
+from clipkit.records import progress
+from clipkit.zeroshot.datasets import ImageSet
+
+STRENGTHS = tuple(10.0 ** (e / 2) for e in range(-6, 13))
+"""Values of C that are tried, 0.001 to 1,000,000; more is weaker regularisation."""
+_VALIDATION = 0.2
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a probe reached. shots: training images a class, 0 for all; accuracy: on the test images."""
+
+    train: int
+    test: int
+    classes: int
+    shots: int
+    C: float
+    validation_accuracy: float
+    accuracy: float
+
+
+class _Labelled(Dataset[tuple[Tensor, int]]):
+    def __init__(self, images: ImageSet, model: CLIP) -> None:
+        self.images, self.preprocess = images, preprocessing(model.config)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        image, labels = self.images[i]
+        return self.preprocess(image), labels[0]
+
+
+@torch.no_grad()
+def features(model: CLIP, images: ImageSet, batch_size: int = 256, workers: int = 0) -> tuple[Tensor, Tensor]:
+    """Unit image features [N, D] in float64 and labels [N], on the CPU, computed once for all fits.
+
+    Raises UsageError for a multi-label or an empty set.
+    """
+    if images.multilabel or not len(images):
+        raise UsageError(f"a probe needs images with one label each; {images.name} has none, or several")
+    device = model.log_logit_scale.device
+    loader = DataLoader(_Labelled(images, model), batch_size=batch_size, num_workers=workers)
+    found = [(model.encode_image(x.to(device)).double().cpu(), y) for x, y in progress(loader, len(loader), "features")]
+    return torch.cat([x for x, _ in found]), torch.cat([y for _, y in found])
+
+
+class LogisticRegression:
+    """Multinomial, with an L2 penalty on the weights and none on the intercepts: scikit-learn's objective.
+
+    C sum_i log-loss_i + ||W||^2 / 2, by L-BFGS in float64.
+    """
+
+    def __init__(self, classes: int, C: float = 1.0, iterations: int = 1000) -> None:
+        self.classes, self.C, self.iterations = classes, C, iterations
+
+    def fit(self, x: Tensor, y: Tensor) -> LogisticRegression:
+        """x [N, D], y [N] -> itself."""
+        self.weight = torch.zeros(self.classes, x.shape[1], dtype=torch.float64, requires_grad=True)
+        self.bias = torch.zeros(self.classes, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS(
+            [self.weight, self.bias],
+            max_iter=self.iterations,
+            history_size=10,
+            tolerance_grad=1e-7,
+            tolerance_change=1e-12,
+            line_search_fn="strong_wolfe",
+        )
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            penalty = self.weight.square().sum() / (2 * self.C * len(x))  # all over C N: gradients of one size
+            loss = F.cross_entropy(F.linear(x, self.weight, self.bias), y) + penalty
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        return self
+
+    @torch.no_grad()
+    def accuracy(self, x: Tensor, y: Tensor) -> float:
+        """Share of [N] that is classified right."""
+        return float((F.linear(x, self.weight, self.bias).argmax(dim=1) == y).double().mean())
+
+
+def few(y: Tensor, shots: int, seed: int) -> Tensor:
+    """Rows with `shots` images of each class, drawn by `seed`. Raises UsageError for a class with fewer."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(y), generator=generator)
+    chosen = []
+    for c in sorted(set(y.tolist())):
+        rows = order[y[order] == c]
+        if len(rows) < shots:
+            raise UsageError(f"class {c} has {len(rows)} training images; {shots} shots need as many")
+        chosen.append(rows[:shots])
+    return torch.cat(chosen)
+
+
+def probe(
+    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: int, shots: int = 0, seed: int = 0
+) -> Probe:
+    """Choose C on a fifth of the training images (of each class), fit on all of them, count on the test images."""
+    x, y = train
+    if shots:
+        rows = few(y, shots, seed)
+        x, y = x[rows], y[rows]
+    held = _held_out(y, seed)
+    fits = [
+        (LogisticRegression(classes, C).fit(x[~held], y[~held]).accuracy(x[held], y[held]), C)
+        for C in progress(STRENGTHS, len(STRENGTHS), "C")
+    ]
+    best = max(score for score, _ in fits)
+    C = next(C for score, C in fits if score == best)  # the strongest regularisation among the best
+    accuracy = LogisticRegression(classes, C).fit(x, y).accuracy(*test)
+    return Probe(len(y), len(test[1]), classes, shots, C, best, accuracy)
+
+
+def _held_out(y: Tensor, seed: int) -> Tensor:
+    """bool [N]: a fifth of each class's images, of a class with one image none."""
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed + 1))
+    held = torch.zeros(len(y), dtype=torch.bool)
+    for c in sorted(set(y.tolist())):
+        rows = order[y[order] == c]
+        held[rows[: max(1, round(_VALIDATION * len(rows))) if len(rows) > 1 else 0]] = True
+    if not held.any():
+        held[order[: max(1, len(y) // 5)]] = True
+    return held
