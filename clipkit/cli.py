@@ -229,6 +229,37 @@ def models(pattern: str, as_json: bool) -> None:
         click.echo(f"{name:{width}}  {repository}")
 
 
+@cli.command()
+@click.option("--model", required=True, help="A run's folder, other people's weights, or a published name.")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["open_clip", "transformers", "onnx", "torch"]),
+    default="open_clip",
+    show_default=True,
+)
+@click.option("--push", help="Also upload OUT as this hub repository, organisation/name, with a model card.")
+def export(model: str, out: Path, form: str, push: str | None) -> None:
+    """Write a model for other libraries.
+
+    open_clip and transformers read their folders with equal features; onnx and torch write two graphs, from uint8
+    pixels and from token ids to unit vectors.
+
+    \b
+    Example:
+      clipkit export --model runs/clip exported/clip --format onnx
+    """
+    from clipkit import export as room
+    from clipkit.pretrained import load
+
+    clip = load(model, "cpu")
+    for path in room.export(clip, out, form):
+        click.echo(f"{path}")
+    if push is not None:
+        click.echo(room.push(clip, out, push))
+
+
 _MODEL_HELP = "A run's folder, other people's weights, or a published name (see clipkit models)."
 
 

@@ -38,7 +38,7 @@ class Conventions:
     """The token whose features count: the first END, or the last of the padded caption."""
     text_projection_bias: bool = False
     """Whether the text projection has a bias."""
-    text_cleaning: Literal["clip", "canonical", "none"] = "clip"
+    text_cleaning: Literal["clip", "canonical", "whitespace"] = "clip"
     """What is done to captions before they are cut into tokens; "canonical" (SigLIP's) drops punctuation."""
     pad_id: int = 0
     """Token that pads captions under full attention."""
@@ -264,7 +264,7 @@ class TextTower(nn.Module):
         end = (ids == self.end_id).int().argmax(dim=1)  # first END of each row
         if self.conventions.text_pool == "last":
             end = torch.full_like(end, length - 1)
-        if self.conventions.text_attention == "full":
+        if self.conventions.text_attention == "full" or torch.compiler.is_exporting():  # a graph has fixed shapes
             kept = torch.arange(batch * length, device=ids.device)
             last = torch.arange(batch, device=ids.device) * length + end
         else:

@@ -67,7 +67,7 @@ class ForeignTokenizer(AnyTokenizer):
     Raises CheckpointError for a file that `tokenizers` does not read.
     """
 
-    def __init__(self, text: str, context_length: int, cleaning: str = "none", pad_id: int = 0) -> None:
+    def __init__(self, text: str, context_length: int, cleaning: str = "whitespace", pad_id: int = 0) -> None:
         from tokenizers import Tokenizer as Encoder
 
         try:
@@ -195,12 +195,17 @@ def clean(text: str) -> str:
     return " ".join(_mend(text).split()).lower()
 
 
+def whitespace(text: str) -> str:
+    """open_clip's cleaning for other tokenizers: as `clean`, but letters keep their case."""
+    return " ".join(_mend(text).split())
+
+
 def canonical(text: str) -> str:
     """SigLIP's cleaning (big_vision, pp/ops_text.py): also without punctuation, an underscore being a space."""
     return " ".join(_mend(text).replace("_", " ").translate(_NO_PUNCTUATION).lower().split())
 
 
-_CLEANINGS: dict[str, Callable[[str], str]] = {"clip": clean, "canonical": canonical, "none": lambda text: text}
+_CLEANINGS: dict[str, Callable[[str], str]] = {"clip": clean, "canonical": canonical, "whitespace": whitespace}
 
 
 def _mend(text: str) -> str:

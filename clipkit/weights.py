@@ -22,7 +22,7 @@ Tensors = Mapping[str, Tensor]
 Rule = tuple[Any, ...]  # pattern, replacement, and for some what is done to the tensor
 
 VIT = "vit_base_patch16_clip_224"  # timm's ViT with CLIP's extra norm; its sizes are given as arguments
-_SIGLIP = "vit_base_patch16_siglip_224"
+SIGLIP = "vit_base_patch16_siglip_224"
 
 
 def _transposed(tensor: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ def from_open_clip(config: Mapping[str, Any], tensors: Tensors) -> tuple[CLIPCon
     model, seen = config.get("model_cfg", config), config.get("preprocess_cfg", {})
     vision, text = _section(model, "vision_cfg"), _section(model, "text_cfg")
     activation = _open_clip_activation(model, text)
-    if text["pool_type"] not in ("argmax", "last"):
+    if text["pool_type"] not in ("argmax", "eos", "last"):
         raise CheckpointError(f"text_cfg.pool_type {text['pool_type']!r} is not supported")
     conventions = Conventions(
         text_activation=activation,
@@ -287,7 +287,7 @@ def _open_clip_cleaning(text: Mapping[str, Any]) -> Any:
     if text["hf_tokenizer_name"] is None:
         return "clip"
     cleaning = (text["tokenizer_kwargs"] or {}).get("clean", "whitespace")
-    return "canonical" if cleaning == "canonicalize" else "none"
+    return {"canonicalize": "canonical", "lower": "clip"}.get(cleaning, "whitespace")
 
 
 def _open_clip_vit(
@@ -309,7 +309,7 @@ def _vit_arguments(width: int, layers: int, heads: int, patch: int, activation: 
     return {"embed_dim": width, "depth": layers, "num_heads": heads, "patch_size": patch, "act_layer": activation}
 
 
-_RESNETS = {
+RESNETS = {
     (3, 4, 6, 3): "resnet50_clip",
     (3, 4, 23, 3): "resnet101_clip",
     (4, 6, 10, 6): "resnet50x4_clip",
@@ -321,8 +321,8 @@ _RESNETS = {
 def _open_clip_resnet(
     shape: CLIPConfig, vision: Mapping[str, Any], tensors: Tensors
 ) -> tuple[CLIPConfig, dict[str, Tensor]]:
-    if (name := _RESNETS.get(tuple(vision["layers"]))) is None:
-        raise CheckpointError(f"no ModifiedResNet of OpenAI's has {vision['layers']} blocks; known: {list(_RESNETS)}")
+    if (name := RESNETS.get(tuple(vision["layers"]))) is None:
+        raise CheckpointError(f"no ModifiedResNet of OpenAI's has {vision['layers']} blocks; known: {list(RESNETS)}")
     found = replace(shape, image_tower=name, conventions=replace(shape.conventions, image_projection="bias"))
     return found, translate(tensors, [*_OPENAI_RESNET, *_OPENAI_TEXT, *_SCALES])
 
@@ -387,7 +387,7 @@ def from_transformers(
         image_interpolation="bilinear" if seen.get("resample") == 2 else "bicubic",
     )
     shape = CLIPConfig(
-        image_tower=_SIGLIP if siglip else VIT,
+        image_tower=SIGLIP if siglip else VIT,
         image_size=vision["image_size"],
         image_kwargs=arguments,
         embed_dim=_need(tensors, "text_model.head.weight" if siglip else "text_projection.weight").shape[0],

@@ -1,0 +1,481 @@
+"""Our models for others: open_clip's folder, transformers' folder, ONNX graphs, torch.export programs.
+
+The first two are read back by the libraries that they are for (and by clipkit.load), with equal features; the graphs
+take what our models take: uint8 pixels, and token ids that end with END.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipkit._version import __version__
+from clipkit.errors import CheckpointError, UsageError
+from clipkit.model import CLIP
+from clipkit.pretrained import Pretrained
+from clipkit.records import write_atomically
+from clipkit.tokenizer import END, START, AnyTokenizer, Tokenizer
+from clipkit.weights import RESNETS, SIGLIP, VIT
+
+FORMATS = ("open_clip", "transformers", "onnx", "torch")
+_CLIP_VOCABULARY = 49408
+
+_TEXT = (
+    (r"text\.tokens\.", "token_embedding."),
+    (r"text\.positions$", "positional_embedding"),
+    (r"text\.blocks\.(\d+)\.norm([12])\.", r"transformer.resblocks.\1.ln_\2."),
+    (r"text\.blocks\.(\d+)\.qkv\.", r"transformer.resblocks.\1.attn.in_proj_"),
+    (r"text\.blocks\.(\d+)\.out\.", r"transformer.resblocks.\1.attn.out_proj."),
+    (r"text\.blocks\.(\d+)\.mlp\.0\.", r"transformer.resblocks.\1.mlp.c_fc."),
+    (r"text\.blocks\.(\d+)\.mlp\.2\.", r"transformer.resblocks.\1.mlp.c_proj."),
+    (r"text\.norm\.", "ln_final."),
+    (r"log_logit_scale$", "logit_scale"),
+)
+_VIT = (
+    (r"image\.trunk\.patch_embed\.proj\.", "visual.conv1."),
+    (r"image\.trunk\.cls_token$", "visual.class_embedding"),
+    (r"image\.trunk\.pos_embed$", "visual.positional_embedding"),
+    (r"image\.trunk\.norm_pre\.", "visual.ln_pre."),
+    (r"image\.trunk\.norm\.", "visual.ln_post."),
+    (r"image\.trunk\.blocks\.(\d+)\.norm([12])\.", r"visual.transformer.resblocks.\1.ln_\2."),
+    (r"image\.trunk\.blocks\.(\d+)\.attn\.qkv\.", r"visual.transformer.resblocks.\1.attn.in_proj_"),
+    (r"image\.trunk\.blocks\.(\d+)\.attn\.proj\.", r"visual.transformer.resblocks.\1.attn.out_proj."),
+    (r"image\.trunk\.blocks\.(\d+)\.mlp\.fc1\.", r"visual.transformer.resblocks.\1.mlp.c_fc."),
+    (r"image\.trunk\.blocks\.(\d+)\.mlp\.fc2\.", r"visual.transformer.resblocks.\1.mlp.c_proj."),
+    (r"image\.trunk\.blocks\.(\d+)\.ls([12])\.", r"visual.transformer.resblocks.\1.ls_\2."),
+)
+_TIMM = (
+    (r"image\.trunk\.", "visual.trunk."),
+    (r"image\.projection\.(weight|bias)$", r"visual.head.proj.\1"),
+    (r"image\.projection\.0\.", "visual.head.mlp.fc1."),
+    (r"image\.projection\.2\.", "visual.head.mlp.fc2."),
+)
+_TRANSFORMERS = (
+    (r"image\.trunk\.patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
+    (r"image\.trunk\.cls_token$", "vision_model.embeddings.class_embedding"),
+    (r"image\.trunk\.pos_embed$", "vision_model.embeddings.position_embedding.weight"),
+    (r"image\.trunk\.norm_pre\.", "vision_model.pre_layrnorm."),
+    (r"image\.trunk\.norm\.", "vision_model.post_layernorm."),
+    (r"image\.trunk\.blocks\.(\d+)\.norm([12])\.", r"vision_model.encoder.layers.\1.layer_norm\2."),
+    (r"image\.trunk\.blocks\.(\d+)\.attn\.qkv\.", r"vision_model.encoder.layers.\1.self_attn.qkv_proj."),
+    (r"image\.trunk\.blocks\.(\d+)\.attn\.proj\.", r"vision_model.encoder.layers.\1.self_attn.out_proj."),
+    (r"image\.trunk\.blocks\.(\d+)\.mlp\.fc([12])\.", r"vision_model.encoder.layers.\1.mlp.fc\2."),
+    (r"image\.trunk\.attn_pool\.latent$", "vision_model.head.probe"),
+    (r"image\.trunk\.attn_pool\.proj\.", "vision_model.head.attention.out_proj."),
+    (r"image\.trunk\.attn_pool\.norm\.", "vision_model.head.layernorm."),
+    (r"image\.trunk\.attn_pool\.mlp\.", "vision_model.head.mlp."),
+    (r"image\.trunk\.attn_pool\.(q|kv)\.", r"vision_model.head.attention.\1."),
+    (r"image\.projection\.", "visual_projection."),
+    (r"text\.tokens\.", "text_model.embeddings.token_embedding."),
+    (r"text\.positions$", "text_model.embeddings.position_embedding.weight"),
+    (r"text\.blocks\.(\d+)\.norm([12])\.", r"text_model.encoder.layers.\1.layer_norm\2."),
+    (r"text\.blocks\.(\d+)\.qkv\.", r"text_model.encoder.layers.\1.self_attn.qkv_proj."),
+    (r"text\.blocks\.(\d+)\.out\.", r"text_model.encoder.layers.\1.self_attn.out_proj."),
+    (r"text\.blocks\.(\d+)\.mlp\.0\.", r"text_model.encoder.layers.\1.mlp.fc1."),
+    (r"text\.blocks\.(\d+)\.mlp\.2\.", r"text_model.encoder.layers.\1.mlp.fc2."),
+    (r"text\.norm\.", "text_model.final_layer_norm."),
+    (r"log_logit_scale$", "logit_scale"),
+)
+
+
+def export(clip: Pretrained, out: Path, form: str) -> list[Path]:
+    """Write the model into the folder `out` -> the files written.
+
+    Raises UsageError where the other library has no such architecture, and says which part of it.
+    """
+    writers = {"open_clip": _open_clip, "transformers": _transformers, "onnx": _onnx, "torch": _torch}
+    if form not in writers:
+        raise UsageError(f"unknown format {form!r}; known: {', '.join(FORMATS)}")
+    out.mkdir(parents=True, exist_ok=True)
+    return writers[form](clip, out)
+
+
+def _renamed(tensors: Mapping[str, Tensor], rules: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
+    found = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in rules:
+            renamed, hits = re.subn(f"^{pattern}", replacement, name)
+            if hits:
+                break
+        else:
+            renamed = name
+        found[renamed] = tensor.detach().cpu().float() if tensor.is_floating_point() else tensor.cpu()
+    return found
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], clip: Pretrained) -> Path:
+    from safetensors.torch import save
+
+    about = {"format": "pt", "clipkit": __version__, "activation": clip.model.config.conventions.text_activation}
+    write_atomically(path, save({k: t.contiguous() for k, t in tensors.items()}, metadata=about))
+    return path
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> Path:
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+    return path
+
+
+# open_clip
+
+
+def _open_clip(clip: Pretrained, out: Path) -> list[Path]:
+    config, how = clip.model.config, clip.model.config.conventions
+    vision, rules = _open_clip_vision(clip.model)
+    tensors = _renamed(clip.model.state_dict(), (*rules, *_TEXT))
+    if "visual.proj" in tensors:
+        tensors["visual.proj"] = tensors["visual.proj"].T
+        tensors["visual.class_embedding"] = tensors["visual.class_embedding"].flatten()
+        tensors["visual.positional_embedding"] = tensors["visual.positional_embedding"][0]
+    projection = tensors.pop("text.projection.weight")
+    if how.text_projection_bias:
+        tensors["text_projection.weight"] = projection
+        tensors["text_projection.bias"] = tensors.pop("text.projection.bias")
+    else:
+        tensors["text_projection"] = projection.T
+    text: dict[str, Any] = {
+        "context_length": config.context_length,
+        "vocab_size": len(clip.model.text.tokens.weight),
+        "width": config.text_width,
+        "heads": config.text_heads,
+        "layers": config.text_layers,
+        "no_causal_mask": how.text_attention == "full",
+        "proj_bias": how.text_projection_bias,
+        "norm_kwargs": {"eps": how.text_norm_eps},
+        "pool_type": "last" if how.text_pool == "last" else "eos",
+        "eos_id": clip.tokenizer.end_id,
+        "pad_id": how.pad_id,
+    }
+    if how.text_mlp_width:
+        text["mlp_ratio"] = (how.text_mlp_width + 0.5) / config.text_width
+    if how.text_activation == "gelu_tanh":
+        text["act_kwargs"] = {"approximate": "tanh"}
+    files = _tokenizer_files(clip.tokenizer, out, how.pad_id)
+    if files:
+        cleaning = {"clip": "lower", "canonical": "canonicalize", "whitespace": "whitespace"}[how.text_cleaning]
+        text |= {"hf_tokenizer_name": str(out.name), "tokenizer_kwargs": {"clean": cleaning}}
+    model: dict[str, Any] = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text}
+    if how.text_activation == "quick_gelu":
+        model["quick_gelu"] = True
+    if "logit_bias" in tensors:
+        model["init_logit_bias"] = float(tensors["logit_bias"].detach())
+    seen = {
+        "mean": list(how.image_mean),
+        "std": list(how.image_std),
+        "interpolation": how.image_interpolation,
+        "resize_mode": "squash" if how.image_resize == "squash" else "shortest",
+    }
+    written = _write_json(out / "open_clip_config.json", {"model_cfg": model, "preprocess_cfg": seen})
+    return [written, _save(out / "open_clip_model.safetensors", tensors, clip), *files]
+
+
+def _open_clip_vision(model: CLIP) -> tuple[dict[str, Any], tuple[tuple[str, str], ...]]:
+    config, how = model.config, model.config.conventions
+    arguments = dict(config.image_kwargs)
+    native = (VIT, *RESNETS.values())
+    if config.image_tower == VIT and how.image_projection == "linear":
+        if arguments.pop("act_layer", "gelu") != how.text_activation:
+            raise UsageError("open_clip's own ViT has one activation for both towers; this model has two")
+        return _open_clip_vit(model), (*_VIT, (r"image\.projection\.weight$", "visual.proj"))
+    if config.image_tower in native:
+        raise UsageError(f"export of {config.image_tower} with {how.image_projection} projection is not supported")
+    if unknown := set(arguments) - {"global_pool"}:
+        raise UsageError(f"open_clip makes timm towers by their name; it cannot be told image_kwargs.{min(unknown)}")
+    _check_default_shape(model)
+    return {
+        "timm_model_name": config.image_tower,
+        "timm_model_pretrained": False,
+        "timm_pool": arguments.get("global_pool", ""),
+        "timm_proj": "linear" if how.image_projection == "bias" else how.image_projection,
+        "timm_proj_bias": how.image_projection == "bias",
+        "image_size": config.image_size,
+    }, _TIMM
+
+
+def _open_clip_vit(model: CLIP) -> dict[str, Any]:
+    arguments = model.config.image_kwargs
+    shape: dict[str, Any] = {
+        "image_size": model.config.image_size,
+        "layers": arguments["depth"],
+        "width": arguments["embed_dim"],
+        "head_width": arguments["embed_dim"] // arguments["num_heads"],
+        "patch_size": arguments["patch_size"],
+        "mlp_ratio": arguments.get("mlp_ratio", 4.0),
+    }
+    if not arguments.get("pre_norm", True):
+        shape["no_ln_pre"] = True
+    if "init_values" in arguments:
+        shape["ls_init_value"] = arguments["init_values"]
+    return shape
+
+
+def _check_default_shape(model: CLIP) -> None:
+    """timm makes the tower for its own image size; where that shows in the weights, ours must be the same."""
+    import timm
+
+    name = model.config.image_tower
+    if not timm.is_model(name):
+        raise UsageError(f"open_clip has no image tower {name}; its towers are OpenAI's and timm's")
+    default = timm.create_model(name, pretrained=False, num_classes=0)
+    ours = model.image.trunk.state_dict()
+    for key, tensor in default.state_dict().items():
+        if key in ours and ours[key].shape != tensor.shape:
+            size = model.config.image_size
+            raise UsageError(f"open_clip makes {name} for its usual image size; at {size} pixels {key} differs")
+
+
+def _tokenizer_files(tokenizer: AnyTokenizer, out: Path, pad_id: int) -> list[Path]:
+    """tokenizer.json as transformers reads it, with the special tokens around a caption; none for CLIP's vocabulary."""
+    content = json.loads(tokenizer.to_json())
+    if isinstance(tokenizer, Tokenizer):
+        if tokenizer.vocab_size == _CLIP_VOCABULARY:
+            return []
+        content["normalizer"] = {"type": "Lowercase"}
+        tokens = {START: tokenizer.start_id, END: tokenizer.end_id}
+        around = [{"SpecialToken": {"id": START, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        content["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [*around, {"SpecialToken": {"id": END, "type_id": 0}}],
+            "pair": [*around, {"SpecialToken": {"id": END, "type_id": 0}}],
+            "special_tokens": {t: {"id": t, "ids": [i], "tokens": [t]} for t, i in tokens.items()},
+        }
+    content["truncation"] = content["padding"] = None
+    names = {i: token for token, i in _vocabulary(content).items()}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": names[tokenizer.end_id],
+        "pad_token": names[pad_id],
+        "model_max_length": tokenizer.context_length,
+    }
+    return [_write_json(out / "tokenizer.json", content), _write_json(out / "tokenizer_config.json", settings)]
+
+
+def _vocabulary(content: Mapping[str, Any]) -> dict[str, int]:
+    vocabulary = content["model"]["vocab"]
+    if isinstance(vocabulary, list):  # Unigram: pairs of token and score, in order
+        vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
+    return {**vocabulary, **{t["content"]: t["id"] for t in content.get("added_tokens", [])}}
+
+
+# transformers
+
+
+def _transformers(clip: Pretrained, out: Path) -> list[Path]:
+    config, how = clip.model.config, clip.model.config.conventions
+    siglip = config.image_tower == SIGLIP and how.text_attention == "full" and how.image_projection == "none"
+    if not siglip and (config.image_tower != VIT or how.text_attention != "causal" or how.text_projection_bias):
+        raise UsageError(f"transformers has CLIP with OpenAI's ViT, and SigLIP; not with {config.image_tower}")
+    arguments = config.image_kwargs
+    if not siglip and {"pre_norm", "init_values"} & set(arguments):
+        raise UsageError("transformers' CLIP has a norm before the first block and no layer scale; this model differs")
+    tensors = _renamed(clip.model.state_dict(), _TRANSFORMERS)
+    head = "text_model.head." if siglip else "text_projection."
+    tensors = {re.sub(r"^text\.projection\.", head, k): t for k, t in tensors.items()}
+    if siglip:
+        for kind in ("weight", "bias"):
+            q, kv = (tensors.pop(f"vision_model.head.attention.{p}.{kind}") for p in ("q", "kv"))
+            tensors[f"vision_model.head.attention.in_proj_{kind}"] = torch.cat([q, kv])
+        tensors |= {k: tensors[k].reshape(1) for k in ("logit_scale", "logit_bias")}
+    else:
+        tensors["vision_model.embeddings.class_embedding"] = tensors[
+            "vision_model.embeddings.class_embedding"
+        ].flatten()
+    position = "vision_model.embeddings.position_embedding.weight"
+    tensors[position] = tensors[position][0]
+    tensors = _split(tensors)
+    activations = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+    vision = {
+        "hidden_size": arguments["embed_dim"],
+        "intermediate_size": int(arguments["embed_dim"] * arguments.get("mlp_ratio", 4)),
+        "num_hidden_layers": arguments["depth"],
+        "num_attention_heads": arguments["num_heads"],
+        "patch_size": arguments["patch_size"],
+        "image_size": config.image_size,
+        "hidden_act": activations[arguments.get("act_layer", "gelu")],
+        "layer_norm_eps": 1e-6 if siglip else 1e-5,
+    }
+    text = {
+        "hidden_size": config.text_width,
+        "intermediate_size": how.text_mlp_width or 4 * config.text_width,
+        "num_hidden_layers": config.text_layers,
+        "num_attention_heads": config.text_heads,
+        "max_position_embeddings": config.context_length,
+        "vocab_size": len(clip.model.text.tokens.weight),
+        "hidden_act": activations[how.text_activation],
+        "layer_norm_eps": how.text_norm_eps,
+        "eos_token_id": clip.tokenizer.end_id,
+        "bos_token_id": clip.tokenizer.start_id if isinstance(clip.tokenizer, Tokenizer) else None,
+        "pad_token_id": how.pad_id,
+    }
+    kind, architecture = ("siglip", "SiglipModel") if siglip else ("clip", "CLIPModel")
+    about: dict[str, Any] = {
+        "model_type": kind,
+        "architectures": [architecture],
+        "vision_config": vision,
+        "text_config": text,
+    }
+    if not siglip:
+        about["projection_dim"] = config.embed_dim
+    size = config.image_size
+    seen = {
+        "image_processor_type": "SiglipImageProcessor" if siglip else "CLIPImageProcessor",
+        "size": {"height": size, "width": size} if siglip else {"shortest_edge": size},
+        "crop_size": {"height": size, "width": size},
+        "do_center_crop": not siglip,
+        "resample": 2 if how.image_interpolation == "bilinear" else 3,
+        "image_mean": list(how.image_mean),
+        "image_std": list(how.image_std),
+    }
+    files = [_write_json(out / "config.json", about), _write_json(out / "preprocessor_config.json", seen)]
+    return [*files, _save(out / "model.safetensors", tensors, clip), *_tokenizer_files(clip.tokenizer, out, how.pad_id)]
+
+
+def _split(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Queries, keys and values as three matrices."""
+    found = {}
+    for name, tensor in tensors.items():
+        if ".qkv_proj." in name:
+            for part, piece in zip("qkv", tensor.chunk(3), strict=True):
+                found[name.replace(".qkv_proj.", f".{part}_proj.")] = piece
+        else:
+            found[name] = tensor
+    return found
+
+
+# Graphs
+
+
+class _Images(nn.Module):
+    def __init__(self, model: CLIP) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] -> unit vectors [B, D]."""
+        return self.model.encode_image(pixels)
+
+
+class _Texts(nn.Module):
+    def __init__(self, model: CLIP) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """int64 [B, context_length] -> unit vectors [B, D]."""
+        return self.model.encode_text(ids)
+
+
+def _programs(clip: Pretrained) -> dict[str, tuple[nn.Module, Tensor, str]]:
+    size, length = clip.model.config.image_size, clip.model.config.context_length
+    pixels = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    ids = torch.full((2, length), clip.tokenizer.end_id)
+    model = copy.deepcopy(clip.model).cpu().eval().to(memory_format=torch.contiguous_format)
+    return {"image": (_Images(model).eval(), pixels, "pixels"), "text": (_Texts(model).eval(), ids, "ids")}
+
+
+def _torch(clip: Pretrained, out: Path) -> list[Path]:
+    written = []
+    for name, (module, example, argument) in _programs(clip).items():
+        batch = torch.export.Dim("batch", min=1, max=1 << 16)
+        program = torch.export.export(module, (example,), dynamic_shapes={argument: {0: batch}})
+        torch.export.save(program, out / f"{name}.pt2")
+        written.append(out / f"{name}.pt2")
+    return [*written, *_graph_files(clip, out)]
+
+
+def _onnx(clip: Pretrained, out: Path) -> list[Path]:
+    try:
+        import onnxscript  # noqa: F401
+    except ModuleNotFoundError:
+        raise UsageError('ONNX graphs are made with onnxscript: pip install "clipkit[onnx]"') from None
+    written = []
+    for name, (module, example, argument) in _programs(clip).items():
+        torch.onnx.export(
+            module,
+            (example,),
+            str(out / f"{name}.onnx"),
+            input_names=[argument],
+            output_names=["features"],
+            dynamic_shapes={argument: {0: torch.export.Dim("batch", min=1, max=1 << 16)}},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+        written.append(out / f"{name}.onnx")
+    return [*written, *_graph_files(clip, out)]
+
+
+def _graph_files(clip: Pretrained, out: Path) -> list[Path]:
+    """What a user of the graphs needs beside them: the tokenizer, and how pixels and scores are made."""
+    how = clip.model.config.conventions
+    about = {
+        "image_size": clip.model.config.image_size,
+        "resize": how.image_resize,
+        "interpolation": how.image_interpolation,
+        "context_length": clip.model.config.context_length,
+        "end_id": clip.tokenizer.end_id,
+        "pad_id": how.pad_id,
+        "logit_scale": float(clip.model.logit_scale.detach()),
+        "logit_bias": float(clip.model.logit_bias.detach()),
+    }
+    write_atomically(out / "tokenizer.json", clip.tokenizer.to_json())
+    return [_write_json(out / "clipkit.json", about), out / "tokenizer.json"]
+
+
+# The hub
+
+
+def card(clip: Pretrained, name: str) -> str:
+    """A model card: what it is, how it is used, and what is not known of it is left for its author to say."""
+    config = clip.model.config
+    parameters = sum(p.numel() for p in clip.model.parameters())
+    return f"""---
+library_name: open_clip
+tags: [clip, clipkit, zero-shot-image-classification]
+pipeline_tag: zero-shot-image-classification
+---
+# {name}
+
+A CLIP of {parameters / 1e6:.1f} million parameters, exported by clipkit {__version__}.
+
+| | |
+|---|---|
+| image tower | {config.image_tower}, {config.image_size} x {config.image_size} pixels |
+| text tower | {config.text_layers} layers, width {config.text_width}, {config.context_length} tokens |
+| embedding | {config.embed_dim} |
+| activation of the text tower | {config.conventions.text_activation} |
+| logit scale | {float(clip.model.logit_scale.detach()):.2f} |
+
+```python
+import clipkit
+
+clip = clipkit.load("hf-hub:{name}")
+```
+
+Trained on, evaluated on, licence, intended use and limits: to be written by who publishes it.
+"""
+
+
+def push(clip: Pretrained, folder: Path, name: str) -> str:
+    """Write the model card into `folder` and upload it as hub repository `name` -> its address.
+
+    Raises CheckpointError without a network or a login.
+    """
+    from huggingface_hub import HfApi
+
+    if not (folder / "README.md").is_file():
+        write_atomically(folder / "README.md", card(clip, name))
+    try:
+        api = HfApi()
+        api.create_repo(name, exist_ok=True)
+        return str(api.upload_folder(repo_id=name, folder_path=folder))
+    except Exception as error:  # the hub's library lets those of its HTTP library through
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+        raise CheckpointError(f"cannot push to {name} ({reason}); log in with hf auth login") from None
