@@ -436,6 +436,33 @@ def _save_figure(figure: Any, out: Path) -> None:
 
 
 @cli.command()
+@click.option("--model", required=True, help=_MODEL_HELP)
+@click.option("--shards", required=True, help="A pack with captions (clipkit pack).")
+@click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def retrieval(model: str, shards: str, device: str, as_json: bool) -> None:
+    """Recall@1, 5 and 10 of a pack's captions by its images, and the other way round.
+
+    \b
+    Example:
+      clipkit retrieval --model runs/clip --shards packs/emoji-val
+    """
+    from clipkit.pretrained import load
+    from clipkit.shards import Shards
+    from clipkit.zeroshot import retrieval as room
+
+    clip = load(model, device)
+    found = {"shards": shards, "model": model, **room.evaluate(clip.model, clip.tokenizer, Shards(shards))}
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    click.echo(f"{shards}: {found['n']} images, {found['texts']} captions")
+    for way in ("image_to_text", "text_to_image"):
+        scores = "   ".join(f"recall@{k} {found[f'{way}_recall@{k}']:.2%}" for k in (1, 5, 10))
+        click.echo(f"{way.replace('_', ' ')}   {scores}")
+
+
+@cli.command()
 @click.argument("images")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--model", required=True, help=_MODEL_HELP)

@@ -1,11 +1,16 @@
-"""Image-text retrieval: how often the right text is the nearest of all, and the other way round."""
+"""Image-text retrieval: how often a right text is the nearest of all to an image, and the other way round."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from clipkit.errors import UsageError
+from clipkit.images import decode, preprocessing
 from clipkit.model import CLIP
+from clipkit.records import progress
 from clipkit.shards import Shards
 from clipkit.tokenizer import AnyTokenizer
 from clipkit.zeroshot.heads import embed_texts
@@ -13,38 +18,58 @@ from clipkit.zeroshot.heads import embed_texts
 _CHUNK = 1024
 
 
-def recall(queries: Tensor, targets: Tensor, k: int) -> float:
-    """Share of rows i of `queries` [N, D] whose own row of `targets` [N, D] is among the k nearest; ties count against.
+def ranks(queries: Tensor, targets: Tensor, relevant: Sequence[Sequence[int]]) -> Tensor:
+    """For each row of `queries` [N, D] the rank, from 0, of the best of its relevant rows of `targets` [M, D] -> [N].
 
-    Computed in chunks, so that memory grows with N and not with its square.
+    Ties count against it. In chunks: of the similarities there are never N x M in memory, but 1,024 x M.
     """
-    hits = 0
+    found = []
     for start in range(0, len(queries), _CHUNK):
-        similarity = queries[start : start + _CHUNK] @ targets.T  # [chunk, N]
-        rows = torch.arange(len(similarity), device=similarity.device)
-        own = similarity[rows, start + rows]
-        better = (similarity >= own[:, None]).sum(dim=1) - 1  # everything at least as near, but not itself
-        hits += int((better < k).sum())
-    return hits / len(queries)
+        similarity = queries[start : start + _CHUNK] @ targets.T  # [chunk, M]
+        for row, own in zip(similarity, relevant[start : start + _CHUNK], strict=True):
+            best = row[list(own)].max()
+            row[list(own)] = -torch.inf  # the others of its own do not stand in its way
+            found.append(int((row >= best).sum()))
+    return torch.tensor(found)
+
+
+def recall(rank: Tensor, k: int) -> float:
+    """Share of ranks [N] below k."""
+    return float((rank < k).double().mean())
+
+
+def recalls(images: Tensor, texts: Tensor, owner: Sequence[int]) -> dict[str, float]:
+    """Recall@1, 5 and 10 both ways, of image rows [N, D] and text rows [M, D], text j being of image `owner[j]`.
+
+    An image is found right when any of its texts is among the k nearest. Raises UsageError for an image without text.
+    """
+    own: list[list[int]] = [[] for _ in range(len(images))]
+    for j, i in enumerate(owner):
+        own[i].append(j)
+    if not own or not all(own):
+        raise UsageError("retrieval needs at least one image, and a text for each")
+    to_text, to_image = ranks(images, texts, own), ranks(texts, images, [[i] for i in owner])
+    return {
+        **{f"image_to_text_recall@{k}": recall(to_text, k) for k in (1, 5, 10)},
+        **{f"text_to_image_recall@{k}": recall(to_image, k) for k in (1, 5, 10)},
+    }
 
 
 @torch.no_grad()
 def evaluate(model: CLIP, tokenizer: AnyTokenizer, shards: Shards, batch_size: int = 256) -> dict[str, float]:
-    """Recall@1 and @5, both ways, over every image of a pack and its first caption."""
-    from clipkit.images import decode, preprocessing
-
+    """Recall over every image of a pack and all of its distinct captions."""
     device, preprocess = model.log_logit_scale.device, preprocessing(model.config)
-    images, captions = [], []
-    for start in range(0, len(shards), batch_size):
+    images, captions, owner = [], [], []
+    starts = range(0, len(shards), batch_size)
+    for start in progress(starts, len(starts), "retrieval"):
         samples = [shards.read(i) for i in range(start, min(start + batch_size, len(shards)))]
         pixels = torch.stack([preprocess(decode(s.image)) for s in samples])
         images.append(model.encode_image(pixels.to(device)))
-        captions += [s.captions[0] for s in samples]
-    image, text = torch.cat(images), embed_texts(model, tokenizer, captions)
-    return {
-        "n": len(captions),
-        "image_to_text_recall@1": recall(image, text, 1),
-        "image_to_text_recall@5": recall(image, text, 5),
-        "text_to_image_recall@1": recall(text, image, 1),
-        "text_to_image_recall@5": recall(text, image, 5),
-    }
+        for i, sample in enumerate(samples, start):
+            distinct = list(dict.fromkeys(sample.captions))
+            captions += distinct
+            owner += [i] * len(distinct)
+    if not images:
+        raise UsageError(f"{shards.source} holds no sample")
+    found = recalls(torch.cat(images), embed_texts(model, tokenizer, captions), owner)
+    return {"n": len(shards), "texts": len(captions), **found}

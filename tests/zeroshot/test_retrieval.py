@@ -1,7 +1,12 @@
+import json
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 import clipkit
+from clipkit.cli import cli
+from clipkit.errors import UsageError
 from clipkit.zeroshot import retrieval
 
 
@@ -10,18 +15,46 @@ def clip(chain):
     return clipkit.load(chain / "clip", "cpu")
 
 
-def test_recall_counts_ties_against():
-    features = torch.eye(4)
-    assert retrieval.recall(features, features, 1) == 1.0
-    assert retrieval.recall(features, features.roll(1, 0), 1) == 0.0
+def test_a_hand_made_matrix():
+    """Images are the axes, so a text's coordinates are its similarities. Two texts of each of three images."""
+    texts = torch.tensor([
+        [0.9, 0.1, 0.0], [0.2, 0.8, 0.0],  # of image 0; the second looks like image 1
+        [0.0, 0.5, 0.6], [0.0, 0.4, 0.3],  # of image 1
+        [0.7, 0.0, 0.6], [0.1, 0.0, 0.2],  # of image 2
+    ])  # fmt: skip
+    owner = [0, 0, 1, 1, 2, 2]
+    # Image 0: 0.9, nothing above: 0. Image 1: best own 0.5, 0.8 above: 1. Image 2: best own 0.6, and 0.6 ties: 1.
+    assert retrieval.ranks(torch.eye(3), texts, [[0, 1], [2, 3], [4, 5]]).tolist() == [0, 1, 1]
+    # texts: 0 | 1 (0.8 above 0.2) | 1 (0.6 above 0.5) | 0 | 1 (0.7 above 0.6) | 0
+    assert retrieval.ranks(texts, torch.eye(3), [[i] for i in owner]).tolist() == [0, 1, 1, 0, 1, 0]
+    found = retrieval.recalls(torch.eye(3), texts, owner)
+    assert found["image_to_text_recall@1"] == pytest.approx(1 / 3)
+    assert found["text_to_image_recall@1"] == 0.5
+    assert found["image_to_text_recall@5"] == found["text_to_image_recall@10"] == 1.0
+
+
+def test_ranks_are_those_of_the_whole_matrix():
+    torch.manual_seed(0)
+    images, texts = F.normalize(torch.randn(2100, 8), dim=1), F.normalize(torch.randn(2100, 8), dim=1)
+    similarity = images @ texts.T
+    wanted = (similarity > similarity.diagonal()[:, None]).sum(1)
+    assert retrieval.ranks(images, texts, [[i] for i in range(2100)]).equal(wanted)
+
+
+def test_ties_count_against():
     same = torch.ones(4, 2)
-    assert retrieval.recall(same, same, 3) == 0.0
-    assert retrieval.recall(same, same, 4) == 1.0
+    rank = retrieval.ranks(same, same, [[i] for i in range(4)])
+    assert (retrieval.recall(rank, 3), retrieval.recall(rank, 4)) == (0.0, 1.0)
 
 
-def test_retrieval_over_a_pack(clip, packs):
-    from clipkit.shards import Shards
+def test_an_image_without_text():
+    with pytest.raises(UsageError, match="and a text for each"):
+        retrieval.recalls(torch.eye(2), torch.eye(2), [0, 0])
 
-    scores = retrieval.evaluate(clip.model, clip.tokenizer, Shards(packs / "heldout"), batch_size=20)
-    assert scores["n"] == 64
+
+def test_the_command(chain, packs, capsys):
+    words = ["retrieval", "--model", str(chain), "--shards", str(packs / "heldout"), "--json"]
+    cli.main(words, standalone_mode=False)
+    scores = json.loads(capsys.readouterr().out)
+    assert (scores["n"], scores["texts"] > 64) == (64, True)
     assert 0 <= scores["image_to_text_recall@1"] <= scores["image_to_text_recall@5"] <= 1
