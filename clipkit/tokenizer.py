@@ -13,6 +13,7 @@ import html
 import re
 import string
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -165,11 +166,12 @@ class Tokenizer(AnyTokenizer):
         """One caption or several -> int64 [B, L]."""
         room = self.context_length - 2
         rows = [row[:room] for row in self._encode([texts] if isinstance(texts, str) else texts)]
-        ids = np.zeros((len(rows), max(map(len, rows), default=0) + 2), dtype=np.int64)
+        lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+        ids = np.zeros((len(rows), lengths.max(initial=0) + 2), dtype=np.int64)
         ids[:, 0] = self.start_id
-        for i, row in enumerate(rows):
-            ids[i, 1 : len(row) + 1] = row
-            ids[i, len(row) + 1] = self.end_id
+        inside = np.arange(ids.shape[1] - 1) < lengths[:, None]  # [B, L - 1]
+        ids[:, 1:][inside] = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=lengths.sum())
+        ids[np.arange(len(rows)), lengths + 1] = self.end_id
         return torch.from_numpy(ids)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -177,13 +179,19 @@ class Tokenizer(AnyTokenizer):
         if len(self._words) > _REMEMBERED_WORDS:
             self._words.clear()
         plain = [_ASCII_WORDS(t[:MAX_CAPTION].lower()) if _is_plain(t[:MAX_CAPTION]) else None for t in texts]
-        words = self._words
-        unknown = list({w for found in plain if found is not None for w in found if w not in words})
+        remembered = self._words.__getitem__
         others = [clean(t) for t, found in zip(texts, plain, strict=True) if found is None]
-        encoded = [e.ids for e in self._encoder.encode_batch_fast([*unknown, *others], add_special_tokens=False)]
-        words.update(zip(unknown, encoded, strict=False))
-        rest = iter(encoded[len(unknown) :])
-        return [next(rest) if found is None else [i for w in found for i in words[w]] for found in plain]
+        rest = iter(self._encode_all(others))
+        try:
+            rows = [None if found is None else list(chain.from_iterable(map(remembered, found))) for found in plain]
+        except KeyError:
+            unknown = list({w for found in plain if found is not None for w in found if w not in self._words})
+            self._words.update(zip(unknown, self._encode_all(unknown), strict=True))
+            rows = [None if found is None else list(chain.from_iterable(map(remembered, found))) for found in plain]
+        return [next(rest) if row is None else row for row in rows]
+
+    def _encode_all(self, texts: list[str]) -> list[list[int]]:
+        return [e.ids for e in self._encoder.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
 
 
 def _is_plain(text: str) -> bool:
