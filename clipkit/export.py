@@ -6,7 +6,6 @@ take what our models take: uint8 pixels, and token ids that end with END.
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Mapping
@@ -14,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from clipkit import graphs
 from clipkit._version import __version__
-from clipkit.errors import CheckpointError, UsageError
+from clipkit.errors import UsageError
 from clipkit.model import CLIP
 from clipkit.pretrained import Pretrained
 from clipkit.records import write_atomically
@@ -90,7 +90,12 @@ def export(clip: Pretrained, out: Path, form: str) -> list[Path]:
 
     Raises UsageError where the other library has no such architecture, and says which part of it.
     """
-    writers = {"open_clip": _open_clip, "transformers": _transformers, "onnx": _onnx, "torch": _torch}
+    writers = {
+        "open_clip": _open_clip,
+        "transformers": _transformers,
+        "onnx": graphs.write_onnx,
+        "torch": graphs.write_programs,
+    }
     if form not in writers:
         raise UsageError(f"unknown format {form!r}; known: {', '.join(FORMATS)}")
     out.mkdir(parents=True, exist_ok=True)
@@ -347,135 +352,3 @@ def _split(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             found[name] = tensor
     return found
-
-
-# Graphs
-
-
-class _Images(nn.Module):
-    def __init__(self, model: CLIP) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] -> unit vectors [B, D]."""
-        return self.model.encode_image(pixels)
-
-
-class _Texts(nn.Module):
-    def __init__(self, model: CLIP) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """int64 [B, context_length] -> unit vectors [B, D]."""
-        return self.model.encode_text(ids)
-
-
-def _programs(clip: Pretrained) -> dict[str, tuple[nn.Module, Tensor, str]]:
-    size, length = clip.model.config.image_size, clip.model.config.context_length
-    pixels = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-    ids = torch.full((2, length), clip.tokenizer.end_id)
-    model = copy.deepcopy(clip.model).cpu().eval().to(memory_format=torch.contiguous_format)
-    return {"image": (_Images(model).eval(), pixels, "pixels"), "text": (_Texts(model).eval(), ids, "ids")}
-
-
-def _torch(clip: Pretrained, out: Path) -> list[Path]:
-    written = []
-    for name, (module, example, argument) in _programs(clip).items():
-        batch = torch.export.Dim("batch", min=1, max=1 << 16)
-        program = torch.export.export(module, (example,), dynamic_shapes={argument: {0: batch}})
-        torch.export.save(program, out / f"{name}.pt2")
-        written.append(out / f"{name}.pt2")
-    return [*written, *_graph_files(clip, out)]
-
-
-def _onnx(clip: Pretrained, out: Path) -> list[Path]:
-    try:
-        import onnxscript  # noqa: F401
-    except ModuleNotFoundError:
-        raise UsageError('ONNX graphs are made with onnxscript: pip install "clipkit[onnx]"') from None
-    written = []
-    for name, (module, example, argument) in _programs(clip).items():
-        torch.onnx.export(
-            module,
-            (example,),
-            str(out / f"{name}.onnx"),
-            input_names=[argument],
-            output_names=["features"],
-            dynamic_shapes={argument: {0: torch.export.Dim("batch", min=1, max=1 << 16)}},
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-        written.append(out / f"{name}.onnx")
-    return [*written, *_graph_files(clip, out)]
-
-
-def _graph_files(clip: Pretrained, out: Path) -> list[Path]:
-    """What a user of the graphs needs beside them: the tokenizer, and how pixels and scores are made."""
-    how = clip.model.config.conventions
-    about = {
-        "image_size": clip.model.config.image_size,
-        "resize": how.image_resize,
-        "interpolation": how.image_interpolation,
-        "context_length": clip.model.config.context_length,
-        "end_id": clip.tokenizer.end_id,
-        "pad_id": how.pad_id,
-        "logit_scale": float(clip.model.logit_scale.detach()),
-        "logit_bias": float(clip.model.logit_bias.detach()),
-    }
-    write_atomically(out / "tokenizer.json", clip.tokenizer.to_json())
-    return [_write_json(out / "clipkit.json", about), out / "tokenizer.json"]
-
-
-# The hub
-
-
-def card(clip: Pretrained, name: str) -> str:
-    """A model card: what it is, how it is used, and what is not known of it is left for its author to say."""
-    config = clip.model.config
-    parameters = sum(p.numel() for p in clip.model.parameters())
-    return f"""---
-library_name: open_clip
-tags: [clip, clipkit, zero-shot-image-classification]
-pipeline_tag: zero-shot-image-classification
----
-# {name}
-
-A CLIP of {parameters / 1e6:.1f} million parameters, exported by clipkit {__version__}.
-
-| | |
-|---|---|
-| image tower | {config.image_tower}, {config.image_size} x {config.image_size} pixels |
-| text tower | {config.text_layers} layers, width {config.text_width}, {config.context_length} tokens |
-| embedding | {config.embed_dim} |
-| activation of the text tower | {config.conventions.text_activation} |
-| logit scale | {float(clip.model.logit_scale.detach()):.2f} |
-
-```python
-import clipkit
-
-clip = clipkit.load("hf-hub:{name}")
-```
-
-Trained on, evaluated on, licence, intended use and limits: to be written by who publishes it.
-"""
-
-
-def push(clip: Pretrained, folder: Path, name: str) -> str:
-    """Write the model card into `folder` and upload it as hub repository `name` -> its address.
-
-    Raises CheckpointError without a network or a login.
-    """
-    from huggingface_hub import HfApi
-
-    if not (folder / "README.md").is_file():
-        write_atomically(folder / "README.md", card(clip, name))
-    try:
-        api = HfApi()
-        api.create_repo(name, exist_ok=True)
-        return str(api.upload_folder(repo_id=name, folder_path=folder))
-    except Exception as error:  # the hub's library lets those of its HTTP library through
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
-        raise CheckpointError(f"cannot push to {name} ({reason}); log in with hf auth login") from None

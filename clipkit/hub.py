@@ -13,10 +13,15 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from clipkit._version import __version__
 from clipkit.errors import CheckpointError, UsageError
+from clipkit.records import write_atomically
 from clipkit.shards import sha256
+
+if TYPE_CHECKING:
+    from clipkit.pretrained import Pretrained
 
 PREFIX = "hf-hub:"
 WEIGHTS = (
@@ -143,3 +148,52 @@ def _check(weights: Path) -> None:
         raise CheckpointError(
             f"{weights} came damaged: its sha256 is {digest[:12]}, not {blob.name[:12]}; fetch it again"
         )
+
+
+def card(clip: Pretrained, name: str) -> str:
+    """A model card: what it is, how it is used, and what is not known of it is left for its author to say."""
+    config = clip.model.config
+    parameters = sum(p.numel() for p in clip.model.parameters())
+    return f"""---
+library_name: open_clip
+tags: [clip, clipkit, zero-shot-image-classification]
+pipeline_tag: zero-shot-image-classification
+---
+# {name}
+
+A CLIP of {parameters / 1e6:.1f} million parameters, exported by clipkit {__version__}.
+
+| | |
+|---|---|
+| image tower | {config.image_tower}, {config.image_size} x {config.image_size} pixels |
+| text tower | {config.text_layers} layers, width {config.text_width}, {config.context_length} tokens |
+| embedding | {config.embed_dim} |
+| activation of the text tower | {config.conventions.text_activation} |
+| logit scale | {float(clip.model.logit_scale.detach()):.2f} |
+
+```python
+import clipkit
+
+clip = clipkit.load("hf-hub:{name}")
+```
+
+Trained on, evaluated on, licence, intended use and limits: to be written by who publishes it.
+"""
+
+
+def push(clip: Pretrained, folder: Path, name: str) -> str:
+    """Write the model card into `folder` and upload it as hub repository `name` -> its address.
+
+    Raises CheckpointError without a network or a login.
+    """
+    from huggingface_hub import HfApi
+
+    if not (folder / "README.md").is_file():
+        write_atomically(folder / "README.md", card(clip, name))
+    try:
+        api = HfApi()
+        api.create_repo(name, exist_ok=True)
+        return str(api.upload_folder(repo_id=name, folder_path=folder))
+    except Exception as error:  # the hub's library lets those of its HTTP library through
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+        raise CheckpointError(f"cannot push to {name} ({reason}); log in with hf auth login") from None

@@ -1,0 +1,151 @@
+"""zeroshot, retrieval, probe: how good a model is on a data set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from clipkit.commands.given import MODEL_HELP, read_class_list, read_class_names, read_templates
+from clipkit.errors import UsageError
+
+
+@click.command()
+@click.option("--model", "models", required=True, multiple=True, help=MODEL_HELP)
+@click.option(
+    "--dataset", "datasets", required=True, multiple=True, help="A name, or folder:, tar:, csv:, shards:, wds:."
+)
+@click.option(
+    "--classnames", type=click.Path(path_type=Path), help="JSON list (a name or names per class), or text file."
+)
+@click.option("--templates", help='"one", "7", "80" (those for ImageNet), or a text file, one template with {} a line.')
+@click.option("--descriptions", type=click.Path(path_type=Path), help="JSON: class -> sentences, as further prompts.")
+@click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
+@click.option("--download", is_flag=True, help="Fetch a named data set into --data-dir if it is not there.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that decode.")
+@click.option("--report", type=click.Path(path_type=Path), help="Also write a page with confusions into this folder.")
+@click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout (a list for several results).")
+def zeroshot(
+    models: tuple[str, ...],
+    datasets: tuple[str, ...],
+    classnames: Path | None,
+    templates: str | None,
+    descriptions: Path | None,
+    data_dir: Path,
+    download: bool,
+    batch_size: int,
+    workers: int,
+    report: Path | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Classify data sets without training on them.
+
+    \b
+    A data set is one of these names, or
+      folder:DIR, tar:FILE   <class>/<image>
+      csv:FILE               columns image,label; labels joined by | make it multi-label
+      shards:DIR             a pack with classes
+      wds:DIR                a webdataset as CLIP_benchmark publishes them
+    Names: cifar10 cifar100 fashion-mnist mnist svhn stl10 oxford-pets flowers102 food101 dtd eurosat gtsrb caltech101
+    fgvc-aircraft stanford-cars sun397 imagenet imagenet-v2 imagenet-r imagenet-a imagenet-sketch
+
+    --model and --dataset may be repeated. Scores are fractions. Under torchrun the ranks share the images.
+
+    \b
+    Examples:
+      clipkit zeroshot --model runs/clip --dataset cifar100 --download
+      clipkit zeroshot --model runs/clip --dataset folder:photos --report report
+      clipkit zeroshot --model ViT-B-32/laion2b_s34b_b79k --dataset cifar10 --json
+    """
+    from clipkit import distributed
+    from clipkit.zeroshot import evaluation, heads
+    from clipkit.zeroshot.datasets import open_set
+    from clipkit.zeroshot.report import write_report
+
+    sets = [open_set(name, data_dir, download) for name in datasets]
+    prompts = evaluation.Prompts(
+        classes=read_class_list(classnames, sets[0].classes) if classnames else None,
+        templates=read_templates(templates, heads.ensembles()) if templates else None,
+        descriptions=read_class_names(descriptions) if descriptions else None,
+    )
+    with distributed.process_group(distributed.choose_device(device)):
+        results = evaluation.evaluate_all(
+            models, sets, prompts, device, batch_size=batch_size, workers=workers, cache=heads.CACHE
+        )
+        if distributed.rank():
+            return
+    if report is not None:
+        page = write_report(results, report)
+        click.echo(f"{page}", err=True)
+    if as_json:
+        found = [result.as_dict() for result in results]
+        click.echo(json.dumps(found[0] if len(found) == 1 else found))
+    else:
+        click.echo(evaluation.table(results))
+
+
+@click.command()
+@click.option("--model", required=True, help=MODEL_HELP)
+@click.option("--shards", required=True, help="A pack with captions (clipkit pack).")
+@click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def retrieval(model: str, shards: str, device: str, as_json: bool) -> None:
+    """Recall@1, 5 and 10 of a pack's captions by its images, and the other way round.
+
+    \b
+    Example:
+      clipkit retrieval --model runs/clip --shards packs/emoji-val
+    """
+    from clipkit.pretrained import load
+    from clipkit.shards import Shards
+    from clipkit.zeroshot import retrieval as room
+
+    clip = load(model, device)
+    found = {"shards": shards, "model": model, **room.evaluate(clip.model, clip.tokenizer, Shards(shards))}
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    click.echo(f"{shards}: {found['n']} images, {found['texts']} captions")
+    for way in ("image_to_text", "text_to_image"):
+        scores = "   ".join(f"recall@{k} {found[f'{way}_recall@{k}']:.2%}" for k in (1, 5, 10))
+        click.echo(f"{way.replace('_', ' ')}   {scores}")
+
+
+@click.command()
+@click.option("--model", required=True, help=MODEL_HELP)
+@click.option("--train", required=True, help="A data set as zeroshot takes it: folder:DIR, shards:DIR ...")
+@click.option("--test", required=True, help="The same, to count on.")
+@click.option("--shots", type=click.IntRange(min=0), default=0, show_default=True, help="Images a class; 0 is all.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Draws the shots.")
+@click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that decode.")
+@click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def probe(model: str, train: str, test: str, shots: int, seed: int, workers: int, device: str, as_json: bool) -> None:
+    """Fit a linear classifier on frozen image features: a linear probe, or a few-shot one.
+
+    \b
+    Example:
+      clipkit probe --model runs/clip --train folder:photos/train --test folder:photos/test --shots 16
+    """
+    import dataclasses
+
+    from clipkit.pretrained import load
+    from clipkit.zeroshot import probe as room
+    from clipkit.zeroshot.datasets import open_set
+
+    sets = [open_set(name, Path("data")) for name in (train, test)]
+    if list(sets[0].classes) != list(sets[1].classes):
+        counts = f"{len(sets[0].classes)} and {len(sets[1].classes)}"
+        raise UsageError(f"{train} and {test} must have the same classes; they have {counts}")
+    clip = load(model, device)
+    known, unknown = (room.features(clip.model, images, workers=workers) for images in sets)
+    found = room.probe(known, unknown, len(sets[0].classes), shots, seed)
+    if as_json:
+        click.echo(json.dumps({"model": model, **dataclasses.asdict(found)}))
+        return
+    click.echo(f"{found.train} training images, {found.test} test images, {found.classes} classes, C = {found.C:g}")
+    click.echo(f"accuracy {found.accuracy:.2%}   on the validation part {found.validation_accuracy:.2%}")

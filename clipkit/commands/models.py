@@ -1,0 +1,69 @@
+"""models, export: other people's weights in, ours out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from clipkit.errors import UsageError
+
+
+@click.command()
+@click.argument("pattern", default="")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, name to hub repository.")
+def models(pattern: str, as_json: bool) -> None:
+    """List published models by name; those that contain PATTERN.
+
+    Wherever a command takes --model, it takes one of these names, which is fetched from the Hugging Face hub once;
+    "hf-hub:organisation/name"; a folder with open_clip_config.json, or of transformers' CLIP or SigLIP; a file of
+    OpenAI's; or the folder of a run.
+
+    \b
+    Example:
+      clipkit models ViT-B-32
+    """
+    from clipkit import hub
+
+    found = {name: published.repository for name, published in hub.known().items() if pattern.lower() in name.lower()}
+    if not found:
+        raise UsageError(f"no published model has {pattern!r} in its name; `clipkit models` lists them all")
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    width = max(map(len, found))
+    for name, repository in found.items():
+        click.echo(f"{name:{width}}  {repository}")
+
+
+@click.command()
+@click.option("--model", required=True, help="A run's folder, other people's weights, or a published name.")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["open_clip", "transformers", "onnx", "torch"]),
+    default="open_clip",
+    show_default=True,
+)
+@click.option("--push", help="Also upload OUT as this hub repository, organisation/name, with a model card.")
+def export(model: str, out: Path, form: str, push: str | None) -> None:
+    """Write a model for other libraries.
+
+    open_clip and transformers read their folders with equal features; onnx and torch write two graphs, from uint8
+    pixels and from token ids to unit vectors.
+
+    \b
+    Example:
+      clipkit export --model runs/clip exported/clip --format onnx
+    """
+    from clipkit import export as room
+    from clipkit import hub
+    from clipkit.pretrained import load
+
+    clip = load(model, "cpu")
+    for path in room.export(clip, out, form):
+        click.echo(f"{path}")
+    if push is not None:
+        click.echo(hub.push(clip, out, push))

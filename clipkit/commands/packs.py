@@ -1,0 +1,135 @@
+"""pack, verify, inspect: from images and captions to shards, and a look into them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from clipkit.commands.given import read_class_names, read_lines
+from clipkit.errors import UsageError
+
+
+@click.command()
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--classnames", type=click.Path(path_type=Path), help="JSON: class folder -> list of names, or name.")
+@click.option("--templates", type=click.Path(path_type=Path), help="Text file, one caption template with {} a line.")
+@click.option("--csv", "table", type=click.Path(path_type=Path), help="CSV with the columns image,caption.")
+@click.option("--shard-size", type=click.IntRange(min=1), default=10_000, show_default=True, help="Samples a shard.")
+@click.option("--holdout", type=click.IntRange(min=0), default=0, help="Samples set aside in OUT-val.")
+@click.option(
+    "--resize", type=click.IntRange(min=0), default=0, help="Reduce the shorter side of larger images to this."
+)
+@click.option("--encode", type=click.Choice(["jpeg", "png", "webp"]), help="Encode the images anew.")
+@click.option("--quality", type=click.IntRange(1, 100), default=90, show_default=True, help="Of new JPEG and WebP.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Decides captions and drawings.")
+@click.option("--split", default="train", show_default=True, help="drawings: train, val or heldout.")
+@click.option("--count", type=int, default=12_000, show_default=True, help="drawings: how many.")
+@click.option("--size", type=click.IntRange(min=8), default=24, show_default=True, help="drawings: pixels.")
+def pack(
+    source: str,
+    out: Path,
+    classnames: Path | None,
+    templates: Path | None,
+    table: Path | None,
+    shard_size: int,
+    holdout: int,
+    resize: int,
+    encode: str | None,
+    quality: int,
+    seed: int,
+    split: str,
+    count: int,
+    size: int,
+) -> None:
+    """Pack captioned images into webdataset shards with an index.
+
+    SOURCE is a folder or tar laid out <class>/<image>, or a folder or tar of images with --csv, or the word
+    "drawings" for the embedded data set. Images are kept byte for byte unless --resize or --encode says otherwise.
+    Interrupted, the same command goes on after the last whole shard.
+
+    \b
+    Examples:
+      clipkit pack photos/ packs/photos --classnames names.json
+      clipkit pack emoji.tar.xz packs/emoji --csv captions.csv --holdout 500
+      clipkit pack drawings packs/drawings --count 20000
+    """
+    from clipkit import sources
+    from clipkit.pack import Encoding
+    from clipkit.pack import pack as write
+
+    if source == "drawings":
+        data = sources.drawings_source(split, count, size, seed)
+    elif not Path(source).exists():
+        raise UsageError(f'no folder or tar at {source} (the embedded data set is called "drawings")')
+    elif table is not None:
+        data = sources.csv_source(table, Path(source))
+    else:
+        lines = read_lines(templates) if templates else sources.DEFAULT_TEMPLATES
+        data = sources.class_source(Path(source), read_class_names(classnames) if classnames else None, lines, seed)
+    index = write(data, out, shard_size, holdout, Encoding(resize, encode or "", quality))
+    skipped = ", ".join(f"{n} {reason}" for reason, n in index["skipped"].items()) or "none"
+    click.echo(f"{out}: {index['samples']} samples in {len(index['shards'])} shards; skipped: {skipped}")
+
+
+@click.command()
+@click.argument("shards")
+@click.option("--samples", type=click.IntRange(min=0), default=16, show_default=True, help="Decoded of each shard.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def verify(shards: str, samples: int, as_json: bool) -> None:
+    """Check a pack: sizes, hashes and structure of all shards, and whether some of the images decode.
+
+    SHARDS is a folder made by `clipkit pack`, or the URL of one. Exit code 1 when something is wrong.
+
+    \b
+    Example:
+      clipkit verify packs/photos
+    """
+    import dataclasses
+
+    from clipkit import inspection
+
+    report = inspection.verify(shards, samples)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(report)))
+    else:
+        click.echo(f"{report.source}: {report.samples} samples in {report.shards} shards")
+        for name, count in report.skipped.items():
+            click.echo(f"  skipped when packed: {count} {name}")
+        for name, problem in report.damaged.items():
+            click.echo(f"  {name}: {problem}")
+        for reason, count in report.bad.items():
+            click.echo(f"  {count} of {report.decoded} decoded samples: {reason}")
+        good = f"sound: every hash is right, {report.decoded} samples decoded"
+        click.echo(
+            f"{len(report.damaged)} damaged shards" if report.damaged else good if not report.bad else "not sound"
+        )
+    if report.damaged or report.bad:
+        sys.exit(1)
+
+
+@click.command()
+@click.argument("shards")
+@click.option("-n", "--n", "count", type=click.IntRange(min=1), default=16, show_default=True, help="Samples shown.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Decides which.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("sheet.png"), show_default=True)
+def inspect(shards: str, count: int, seed: int, out: Path) -> None:
+    """Show random samples of a pack with their captions, as a PNG.
+
+    \b
+    Example:
+      clipkit inspect packs/photos -n 16 --out sheet.png
+    """
+    from clipkit.inspection import sheet
+    from clipkit.shards import Shards
+
+    picture = sheet(Shards(shards, verify=False), count, seed)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(out, "PNG")
+    except OSError as error:
+        raise UsageError(f"cannot write {out}: {error.strerror or error}") from None
+    click.echo(f"{out}: {count} samples of {shards}")
