@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipkit.guidance.dit import DiT, DiTConfig
@@ -34,10 +35,14 @@ Denoise = Callable[[Tensor, Tensor], Prediction]
 class DiffusionConfig:
     """The forward process and what the network predicts."""
 
-    schedule: Literal["linear", "cosine"] = "cosine"
+    schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid", "flow", "edm"] = "cosine"
     """Noise schedule that training times are drawn from."""
-    prediction: Literal["eps", "x0", "v"] = "v"
+    prediction: Literal["eps", "x0", "v", "flow", "edm"] = "v"
     """What the network's output means; x0 suits flat drawings, v photographs."""
+    weight: Literal["simple", "min_snr", "p2"] = "simple"
+    """What noise levels weigh in the loss: "simple" the same, "min_snr" and "p2" less where there is little noise."""
+    loss: Literal["l2", "l1", "huber"] = "l2"
+    """Distance of the network's output from what it should be."""
 
 
 def from_x0(x: Tensor, x0: Tensor, lam: Tensor) -> Prediction:
@@ -46,20 +51,78 @@ def from_x0(x: Tensor, x0: Tensor, lam: Tensor) -> Prediction:
 
 
 def from_output(kind: str, output: Tensor, x: Tensor, lam: Tensor) -> Prediction:
-    """A network's output -> the pair. "v" is a eps - s x0 (Salimans & Ho 2022, arXiv 2202.00512, appendix D)."""
+    """A network's output -> the pair.
+
+    "v" is a eps - s x0 (Salimans & Ho 2022, arXiv 2202.00512, appendix D). "flow" is eps - x0, the velocity of a
+    rectified flow (Liu et al. 2022, arXiv 2209.03003). "edm" is (x0 - c_skip x / a) / c_out, for data of standard
+    deviation 1/2 (Karras et al. 2022, arXiv 2206.00364, equation 7).
+    """
     a, s = expand(alpha(lam), x), expand(sigma(lam), x)
     if kind == "x0":
         return from_x0(x, output, lam)
     if kind == "v":
         return Prediction(a * x - s * output, s * x + a * output)
+    if kind == "flow":
+        return Prediction((x - s * output) / (a + s), (x + a * output) / (a + s))
+    if kind == "edm":
+        c_skip, c_out = _edm(a, s)
+        return from_x0(x, c_skip * x / a + c_out * output, lam)
     return Prediction((x - s * output) / a, output)
+
+
+_DATA_STD = 0.5
+
+
+def _edm(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """c_skip and c_out at sigma = s / a."""
+    norm = (s / a) ** 2 + _DATA_STD**2
+    return _DATA_STD**2 / norm, (s / a) * _DATA_STD / norm.sqrt()
 
 
 def target(kind: str, x0: Tensor, eps: Tensor, lam: Tensor) -> Tensor:
     """What the network should output for x_t = a x0 + s eps."""
+    a, s = expand(alpha(lam), x0), expand(sigma(lam), x0)
     if kind == "v":
-        return expand(alpha(lam), x0) * eps - expand(sigma(lam), x0) * x0
+        return a * eps - s * x0
+    if kind == "flow":
+        return eps - x0
+    if kind == "edm":
+        c_skip, c_out = _edm(a, s)
+        return (x0 - c_skip * (x0 + s / a * eps)) / c_out
     return x0 if kind == "x0" else eps
+
+
+def loss_weight(config: DiffusionConfig, lam: Tensor) -> Tensor:
+    """What the squared error of the network's output weighs at each lambda [B] -> [B].
+
+    In terms of x0's error, "min_snr" is min(SNR, 5) (Hang et al. 2023, arXiv 2303.09556, section 3.4) and "p2" is
+    SNR / (1 + SNR) (Choi et al. 2022, arXiv 2204.00227, equation 8, k = gamma = 1), whatever is predicted.
+    """
+    snr = lam.exp()
+    if config.weight == "simple":
+        return torch.ones_like(snr)
+    a, s = alpha(lam), sigma(lam)
+    # Squared error of the output over that of x0.
+    share = {
+        "x0": torch.ones_like(snr),
+        "eps": snr,
+        "v": snr + 1,
+        "flow": ((a + s) / s) ** 2,
+        "edm": _edm(a, s)[1] ** -2,
+    }
+    wanted = snr.clamp(max=5) if config.weight == "min_snr" else snr / (1 + snr)
+    return wanted / share[config.prediction]
+
+
+def loss_of(config: DiffusionConfig, output: Tensor, wanted: Tensor, lam: Tensor) -> Tensor:
+    """Each image's weighted loss, [B], of outputs [B, ...]."""
+    if config.loss == "l2":
+        errors = F.mse_loss(output, wanted, reduction="none")
+    elif config.loss == "l1":
+        errors = F.l1_loss(output, wanted, reduction="none")
+    else:
+        errors = F.huber_loss(output, wanted, reduction="none")
+    return errors.flatten(1).mean(dim=1) * loss_weight(config, lam)
 
 
 class Denoiser(nn.Module):
@@ -73,6 +136,9 @@ class Denoiser(nn.Module):
 
     def output(self, x: Tensor, lam: Tensor) -> Tensor:
         """The raw network: x [B, 3, S, S], lam [B] -> [B, 3, S, S]."""
+        if self.diffusion.prediction == "edm":  # c_in of equation 7, for x / a: unit variance at every lambda
+            variance = (alpha(lam) * _DATA_STD) ** 2 + sigma(lam) ** 2
+            x = x / expand(variance.sqrt(), x)
         raw: Tensor = self.network(x, lam)
         return raw
 

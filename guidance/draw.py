@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -21,18 +21,44 @@ from clipkit.errors import UsageError, did_you_mean
 from clipkit.guidance import samplers
 from clipkit.guidance.denoiser import Denoise, Denoiser, DiffusionConfig, NetworkConfig, clipped
 from clipkit.guidance.dit import DiTConfig
-from clipkit.guidance.guiders import score_shift
+from clipkit.guidance.guiders import inpaint, like, score_shift
 from clipkit.guidance.noisy_clip import NoisyCLIP
-from clipkit.guidance.schedule import karras, leading, log_snr
+from clipkit.guidance.schedule import Spacing, add_noise, karras, log_snr, spaced
 from clipkit.guidance.unet import UNetConfig
-from clipkit.images import to_image
+from clipkit.images import preprocess, to_image
 from clipkit.model import CLIP, CLIPConfig
 from clipkit.pretrained import Pretrained, find, load, load_weights
 from clipkit.records import progress
 from clipkit.tokenizer import Tokenizer
 
-SAMPLERS = {"dpmpp-2m": samplers.dpmpp_2m, "ddim": samplers.ddim, "ddpm": samplers.ddpm}
+SAMPLERS = {
+    "dpmpp-2m": samplers.dpmpp_2m,
+    "dpmpp-2m-sde": samplers.dpmpp_2m_sde,
+    "dpmpp-2s": samplers.dpmpp_2s,
+    "heun": samplers.heun,
+    "unipc": samplers.unipc,
+    "ddim": samplers.ddim,
+    "ddpm": samplers.ddpm,
+}
+SPACINGS = ("karras", "linspace", "leading", "trailing")
 DEFAULT_SCALE = 10.0
+
+
+@dataclass(frozen=True)
+class Start:
+    """A picture to begin with, [1 or N, 3, S, S] in [-1, 1].
+
+    With `mask` [1, 1, S, S] it stays where the mask is 0. `strength` in (0, 1] is the share of the steps that is taken:
+    1 forgets the picture but for the mask.
+    """
+
+    image: Tensor
+    strength: float = 1.0
+    mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.strength <= 1:
+            raise UsageError(f"strength is {self.strength}; it must be above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -77,11 +103,16 @@ class Studio:
         sampler: str = "dpmpp-2m",
         negative: Sequence[str] = (),
         seed: int = 0,
+        spacing: str = "",
+        start: Start | None = None,
+        reference: Tensor | None = None,
     ) -> Drawn:
         """Draw `n` pictures of `prompt` in `steps` steps.
 
         The guide maximises log p(prompt | x_t) among the caption bank, and log p(none of `negative` | x_t), each times
-        `scale`. Raises UsageError for an empty prompt, n or steps below 1, or an unknown sampler.
+        `scale`. `reference` [1, 3, S, S] in [-1, 1] gives the coarse shape. `spacing` of the steps is by default
+        "karras", "linspace" for ddim and ddpm. Raises UsageError for an empty prompt, n or steps below 1, more steps
+        than the schedule has levels, or an unknown sampler or spacing.
         """
         if not prompt.strip() or not all(text.strip() for text in negative):
             raise UsageError("the prompt is empty; say what to draw")
@@ -89,11 +120,17 @@ class Studio:
             raise UsageError(f"n is {n} and steps is {steps}; both must be at least 1")
         if sampler not in SAMPLERS:
             raise UsageError(f"unknown sampler {sampler!r}; {did_you_mean(sampler, SAMPLERS)}")
+        spacing = spacing or ("linspace" if sampler in ("ddim", "ddpm") else "karras")
         scale = DEFAULT_SCALE if scale is None else scale
-        denoise = clipped(self.guided(prompt, negative, scale))
-        images, trajectory = self._sample(denoise, n, steps, sampler, seed)
+        denoise = self.guided(prompt, negative, scale)
+        if reference is not None:
+            denoise = like(reference, factor=_coarse(self.denoiser.image_size), until=0.0)(denoise)
+        denoise = clipped(denoise)
+        if start is not None and start.mask is not None:
+            denoise = inpaint(start.image, start.mask)(denoise)
+        images, trajectory = self._sample(denoise, n, self._lambdas(steps, spacing), sampler, seed, start)
         about = {"prompt": prompt, "negative": list(negative), "scale": scale, "seed": seed, "n": n, "steps": steps}
-        about |= {"sampler": sampler, "clipkit": __version__}
+        about |= {"sampler": sampler, "spacing": spacing, "clipkit": __version__}
         return Drawn(images, trajectory, self.score(images, prompt), about)
 
     @torch.no_grad()
@@ -110,19 +147,27 @@ class Studio:
     def _embed(self, texts: list[str]) -> Tensor:
         return self.guide.encode_text(self.tokenizer(texts))
 
-    @torch.no_grad()
-    def _sample(self, denoise: Denoise, n: int, steps: int, sampler: str, seed: int) -> tuple[Tensor, list[Tensor]]:
+    def _lambdas(self, steps: int, spacing: str) -> Tensor:
         low, high = self.denoiser.range()
-        if sampler == "dpmpp-2m":
-            lambdas = karras(low, high, steps)
-        else:
-            lambdas = leading(log_snr(self.denoiser.diffusion.schedule).clamp(low, high), steps)
+        if spacing == "karras":
+            return karras(low, high, steps)
+        if spacing not in SPACINGS:
+            raise UsageError(f"unknown spacing {spacing!r}; {did_you_mean(spacing, SPACINGS)}")
+        return spaced(log_snr(self.denoiser.diffusion.schedule).clamp(low, high), steps, cast(Spacing, spacing))
+
+    @torch.no_grad()
+    def _sample(
+        self, denoise: Denoise, n: int, lambdas: Tensor, sampler: str, seed: int, start: Start | None
+    ) -> tuple[Tensor, list[Tensor]]:
         generator = torch.Generator().manual_seed(seed)
         size = self.denoiser.image_size
         device = next(self.denoiser.parameters()).device
         x = torch.randn(n, 3, size, size, generator=generator).to(device)
+        if start is not None and start.strength < 1:
+            lambdas = lambdas[min(len(lambdas) - 1, round((1 - start.strength) * len(lambdas))) :]
+            x = add_noise(start.image.to(device).expand_as(x), x, lambdas[:1].to(x))
         trajectory: list[Tensor] = []
-        bar = iter(progress(range(steps), steps, "drawing"))
+        bar = iter(progress(range(len(lambdas)), len(lambdas), "drawing"))
 
         def watch(x0: Tensor) -> None:
             trajectory.append(x0.cpu())
@@ -140,6 +185,19 @@ class Studio:
         pixels = torch.stack([self.clip.preprocess(to_image(image)) for image in images]).to(device)
         text = model.encode_text(self.clip.tokenizer(prompt))
         return [round(s, 4) for s in (model.encode_image(pixels) @ text.T)[:, 0].tolist()]
+
+
+def _coarse(size: int) -> int:
+    """Pixels that a reference is averaged over: an eighth of the side, or the largest power of two that divides it."""
+    factor = max(1, size // 8)
+    while size % factor:
+        factor -= 1
+    return factor
+
+
+def picture(image: Image.Image, size: int) -> Tensor:
+    """An image as the denoiser sees one: its middle, [1, 3, size, size] in [-1, 1]."""
+    return preprocess(image, size)[None].float() / 127.5 - 1
 
 
 def load_noisy_clip(path: str | Path) -> tuple[NoisyCLIP, Tokenizer, list[str]]:

@@ -1,5 +1,8 @@
 """Guiders: a guider takes a `Denoise` and returns one, so that guiders compose with each other and every sampler.
 
+By the gradient of a log probability (a noise-aware CLIP or classifier), by the difference to another denoiser
+(classifier-free guidance, autoguidance), by the coarse shape of a picture (ILVR), by a part of one (inpainting).
+
 The score shift: with g = grad_x log p(c | x_t), x0' = x0 + w (s^2 / a) g, which is eps' = eps - w s g (Dhariwal &
 Nichol 2021, arXiv 2105.05233, section 4.2, algorithm 2). With exact p(c | x_t) and w = 1 it is the conditional score.
 """
@@ -9,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from clipkit.errors import UsageError
 from clipkit.guidance.denoiser import Denoise, Prediction, from_x0
 from clipkit.guidance.schedule import alpha, expand, sigma
 
@@ -19,8 +24,21 @@ LogProb = Callable[[Tensor, Tensor], Tensor]
 
 Guider = Callable[[Denoise], Denoise]
 
+Scale = float | Callable[[float], float]
+"""A guidance scale, or one for each lambda; where it is 0, nothing is guided and nothing computed."""
 
-def score_shift(log_prob: LogProb, scale: float) -> Guider:
+
+def _at(scale: Scale, lam: Tensor) -> float:
+    """The scale at this lambda, a scalar or the same for all images."""
+    return scale(float(lam.reshape(-1)[0])) if callable(scale) else scale
+
+
+def between(low: float, high: float, scale: float, outside: float = 0.0) -> Scale:
+    """`scale` for lambdas in [low, high], `outside` beyond (Kynkaanniemi et al. 2024, arXiv 2404.07724)."""
+    return lambda lam: scale if low <= lam <= high else outside
+
+
+def score_shift(log_prob: LogProb, scale: Scale) -> Guider:
     """Guide by the gradient of `log_prob`, times `scale`; scale 0 returns the denoiser itself."""
 
     def guider(denoise: Denoise) -> Denoise:
@@ -28,9 +46,80 @@ def score_shift(log_prob: LogProb, scale: float) -> Guider:
             return denoise
 
         def guided(x: Tensor, lam: Tensor) -> Prediction:
+            strength = _at(scale, lam)
             lam = lam.to(x).expand(len(x))
-            shift = scale * expand(sigma(lam) ** 2 / alpha(lam), x)
+            if strength == 0:
+                return denoise(x, lam)
+            shift = strength * expand(sigma(lam) ** 2 / alpha(lam), x)
             return from_x0(x, denoise(x, lam).x0 + shift * gradient(log_prob, x, lam), lam)
+
+        return guided
+
+    return guider
+
+
+def contrast(other: Denoise, scale: Scale, rescale: float = 0.0) -> Guider:
+    """Away from what `other` says: x0' = other + scale (x0 - other); scale 1 returns the denoiser itself.
+
+    Classifier-free guidance when `other` is the same network without its condition (Ho & Salimans 2022, arXiv
+    2207.12598), autoguidance when it is a weaker one (Karras et al. 2024, arXiv 2406.02507). `rescale` in [0, 1] brings
+    the spread of each image's x0 back to what it was (Lin et al. 2023, arXiv 2305.08891, equations 15 and 16).
+    """
+
+    def guider(denoise: Denoise) -> Denoise:
+        if scale == 1:
+            return denoise
+
+        def guided(x: Tensor, lam: Tensor) -> Prediction:
+            strength = _at(scale, lam)
+            lam = lam.to(x).expand(len(x))
+            plain = denoise(x, lam)
+            if strength == 1:
+                return plain
+            away = other(x, lam).x0
+            x0 = away + strength * (plain.x0 - away)
+            if rescale:
+                spread = plain.x0.flatten(1).std(dim=1) / x0.flatten(1).std(dim=1)
+                x0 = x0 * expand(rescale * spread + 1 - rescale, x)
+            return from_x0(x, x0, lam)
+
+        return guided
+
+    return guider
+
+
+def like(reference: Tensor, factor: int, until: float = torch.inf) -> Guider:
+    """Keep the coarse shape of `reference` [B or 1, C, H, W]: x0 + LP(reference) - LP(x0), as long as lambda < `until`.
+
+    Choi et al. 2021 (ILVR, arXiv 2108.02938, equation 8), on x0: there the reference needs no noise. LP averages blocks
+    of factor x factor pixels. Raises UsageError when the sides do not divide by `factor`.
+    """
+    if reference.shape[-1] % factor or reference.shape[-2] % factor:
+        raise UsageError(f"{list(reference.shape[-2:])} pixels do not divide by {factor}; choose another factor")
+
+    def low_pass(x: Tensor) -> Tensor:
+        return F.interpolate(F.avg_pool2d(x, factor), scale_factor=factor, mode="nearest")
+
+    def guider(denoise: Denoise) -> Denoise:
+        def guided(x: Tensor, lam: Tensor) -> Prediction:
+            prediction = denoise(x, lam)
+            if float(lam.reshape(-1)[0]) >= until:
+                return prediction
+            x0 = prediction.x0 + low_pass(reference.to(x)) - low_pass(prediction.x0)
+            return from_x0(x, x0, lam.to(x).expand(len(x)))
+
+        return guided
+
+    return guider
+
+
+def inpaint(image: Tensor, mask: Tensor) -> Guider:
+    """Keep `image` [B or 1, C, H, W] where `mask` [1, 1, H, W] is 0, and draw where it is 1."""
+
+    def guider(denoise: Denoise) -> Denoise:
+        def guided(x: Tensor, lam: Tensor) -> Prediction:
+            x0 = torch.where(mask.to(x.device) > 0.5, denoise(x, lam).x0, image.to(x))
+            return from_x0(x, x0, lam.to(x).expand(len(x)))
 
         return guided
 

@@ -2,6 +2,9 @@
 
 Each takes any `Denoise`, so that every guider composes with every sampler. `lambdas` are float64 on the CPU; the step
 after the last one goes to the clean image. `watch`, if given, is called with each step's x0.
+
+Samplers of other names are these: Euler (Karras et al. 2022), and Euler for a rectified flow, follow the same straight
+line between x0 and eps as DDIM; Euler ancestral is DDIM with eta = 1, and so is DDPM with the posterior's variance.
 """
 
 from __future__ import annotations
@@ -27,6 +30,10 @@ class _Level(NamedTuple):
     s: float
 
 
+def _level(lam: float) -> _Level:
+    return _Level(lam, math.sqrt(1 / (1 + math.exp(-lam))), math.sqrt(1 / (1 + math.exp(lam))))
+
+
 _Step = Callable[[Tensor, Prediction, _Level, _Level], Tensor]
 """(x, what the denoiser says of it, its level, the next level) -> x at the next level."""
 
@@ -36,8 +43,7 @@ def _walk(denoise: Denoise, x: Tensor, lambdas: Tensor, watch: Watch | None, ste
 
     Every first-order rule agrees on that last jump: nothing is left of x when the noise is gone.
     """
-    a, s = torch.sigmoid(lambdas.double()).sqrt(), torch.sigmoid(-lambdas.double()).sqrt()
-    levels = [_Level(*level) for level in zip(lambdas.tolist(), a.tolist(), s.tolist(), strict=True)]
+    levels = [_level(lam) for lam in lambdas.tolist()]
 
     def look(x: Tensor, level: _Level) -> Prediction:
         prediction = denoise(x, torch.tensor(level.lam))
@@ -120,3 +126,122 @@ def dpmpp_2m(
         return (there.s / here.s) * x - there.a * math.expm1(-h) * d
 
     return _walk(denoise, x, lambdas, watch, step)
+
+
+def dpmpp_2m_sde(
+    denoise: Denoise,
+    x: Tensor,
+    lambdas: Tensor,
+    generator: torch.Generator | None = None,
+    watch: Watch | None = None,
+) -> Tensor:
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, section 5): 2M with the noise of the reverse SDE."""
+    previous: list[tuple[Tensor, float]] = []
+
+    def step(x: Tensor, prediction: Prediction, here: _Level, there: _Level) -> Tensor:
+        h, d = (there.lam - here.lam) / 2, prediction.x0
+        if previous:
+            before, h_before = previous.pop()
+            d = d + (d - before) * (h / (2 * h_before))
+        previous.append((prediction.x0, h))
+        mean = there.s / here.s * math.exp(-h) * x - there.a * math.expm1(-2 * h) * d
+        return mean + there.s * math.sqrt(-math.expm1(-2 * h)) * _noise(x, generator)
+
+    return _walk(denoise, x, lambdas, watch, step)
+
+
+def dpmpp_2s(
+    denoise: Denoise,
+    x: Tensor,
+    lambdas: Tensor,
+    generator: torch.Generator | None = None,
+    watch: Watch | None = None,
+) -> Tensor:
+    """DPM-Solver++(2S) (Lu et al. 2022, arXiv 2211.01095, algorithm 1, r = 1/2): second order without a history.
+
+    It asks the denoiser twice a step, the second time in the middle of it.
+    """
+
+    def step(x: Tensor, prediction: Prediction, here: _Level, there: _Level) -> Tensor:
+        h = (there.lam - here.lam) / 2
+        middle = _level((here.lam + there.lam) / 2)
+        u = middle.s / here.s * x - middle.a * math.expm1(-h / 2) * prediction.x0
+        d = denoise(u, torch.tensor(middle.lam)).x0
+        return there.s / here.s * x - there.a * math.expm1(-h) * d
+
+    return _walk(denoise, x, lambdas, watch, step)
+
+
+def heun(
+    denoise: Denoise,
+    x: Tensor,
+    lambdas: Tensor,
+    generator: torch.Generator | None = None,
+    watch: Watch | None = None,
+) -> Tensor:
+    """Heun's method on d(x / a) / d(s / a) = eps (Karras et al. 2022, arXiv 2206.00364, algorithm 1 without churn).
+
+    Second order; it asks the denoiser twice a step, the second time where the first takes it.
+    """
+
+    def step(x: Tensor, prediction: Prediction, here: _Level, there: _Level) -> Tensor:
+        ratio, distance = there.a / here.a, there.a * (there.s / there.a - here.s / here.a)
+        first = ratio * x + distance * prediction.eps
+        eps = denoise(first, torch.tensor(there.lam)).eps
+        return ratio * x + distance * (prediction.eps + eps) / 2
+
+    return _walk(denoise, x, lambdas, watch, step)
+
+
+def unipc(
+    denoise: Denoise,
+    x: Tensor,
+    lambdas: Tensor,
+    generator: torch.Generator | None = None,
+    watch: Watch | None = None,
+) -> Tensor:
+    """UniPC of order 2, B(h) = e^h - 1, on x0 (Zhao et al. 2023, arXiv 2302.04867, algorithms 5 and 6).
+
+    What the denoiser says at the end of a step corrects that step, at no cost, before the next one is predicted.
+    """
+    last: list[_Past] = []
+
+    def step(x: Tensor, prediction: Prediction, here: _Level, there: _Level) -> Tensor:
+        if last:
+            x = _corrected(last[-1], last[-2] if len(last) > 1 else None, here, prediction.x0)
+        h = (there.lam - here.lam) / 2
+        base = there.s / here.s * x - there.a * math.expm1(-h) * prediction.x0
+        if last:
+            r = (last[-1].level.lam - here.lam) / 2 / h
+            slope = (last[-1].x0 - prediction.x0) / r
+            base = base - there.a * math.expm1(-h) * slope / 2
+        last.append(_Past(x, here, prediction.x0))
+        del last[:-2]
+        return base
+
+    return _walk(denoise, x, lambdas, watch, step)
+
+
+class _Past(NamedTuple):
+    """Where a step began: x, its level, and the x0 that the denoiser gave there."""
+
+    x: Tensor
+    level: _Level
+    x0: Tensor
+
+
+def _corrected(start: _Past, before: _Past | None, here: _Level, x0: Tensor) -> Tensor:
+    """The step from `start` to `here` again, now that the denoiser has been asked at its end too."""
+    h = (here.lam - start.level.lam) / 2
+    phi = math.expm1(-h)
+    base = here.s / start.level.s * start.x - here.a * phi * start.x0
+    if before is None:
+        return base - here.a * phi * (x0 - start.x0) / 2
+    # Two differences, r and 1 steps from the start, weighted so that terms of second and third order vanish (eq. 9).
+    r = (before.level.lam - start.level.lam) / 2 / h
+    first = phi / -h - 1
+    b1, b2 = first / phi, 2 * (first / -h - 0.5) / phi
+    rho_end = (b2 - r * b1) / (1 - r)
+    rho_before = b1 - rho_end
+    slope = rho_before * (before.x0 - start.x0) / r + rho_end * (x0 - start.x0)
+    return base - here.a * phi * slope

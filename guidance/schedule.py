@@ -7,35 +7,83 @@ Schedules map time to lambda in float64; samplers walk a list of lambdas and nev
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from clipkit.errors import UsageError
+from clipkit.errors import UsageError, did_you_mean
 
 TIMESTEPS = 1000
+Spacing = Literal["linspace", "leading", "trailing"]
 
 
 def alphas_cumprod(name: str, timesteps: int = TIMESTEPS) -> Tensor:
     """a_t^2 for t = 1 ... T, float64 [T].
 
-    "linear": betas from 1e-4 to 0.02 at T = 1000 (Ho et al. 2020, section 4). "cosine": Nichol & Dhariwal 2021 (arXiv
-    2102.09672), eq. 17, betas clipped at 0.999. Raises UsageError for another name.
+    "linear": betas from 1e-4 to 0.02 at T = 1000 (Ho et al. 2020, section 4). "scaled_linear": their square roots are
+    evenly spaced, from 0.00085 to 0.012 (Rombach et al. 2022, latent diffusion). "cosine": Nichol & Dhariwal 2021
+    (arXiv 2102.09672), eq. 17, betas clipped at 0.999. "sigmoid": Jabri et al. 2022 (arXiv 2212.11972), from -3 to 3.
+    Raises UsageError for another name.
     """
-    if name == "linear":
-        scale = 1000 / timesteps
-        betas = torch.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=torch.float64)
-    elif name == "cosine":
-        t = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
-        f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-        betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-    else:
-        raise UsageError(f"unknown noise schedule {name!r}; known: linear, cosine")
-    return torch.cumprod(1 - betas, dim=0)
+    if name not in _SCHEDULES:
+        raise UsageError(f"unknown noise schedule {name!r}; {did_you_mean(name, _SCHEDULES)}")
+    kept: Tensor = 1 - _SCHEDULES[name](timesteps)
+    return torch.cumprod(kept, dim=0)
+
+
+def _linear(timesteps: int) -> Tensor:
+    scale = 1000 / timesteps
+    return torch.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=torch.float64)
+
+
+def _scaled_linear(timesteps: int) -> Tensor:
+    scale = (1000 / timesteps) ** 0.5
+    return torch.linspace(scale * 0.00085**0.5, scale * 0.012**0.5, timesteps, dtype=torch.float64) ** 2
+
+
+def _cosine(timesteps: int) -> Tensor:
+    t = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+    return _betas(torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2)
+
+
+def _sigmoid(timesteps: int) -> Tensor:
+    t = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+    low, high = torch.tensor([-3.0, 3.0], dtype=torch.float64).sigmoid()
+    return _betas((high - (6 * t - 3).sigmoid()) / (high - low))
+
+
+def _betas(a2: Tensor) -> Tensor:
+    """From a^2 at t = 0 ... T."""
+    return (1 - a2[1:] / a2[:-1]).clamp(max=0.999)
+
+
+_SCHEDULES = {"linear": _linear, "scaled_linear": _scaled_linear, "cosine": _cosine, "sigmoid": _sigmoid}
+
+
+def zero_terminal_snr(a2: Tensor) -> Tensor:
+    """The table of a_t^2 with nothing of the signal left at its end (Lin et al. 2023, arXiv 2305.08891, algorithm 1).
+
+    Its last lambda is -infinity: a network that is to see it must predict v or x0.
+    """
+    a = a2.sqrt()
+    shifted: Tensor = (a - a[-1]) * (a[0] / (a[0] - a[-1]))
+    return shifted.square()
 
 
 def log_snr(name: str, timesteps: int = TIMESTEPS) -> Tensor:
-    """lambda_t for t = 1 ... T, float64 [T], decreasing: log a^2 - log(1 - a^2) without cancellation near t = 0."""
+    """lambda_t for t = 1 ... T, float64 [T], decreasing: log a^2 - log(1 - a^2) without cancellation near t = 0.
+
+    Beside the schedules of `alphas_cumprod`: "flow", the rectified flow's straight lines, x_t = (1 - t) x_0 + t e up to
+    a factor (Liu et al. 2022, arXiv 2209.03003), so that lambda = 2 log((1 - t) / t), at the middles of T steps; "edm",
+    the quantiles of log sigma ~ N(-1.2, 1.2^2), sigma being s / a (Karras et al. 2022, table 1).
+    """
+    middle = (torch.arange(timesteps, dtype=torch.float64) + 0.5) / timesteps
+    if name == "flow":
+        return 2 * torch.log((1 - middle) / middle)
+    if name == "edm":
+        quantiles: Tensor = torch.special.ndtri(middle)
+        return -2 * (-1.2 + 1.2 * quantiles)
     log_a2 = torch.log(alphas_cumprod(name, timesteps))
     return log_a2 - torch.log(-torch.expm1(log_a2))
 
@@ -83,13 +131,17 @@ def karras(low: float, high: float, steps: int, rho: float = 7.0) -> Tensor:
     return -2 * rho * torch.log(first + ramp * (last - first))
 
 
-def leading(table: Tensor, steps: int) -> Tensor:
+def spaced(table: Tensor, steps: int, how: Spacing = "linspace") -> Tensor:
     """`steps` lambdas picked from a schedule's table at equal distances, noisiest first; any count up to the table's.
 
-    The noisiest level is always included, and the rounding keeps every gap within one step of T / steps.
-    Raises UsageError for more steps than levels.
+    "linspace" has both ends of the table, "trailing" the noisiest, "leading" the cleanest (Lin et al. 2023, table 2).
+    Every gap is within one level of T / steps, whether that is a whole number or not. Raises UsageError for more steps
+    than levels.
     """
+    last = len(table) - 1
     if steps > len(table):
         raise UsageError(f"{steps} steps asked for, the schedule has {len(table)} levels; use at most that many")
-    index = torch.linspace(len(table) - 1, 0, steps, dtype=torch.float64).round().long()
-    return table[index]
+    gap = len(table) / steps
+    start, end = {"linspace": (last, 0), "trailing": (last, gap - 1), "leading": (len(table) - gap, 0)}[how]
+    index = torch.linspace(start, end, steps, dtype=torch.float64)
+    return table[index.round().long()]

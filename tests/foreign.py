@@ -43,7 +43,8 @@ CONFIGS = {
     "PE": {
         "embed_dim": 40,
         "custom_text": True,
-        "vision_cfg": {"timm_model_name": "vit_pe_core_tiny_patch16_384", "timm_pool": "map", "timm_proj": None},
+        "vision_cfg": {"timm_model_name": "vit_pe_core_tiny_patch16_384", "timm_pool": "map", "timm_proj": None}
+        | {"image_size": 384},
     },
 }
 

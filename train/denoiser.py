@@ -16,7 +16,7 @@ from torch import Tensor
 from clipkit import distributed
 from clipkit.config import Recipe
 from clipkit.errors import RecipeError
-from clipkit.guidance.denoiser import Denoiser, DiffusionConfig, NetworkConfig, target
+from clipkit.guidance.denoiser import Denoiser, DiffusionConfig, NetworkConfig, loss_of, target
 from clipkit.guidance.dit import DiTConfig
 from clipkit.guidance.schedule import add_noise, sample_log_snr
 from clipkit.guidance.unet import UNetConfig
@@ -47,7 +47,7 @@ class DenoiserRecipe(Recipe):
 
 
 class Denoising(Task):
-    """A denoiser under the simple loss: squared error of what the network predicts (Ho et al. 2020, eq. 14)."""
+    """A denoiser, by default under the simple loss: squared error of what it predicts (Ho et al. 2020, eq. 14)."""
 
     kind = "denoiser"
 
@@ -57,12 +57,12 @@ class Denoising(Task):
         self.model: Denoiser = Denoiser(recipe.network, recipe.diffusion)
 
     def forward(self, batch: Batch) -> Features:
-        """Each image's mean squared error [b], at noise levels stratified over the batch."""
+        """Each image's loss [b], at noise levels stratified over the batch."""
         x0 = batch.images.float() / 127.5 - 1
         config = self.model.diffusion
         lam, eps = sample_log_snr(config.schedule, len(x0)).to(x0.device), torch.randn_like(x0)
         output = self.model.output(add_noise(x0, eps, lam), lam)
-        return ((output - target(config.prediction, x0, eps, lam)).square().mean(dim=(1, 2, 3)),)
+        return (loss_of(config, output, target(config.prediction, x0, eps, lam), lam),)
 
     def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over the images of all ranks."""

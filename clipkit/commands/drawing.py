@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
+
+from clipkit.errors import UsageError
+
+_SAMPLERS = ["dpmpp-2m", "dpmpp-2m-sde", "dpmpp-2s", "heun", "unipc", "ddim", "ddpm"]
+_SPACINGS = ["karras", "linspace", "leading", "trailing"]
 
 
 @click.command("guided-sample")
@@ -14,7 +20,14 @@ import click
 @click.option("--n", type=click.IntRange(min=1), default=16, show_default=True, help="Pictures.")
 @click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True, help="Sampler steps.")
 @click.option("--scale", type=float, default=None, help="Guidance scale; 0 is unguided.  [default: 10]")
-@click.option("--sampler", type=click.Choice(["dpmpp-2m", "ddim", "ddpm"]), default="dpmpp-2m", show_default=True)
+@click.option("--sampler", type=click.Choice(_SAMPLERS), default="dpmpp-2m", show_default=True)
+@click.option("--spacing", type=click.Choice(_SPACINGS), help="Of the steps.  [default: karras; ddim, ddpm: linspace]")
+@click.option("--init", type=click.Path(path_type=Path), help="Begin with this picture; see --strength and --mask.")
+@click.option("--strength", type=float, default=0.6, show_default=True, help="How much of --init is drawn anew.")
+@click.option(
+    "--mask", type=click.Path(path_type=Path), help="Draw where this picture is white, keep --init elsewhere."
+)
+@click.option("--reference", type=click.Path(path_type=Path), help="Keep the coarse shape of this picture.")
 @click.option("--negative", multiple=True, help="What the pictures should not show; may be repeated.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("grid.png"), show_default=True)
@@ -28,6 +41,11 @@ def guided_sample(
     steps: int,
     scale: float | None,
     sampler: str,
+    spacing: str | None,
+    init: Path | None,
+    strength: float,
+    mask: Path | None,
+    reference: Path | None,
     negative: tuple[str, ...],
     seed: int,
     out: Path,
@@ -43,11 +61,24 @@ def guided_sample(
     \b
     Example:
       clipkit guided-sample "a rocket" --model runs/drawings --n 16 --gif rocket.gif
+      clipkit guided-sample "a rocket" --model runs/drawings --init sketch.png --strength 0.7
     """
     from clipkit.guidance.draw import Studio, save_gif, save_grid
 
     studio = Studio.open(model, device)
-    drawn = studio.draw(prompt, n=n, steps=steps, scale=scale, sampler=sampler, negative=negative, seed=seed)
+    start, shape = _pictures(studio.denoiser.image_size, init, strength, mask, reference)
+    drawn = studio.draw(
+        prompt,
+        n=n,
+        steps=steps,
+        scale=scale,
+        sampler=sampler,
+        negative=negative,
+        seed=seed,
+        spacing=spacing or "",
+        start=start,
+        reference=shape,
+    )
     save_grid(drawn, out)
     if gif is not None:
         save_gif(drawn, gif)
@@ -56,3 +87,20 @@ def guided_sample(
         return
     click.echo(f"{out}: {n} x {prompt!r}, guidance scale {drawn.about['scale']:g}, seed {seed}")
     click.echo("CLIP scores: " + " ".join(f"{s:.3f}" for s in drawn.scores))
+
+
+def _pictures(
+    size: int, init: Path | None, strength: float, mask: Path | None, reference: Path | None
+) -> tuple[Any, Any]:
+    """What to start with, and the reference, as the studio takes them."""
+    from clipkit.guidance.draw import Start, picture
+    from clipkit.zeroshot.similarity import read_images
+
+    if mask is not None and init is None:
+        raise UsageError("--mask says what of --init is drawn anew; give --init too")
+    found = {path: picture(read_images([path])[0], size) for path in (init, mask, reference) if path is not None}
+    shape = found[reference] if reference is not None else None
+    if init is None:
+        return None, shape
+    where = (found[mask].mean(dim=1, keepdim=True) > 0).float() if mask is not None else None
+    return Start(found[init], strength, where), shape

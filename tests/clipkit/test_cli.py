@@ -151,6 +151,13 @@ def bad_inputs(chain, packs, tmp):
         "not an image": (1, ["zeroshot", "--model", chain, "--dataset", f"folder:{tmp / 'photos'}"], "not an image"),
         "unknown data set": (2, ["zeroshot", "--model", chain, "--dataset", "cifar11"], "did you mean 'cifar10"),
         "missing data set": (1, ["zeroshot", "--model", chain, "--dataset", "cifar100"], "--download"),
+        "steps beyond the schedule": (
+            2,
+            [*draw, "--sampler", "ddim", "--steps", "1001"],
+            "the schedule has 1000 levels",
+        ),
+        "mask without init": (2, [*draw, "--mask", "x.png"], "give --init too"),
+        "no such start": (1, [*draw, "--init", "x.png"], "cannot read x.png"),
         "empty prompt": (2, ["guided-sample", " ", "--model", chain], "the prompt is empty"),
         "n 0": (2, [*draw, "--n", "0"], "0 is not in the range x>=1"),
         "steps 0": (2, [*draw, "--steps", "0"], "0 is not in the range x>=1"),

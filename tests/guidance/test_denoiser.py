@@ -1,10 +1,21 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from clipkit.errors import RecipeError
-from clipkit.guidance.denoiser import Denoiser, DiffusionConfig, clipped, from_output, target
+from clipkit.guidance.denoiser import (
+    Denoiser,
+    DiffusionConfig,
+    clipped,
+    from_output,
+    from_x0,
+    loss_of,
+    loss_weight,
+    target,
+)
 from clipkit.guidance.dit import DiT, DiTConfig
 from clipkit.guidance.schedule import add_noise
 from clipkit.guidance.unet import UNet, UNetConfig
@@ -14,7 +25,10 @@ SMALL_DIT = DiTConfig(image_size=16, width=32, depth=3, heads=2)
 NETWORKS = pytest.mark.parametrize("make", [lambda: UNet(SMALL), lambda: DiT(SMALL_DIT)], ids=["unet", "dit"])
 
 
-@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
+KINDS = ["eps", "x0", "v", "flow", "edm"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @given(st.floats(-9, 9))
 def test_parametrisations_round_trip(kind, level):
     x0, eps = torch.randn(2, 3, 4, 4).double(), torch.randn(2, 3, 4, 4).double()
@@ -104,3 +118,55 @@ def test_impossible_shapes_are_refused():
         DiTConfig(image_size=30)
     with pytest.raises(RecipeError, match="divide by heads 5"):
         DiTConfig(width=192, heads=5)
+
+
+@pytest.mark.parametrize("weight", ["min_snr", "p2"])
+@given(st.floats(-8, 8))
+def test_a_weighting_is_the_same_whatever_is_predicted(weight, level):
+    """The same error of x0 costs the same."""
+    generator = torch.Generator().manual_seed(0)
+    x0, wrong, x = (torch.randn(1, 3, 4, 4, generator=generator).double() for _ in range(3))
+    lam = torch.tensor([level], dtype=torch.float64)
+    costs = []
+    for kind in KINDS:
+        pair = [from_x0(x, image, lam) for image in (x0, wrong)]
+        outputs = [target(kind, p.x0, p.eps, lam) for p in pair]
+        config = DiffusionConfig(prediction=kind, weight=weight)
+        costs.append(float(loss_of(config, outputs[1], outputs[0], lam)))
+    assert costs == pytest.approx([costs[0]] * len(KINDS), rel=1e-6)
+
+
+def test_weights_are_the_papers():
+    lam = torch.tensor([-2.0, 0.0, 3.0], dtype=torch.float64)
+    snr = lam.exp()
+    weights = {
+        (kind, weight): loss_weight(DiffusionConfig(prediction=kind, weight=weight), lam)
+        for kind in ("eps", "v") for weight in ("min_snr", "p2", "simple")
+    }  # fmt: skip
+    torch.testing.assert_close(weights["eps", "min_snr"], snr.clamp(max=5) / snr)
+    torch.testing.assert_close(weights["v", "min_snr"], snr.clamp(max=5) / (snr + 1))
+    torch.testing.assert_close(weights["eps", "p2"], 1 / (1 + snr))
+    assert weights["v", "simple"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("loss", "expected"), [("l2", 4.0), ("l1", 2.0), ("huber", 1.5)])
+def test_distances(loss, expected):
+    output = torch.full((2, 3, 2, 2), 2.0)
+    found = loss_of(DiffusionConfig(loss=loss), output, torch.zeros_like(output), torch.zeros(2))
+    assert found.tolist() == [expected, expected]
+
+
+def test_edm_preconditioning_is_the_papers():
+    """Table 1 of Karras et al. 2022: c_in, c_skip and c_out at sigma, for x / a."""
+    model = Denoiser(SMALL, DiffusionConfig(prediction="edm"))
+    seen = []
+    model.network.forward = lambda x, lam: seen.append(x) or torch.full_like(x, 0.3)
+    sigma, data = 0.8, 0.5
+    lam = torch.tensor([-2 * math.log(sigma)])
+    a = 1 / (1 + sigma**2) ** 0.5
+    x = torch.randn(1, 3, 16, 16)
+    found = model(x, lam)
+    c_in, norm = 1 / (sigma**2 + data**2) ** 0.5, sigma**2 + data**2
+    torch.testing.assert_close(seen[0], c_in * x / a)
+    wanted = data**2 / norm * x / a + sigma * data / norm**0.5 * 0.3
+    torch.testing.assert_close(found.x0, wanted)

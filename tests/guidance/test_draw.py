@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from clipkit.errors import UsageError
-from clipkit.guidance.draw import Studio, alternatives, grid, save_gif, save_grid
+from clipkit.guidance.draw import SAMPLERS, SPACINGS, Start, Studio, alternatives, grid, picture, save_gif, save_grid
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_guidance_and_negatives_change_the_picture(studio):
     assert not torch.equal(guided, images("a cat", scale=5, negative=["a red cat"]))
 
 
-@pytest.mark.parametrize("sampler", ["dpmpp-2m", "ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_draws(studio, sampler):
     drawn = studio.draw("a cat", n=3, steps=3, sampler=sampler)
     assert drawn.images.shape == (3, 3, 24, 24)
@@ -87,3 +87,40 @@ def test_grid_places_rows_and_columns():
     assert sheet.size == (22, 22)
     assert sheet.getpixel((4, 4)) == (0, 0, 0)
     assert sheet.getpixel((4, 14)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_every_spacing_draws(studio, spacing):
+    assert studio.draw("a cat", n=1, steps=3, spacing=spacing).about["spacing"] == spacing
+
+
+def test_a_start_is_kept_as_far_as_strength_says(studio):
+    image = picture(Image.new("RGB", (30, 40), (200, 30, 30)), studio.denoiser.image_size)
+    assert image.shape == (1, 3, 24, 24)
+    weak, strong = (studio.draw("a cat", n=2, steps=10, start=Start(image, s)) for s in (0.1, 0.9))
+    assert (len(weak.trajectory), len(strong.trajectory)) == (1, 9)
+    distances = [float((drawn.images - image).abs().mean()) for drawn in (weak, strong)]
+    assert distances[0] < distances[1]
+    with pytest.raises(UsageError, match=r"strength is 1\.5; it must be above 0 and at most 1"):
+        Start(image, 1.5)
+
+
+def test_only_the_masked_part_is_drawn(studio):
+    image = picture(Image.new("RGB", (24, 24), (10, 200, 30)), 24)
+    mask = torch.zeros(1, 1, 24, 24)
+    mask[..., 12:] = 1
+    drawn = studio.draw("a cat", n=2, steps=4, start=Start(image, 1.0, mask)).images
+    assert torch.equal(drawn[..., :12], image[..., :12].expand(2, -1, -1, -1))
+    assert not torch.equal(drawn[..., 12:], image[..., 12:].expand(2, -1, -1, -1))
+
+
+def test_a_reference_draws_its_coarse_shape(studio):
+    image = picture(Image.new("RGB", (24, 24), (250, 250, 20)), 24)
+    plain, alike = (studio.draw("a cat", n=2, steps=6, scale=0, reference=r).images for r in (None, image))
+    blocks = [torch.nn.functional.avg_pool2d(x - image, 3).abs().mean() for x in (plain, alike)]
+    assert blocks[1] < blocks[0]
+
+
+@pytest.mark.parametrize("scale", [1e6, -1e6])
+def test_an_absurd_scale_still_makes_finite_pictures(studio, scale):
+    assert studio.draw("a cat", n=1, steps=3, scale=scale).images.isfinite().all()

@@ -1,10 +1,13 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from worlds import Mixture, sliced_w2
 
+from clipkit.errors import UsageError
 from clipkit.guidance import samplers
-from clipkit.guidance.guiders import gradient, score_shift, softmax_log_prob
-from clipkit.guidance.schedule import alpha, karras, leading, log_snr, sigma
+from clipkit.guidance.denoiser import from_x0
+from clipkit.guidance.guiders import between, contrast, gradient, inpaint, like, score_shift, softmax_log_prob
+from clipkit.guidance.schedule import alpha, karras, log_snr, sigma, spaced
 
 N = 8000
 
@@ -38,7 +41,7 @@ def test_ddim_gets_there_with_more_steps():
 
 
 def test_ddpm_takes_guidance_too():
-    assert distance(run(samplers.ddpm, leading(log_snr("cosine").clamp(min=-9), 250))) < 3 * floor()
+    assert distance(run(samplers.ddpm, spaced(log_snr("cosine").clamp(min=-9), 250))) < 3 * floor()
 
 
 def test_unguided_samples_are_of_every_class():
@@ -79,3 +82,78 @@ def test_softmax_takes_out_what_all_texts_share():
     torch.testing.assert_close(softmax_log_prob(similarity + 3.0, tau, 1), log_p)
     torch.testing.assert_close(log_p, torch.log((tau[:, None] * similarity).softmax(1)[:, 0]))
     assert float(softmax_log_prob(similarity, tau, 5).abs().max()) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_scale_may_depend_on_the_noise():
+    world, x = Mixture(), torch.tensor([[0.2, -0.1]], dtype=torch.float64)
+    guided = score_shift(world.log_prob(0), between(-1.0, 1.0, 2.0))(world.denoise)
+    for lam in (-3.0, 0.5, 3.0):
+        level = torch.tensor([lam], dtype=torch.float64)
+        wanted = score_shift(world.log_prob(0), 2.0)(world.denoise) if abs(lam) < 1 else world.denoise
+        torch.testing.assert_close(guided(x, level).x0, wanted(x, level).x0)
+
+
+def conditional(label):
+    """The exact denoiser of one class: its mode is a Gaussian."""
+    world = Mixture()
+
+    def denoise(x, lam):
+        lam = lam.double().expand(len(x))
+        a, s = alpha(lam)[:, None], sigma(lam)[:, None]
+        gain = a * world.std**2 / (a**2 * world.std**2 + s**2)
+        return from_x0(x, world.means[label] + gain * (x - a * world.means[label]), lam)
+
+    return denoise
+
+
+def test_classifier_free_guidance_is_guidance_by_the_exact_classifier():
+    """Bayes: the difference of the conditional and the unconditional score is the classifier's."""
+    world, lam = Mixture(), torch.tensor([0.3, -1.0], dtype=torch.float64)
+    x = torch.randn(2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    free = contrast(world.denoise, 1.8)(conditional(2))(x, lam)
+    torch.testing.assert_close(free.x0, score_shift(world.log_prob(2), 1.8)(world.denoise)(x, lam).x0)
+    assert contrast(world.denoise, 1.0)(world.denoise) == world.denoise
+
+
+def test_rescaling_keeps_the_spread():
+    lam = torch.tensor([0.0])
+    x, wild = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+
+    def plain(x, lam):
+        return from_x0(x, x.clone(), lam)
+
+    other = lambda x, lam: from_x0(x, wild, lam)  # noqa: E731
+    found = contrast(other, 5.0, rescale=1.0)(plain)(x, lam).x0
+    torch.testing.assert_close(found.flatten(1).std(1), x.flatten(1).std(1))
+
+
+def test_a_reference_gives_the_coarse_shape_and_nothing_else():
+    torch.manual_seed(0)
+    reference, x = torch.randn(1, 3, 8, 8), torch.randn(2, 3, 8, 8)
+
+    def plain(x, lam):
+        return from_x0(x, x.clone(), lam)
+
+    found = like(reference, 4)(plain)(x, torch.tensor(-2.0)).x0
+    pooled = F.avg_pool2d(found, 4)
+    torch.testing.assert_close(pooled, F.avg_pool2d(reference, 4).expand_as(pooled))
+    fine = x - F.interpolate(F.avg_pool2d(x, 4), scale_factor=4)
+    torch.testing.assert_close(found - F.interpolate(pooled, scale_factor=4), fine)
+    late = like(reference, 4, until=0.0)(plain)(x, torch.tensor(1.0)).x0
+    assert late.equal(x)
+    with pytest.raises(UsageError, match=r"\[8, 8\] pixels do not divide by 3"):
+        like(reference, 3)
+
+
+@pytest.mark.parametrize("sampler", [samplers.ddim, samplers.dpmpp_2m, samplers.heun, samplers.unipc, samplers.ddpm])
+def test_inpainting_keeps_what_is_not_masked(sampler):
+    torch.manual_seed(0)
+    image, mask = torch.rand(1, 3, 4, 4, dtype=torch.float64), torch.zeros(1, 1, 4, 4)
+    mask[..., :2] = 1
+
+    def plain(x, lam):
+        return from_x0(x, torch.tanh(x), lam.double())
+
+    out = sampler(inpaint(image, mask)(plain), torch.randn(2, 3, 4, 4).double(), karras(-5.0, 8.0, 8))
+    assert out[..., 2:].equal(image[..., 2:].expand(2, -1, -1, -1))
+    assert not out[..., :2].equal(image[..., :2].expand(2, -1, -1, -1))

@@ -5,7 +5,12 @@ import torch
 from worlds import gaussian
 
 from clipkit.guidance import samplers
-from clipkit.guidance.schedule import karras, leading, log_snr
+from clipkit.guidance.schedule import karras, log_snr, spaced
+
+ALL = [
+    *(samplers.ddim, samplers.ddpm, samplers.heun, samplers.unipc),
+    *(samplers.dpmpp_2m, samplers.dpmpp_2m_sde, samplers.dpmpp_2s),
+]
 
 
 def slope(sampler, steps=(20, 40, 80)):
@@ -39,7 +44,7 @@ def test_more_steps_never_get_worse_whether_they_divide_t_or_not(steps):
     """diffusers' DDIM is off by 0.245 at 600 steps on its trailing grid; here it shrinks all the way."""
     denoise, transport = gaussian(0.7, 0.5)
     x = torch.randn(500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    lambdas = leading(log_snr("linear"), steps)
+    lambdas = spaced(log_snr("linear"), steps)
     error = (samplers.ddim(denoise, x, lambdas) - transport(x, float(lambdas[0]))).square().mean().sqrt()
     assert error < 2.5 / steps + 0.004
 
@@ -50,7 +55,7 @@ def test_stochastic_samplers_reach_the_data(sampler, steps):
     denoise, _ = gaussian(0.7, 0.5)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(20_000, generator=generator, dtype=torch.float64)
-    out = sampler(denoise, x, leading(log_snr("linear"), steps), generator)
+    out = sampler(denoise, x, spaced(log_snr("linear"), steps), generator)
     assert float(out.mean()) == pytest.approx(0.7, abs=0.02)
     assert float(out.std()) == pytest.approx(0.5, abs=0.02)
 
@@ -110,7 +115,7 @@ def test_ddpm_equals_diffusers_given_the_same_noise(monkeypatch):
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("sampler", [samplers.ddim, samplers.ddpm, samplers.dpmpp_2m])
+@pytest.mark.parametrize("sampler", ALL)
 def test_watch_sees_every_step_and_ends_on_the_result(sampler):
     denoise, _ = gaussian(0.0, 1.0)
     seen = []
@@ -119,9 +124,109 @@ def test_watch_sees_every_step_and_ends_on_the_result(sampler):
     assert torch.equal(seen[-1], out)
 
 
-@pytest.mark.parametrize("sampler", [samplers.ddim, samplers.ddpm, samplers.dpmpp_2m])
+@pytest.mark.parametrize("sampler", ALL)
 def test_one_step_is_the_denoiser(sampler):
     denoise, _ = gaussian(0.3, 0.5)
     x = torch.ones(2, dtype=torch.float64)
     expected = denoise(x, torch.tensor(-5.0)).x0
     assert torch.equal(sampler(denoise, x, torch.tensor([-5.0])), expected)
+
+
+@pytest.mark.parametrize("sampler", [samplers.heun, samplers.dpmpp_2s])
+def test_two_questions_a_step_make_second_order(sampler):
+    assert slope(sampler) > 1.9
+
+
+def test_unipc_is_of_third_order():
+    """Order p and its corrector make p + 1 (Zhao et al. 2023, theorem 3.1)."""
+    assert slope(samplers.unipc) > 2.7
+
+
+def test_2m_sde_reaches_the_data():
+    denoise, _ = gaussian(0.7, 0.5)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20_000, generator=generator, dtype=torch.float64)
+    out = samplers.dpmpp_2m_sde(denoise, x, karras(-9.0, 9.0, 60), generator)
+    assert float(out.mean()) == pytest.approx(0.7, abs=0.02)
+    assert float(out.std()) == pytest.approx(0.5, abs=0.02)
+
+
+def scheduler_of(diffusers, name, **settings):
+    """A diffusers scheduler with a float64 table, Karras spacing off, 20 steps."""
+    scheduler = getattr(diffusers, name)(beta_start=1e-4, beta_end=0.02, **settings)
+    scheduler.set_timesteps(20)
+    return scheduler
+
+
+def lambdas_of(sigmas):
+    return -2 * torch.log(torch.as_tensor(sigmas).double())
+
+
+def eps_denoise(x, lam):
+    from clipkit.guidance.denoiser import from_output
+
+    return from_output("eps", torch.tanh(x) * 0.9, x, lam.double())
+
+
+def ve(scheduler, x):
+    """diffusers walks in x / a; our x is a times that. The same network at the same x_t."""
+    x = x * scheduler.sigmas[0].double()
+    for t in scheduler.timesteps:
+        sigma = scheduler.sigmas[scheduler.step_index or 0].double()
+        x = scheduler.step(torch.tanh(x / (1 + sigma**2).sqrt()) * 0.9, t, x).prev_sample
+    return x
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers hands tensors to numpy
+def test_heun_equals_diffusers_step_by_step():
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = scheduler_of(diffusers, "HeunDiscreteScheduler")
+    scheduler.sigmas = scheduler.sigmas.double()
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    theirs = ve(scheduler, x)
+    sigmas = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1:-1:2]])  # it lists every inner level twice
+    a = (1 / (1 + sigmas[0] ** 2)).sqrt()
+    ours = samplers.heun(eps_denoise, x * sigmas[0] * a, lambdas_of(sigmas))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")
+@pytest.mark.parametrize(
+    ("sampler", "name", "settings"),
+    [
+        (samplers.dpmpp_2m, "DPMSolverMultistepScheduler", {"lower_order_final": False, "final_sigmas_type": "zero"}),
+        (samplers.unipc, "UniPCMultistepScheduler", {"lower_order_final": False, "final_sigmas_type": "zero"}),
+    ],
+)
+def test_multistep_samplers_equal_diffusers_step_by_step(sampler, name, settings):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = scheduler_of(diffusers, name, **settings)
+    scheduler.sigmas = scheduler.sigmas.double()
+    x = theirs = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for t in scheduler.timesteps[:-1]:  # up to the last level; the jump to clean is ours to say
+        theirs = scheduler.step(torch.tanh(theirs) * 0.9, t, theirs).prev_sample
+    lambdas = lambdas_of(scheduler.sigmas[:-1])
+    seen = []
+
+    def spy(x, lam):
+        seen.append(x)
+        return eps_denoise(x, lam)
+
+    sampler(spy, x, lambdas)
+    torch.testing.assert_close(seen[-1], theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_euler_and_the_flows_euler_are_ddim():
+    """One straight line between x0 and eps, in whatever coordinates it is drawn."""
+    x, lambdas = torch.randn(5, generator=torch.Generator().manual_seed(0), dtype=torch.float64), karras(-6.0, 6.0, 12)
+    euler, flow = x.clone(), x.clone()
+    levels = [(1 / (1 + math.exp(-v))) ** 0.5 for v in lambdas.tolist()]
+    for a, b, lam in zip(levels, levels[1:], lambdas, strict=False):
+        s, r = (1 - a**2) ** 0.5, (1 - b**2) ** 0.5
+        euler = b * (euler / a + (r / b - s / a) * eps_denoise(euler, lam).eps)
+        found = eps_denoise(flow, lam)
+        flow = (b + r) * (flow / (a + s) + (r / (b + r) - s / (a + s)) * (found.eps - found.x0))
+    ends = [eps_denoise(v, lambdas[-1]).x0 for v in (euler, flow)]
+    ours = samplers.ddim(eps_denoise, x, lambdas)
+    for end in ends:
+        torch.testing.assert_close(ours, end)

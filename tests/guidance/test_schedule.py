@@ -46,7 +46,7 @@ def test_training_levels_are_stratified_over_time():
 @pytest.mark.parametrize("steps", [1, 2, 7, 25, 300, 600, 999, 1000])
 def test_leading_spacing_for_any_number_of_steps(steps):
     table = schedule.log_snr("linear")
-    lam = schedule.leading(table, steps)
+    lam = schedule.spaced(table, steps)
     assert len(lam) == steps
     assert lam[0] == table[-1]
     if steps > 1:
@@ -58,7 +58,7 @@ def test_leading_spacing_for_any_number_of_steps(steps):
 
 def test_more_steps_than_levels():
     with pytest.raises(UsageError, match="1001 steps asked for"):
-        schedule.leading(schedule.log_snr("linear"), 1001)
+        schedule.spaced(schedule.log_snr("linear"), 1001)
 
 
 def test_karras_spacing_is_equation_5():
@@ -70,5 +70,59 @@ def test_karras_spacing_is_equation_5():
 
 
 def test_unknown_schedule():
-    with pytest.raises(UsageError, match="known: linear, cosine"):
-        schedule.alphas_cumprod("sigmoid")
+    with pytest.raises(UsageError, match="unknown noise schedule 'sine'; did you mean"):
+        schedule.alphas_cumprod("sine")
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine", "sigmoid", "flow", "edm"])
+def test_every_schedule_falls_from_clean_to_noise(name):
+    table = schedule.log_snr(name)
+    assert table.dtype == torch.float64
+    assert bool((table[1:] < table[:-1]).all())
+    assert float(table[0]) > 4
+    assert float(table[-1]) < -4
+
+
+def test_scaled_linear_is_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    theirs = scheduler.alphas_cumprod.double()
+    torch.testing.assert_close(schedule.alphas_cumprod("scaled_linear"), theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_flows_lambda_is_that_of_its_straight_line():
+    """x_t = (1 - t) x0 + t e: signal to noise (1 - t)^2 / t^2."""
+    t = (torch.arange(1000).double() + 0.5) / 1000
+    torch.testing.assert_close(schedule.log_snr("flow"), torch.log((1 - t) ** 2 / t**2))
+
+
+def test_edms_log_sigma_is_normal():
+    log_sigma = -schedule.log_snr("edm", 100_000) / 2
+    assert float(log_sigma.mean()) == pytest.approx(-1.2, abs=1e-3)
+    assert float(log_sigma.std()) == pytest.approx(1.2, abs=1e-3)
+
+
+def test_zero_terminal_snr_is_diffusers():
+    pytest.importorskip("diffusers")
+    from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+
+    a2 = schedule.alphas_cumprod("scaled_linear")
+    betas = 1 - torch.cat([a2[:1], a2[1:] / a2[:-1]])
+    theirs = torch.cumprod(1 - rescale_zero_terminal_snr(betas), 0)
+    ours = schedule.zero_terminal_snr(a2)
+    torch.testing.assert_close(ours, theirs)
+    assert ours[-1] == 0
+    assert ours[0] == a2[0]
+
+
+@pytest.mark.parametrize("steps", [1, 7, 50, 600, 999, 1000])
+@pytest.mark.parametrize("how", ["linspace", "leading", "trailing"])
+def test_spacings_have_even_gaps_and_their_ends(how, steps):
+    index = 999 - schedule.spaced(torch.arange(1000).double().flip(0), steps, how).long()
+    assert len(index) == steps
+    assert bool((index[1:] < index[:-1]).all())
+    gaps = index[:-1] - index[1:]
+    if steps > 1:
+        assert int(gaps.max() - gaps.min()) <= 1 + (how == "linspace" and steps < 1000)
+    assert int(index[0]) == 999 or how == "leading"
+    assert int(index[-1]) == 0 or how == "trailing" or steps == 1
