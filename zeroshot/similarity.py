@@ -89,21 +89,21 @@ def _pyplot() -> type[Figure]:
 def similarity_figure(images: Sequence[Image.Image], texts: Sequence[str], cosines: Tensor) -> Figure:
     """The matrix with its numbers, the images along the top (Radford et al. 2021, the notebook of their repository)."""
     rows, columns = cosines.shape
-    figure = _pyplot()(figsize=(3 + 1.1 * columns, 1.5 + 0.55 * rows), layout="constrained")
-    pictures, matrix = figure.subplots(2, 1, height_ratios=[1.1, 0.55 * rows], sharex=True)
+    cell = 0.5  # as high as wide is a picture, half as high a number
+    figure = _pyplot()(figsize=(3 + 1.1 * columns, 0.4 + 1.1 * (1 + cell * rows)), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(cosines.numpy(), extent=(-0.5, columns - 0.5, cell * rows, 0), cmap="viridis")
     for i, image in enumerate(images):
-        pictures.imshow(_square(image), extent=(i - 0.48, i + 0.48, -0.48, 0.48))
-    pictures.set(xlim=(-0.5, columns - 0.5), ylim=(-0.5, 0.5), aspect="equal")
-    pictures.axis("off")
-    matrix.imshow(cosines.numpy(), aspect="auto", cmap="viridis")
-    matrix.set_yticks(range(rows), [t if len(t) < 48 else t[:45] + "..." for t in texts])
-    matrix.set_xticks([])
+        axes.imshow(_square(image), extent=(i - 0.48, i + 0.48, -0.02, -0.98))
+    axes.set(xlim=(-0.5, columns - 0.5), ylim=(cell * rows, -1), aspect="equal", xticks=[])
+    axes.set_yticks([cell * (row + 0.5) for row in range(rows)], [t if len(t) < 48 else t[:45] + "..." for t in texts])
+    axes.spines[:].set_visible(False)
     middle = float(cosines.min() + cosines.max()) / 2
     for row in range(rows):
         for column in range(columns):
             value = float(cosines[row, column])
             colour = "black" if value > middle else "white"
-            matrix.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour)
+            axes.text(column, cell * (row + 0.5), f"{value:.2f}", ha="center", va="center", color=colour)
     return figure
 
 

@@ -39,7 +39,7 @@ def similarity(
         click.echo(json.dumps({"images": images, "texts": texts, "cosines": cosines.tolist()}))
         return
     width = max(map(len, texts))
-    click.echo(" " * width + "".join(f"  {Path(i).name[-10:]:>10}" for i in images))
+    click.echo(" " * width + "".join(f"  {Path(i).stem[:10]:>10}" for i in images))
     for text, row in zip(texts, cosines.tolist(), strict=True):
         click.echo(f"{text:{width}}" + "".join(f"  {value:10.3f}" for value in row))
 
