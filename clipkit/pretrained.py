@@ -115,7 +115,9 @@ def _fitting(model: CLIP, tensors: dict[str, Tensor], file: Path) -> dict[str, T
 
 def _understand(folder: Path, archive: archives.Archive) -> tuple[CLIPConfig, dict[str, Tensor]]:
     tensors = archive.tensors
-    if (folder / "open_clip_config.json").is_file():
+    # Folders often have both configurations; the tensors say which of them they go with.
+    theirs = (folder / "config.json").is_file() and weights.is_transformers(tensors)
+    if (folder / "open_clip_config.json").is_file() and not theirs:
         return weights.from_open_clip(_json(folder / "open_clip_config.json"), tensors)
     if (folder / "config.json").is_file():
         seen = folder / "preprocessor_config.json"

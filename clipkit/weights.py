@@ -167,6 +167,11 @@ def is_openai(tensors: Tensors) -> bool:
     return {"input_resolution", "context_length", "vocab_size"} <= set(tensors)
 
 
+def is_transformers(tensors: Tensors) -> bool:
+    """Whether these are named as transformers names them."""
+    return any(name.startswith(("vision_model.", "text_model.")) for name in tensors)
+
+
 def from_openai(tensors: Tensors) -> tuple[CLIPConfig, dict[str, Tensor]]:
     """openai/CLIP's state dict; its shape is read from its tensors (model.py, build_model), and its GELU is quick."""
     width = _need(tensors, "ln_final.weight").shape[0]

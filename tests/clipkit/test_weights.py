@@ -175,6 +175,17 @@ def test_transformers_siglip(tmp_path):
     )
 
 
+def test_a_folder_with_both_configurations(tmp_path):
+    """As the hub's repositories of LAION: the weights that are there say which one counts."""
+    model = hugging_face("CLIP", tmp_path, bos_token_id=49406, eos_token_id=49407, pad_token_id=49407)
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIGS["ViT-B-32"]}))
+    clip = clipkit.load(tmp_path)
+    ids = open_clip.tokenize(CAPTIONS)
+    same_features(
+        clip, lambda x: pooled(model.get_image_features(x)), lambda x: pooled(model.get_text_features(x)), ids
+    )
+
+
 def test_the_tokenizer_beside_the_weights_counts(tmp_path):
     config = {**CONFIGS["convnext"], "text_cfg": {**TEXT, "vocab_size": 300}}
     own = clipkit.Tokenizer.train(CAPTIONS * 3, 300)
