@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -19,6 +17,7 @@ from clipkit.config import from_dict
 from clipkit.errors import CheckpointError
 from clipkit.images import preprocessing
 from clipkit.model import CLIP, CLIPConfig
+from clipkit.records import read_object
 from clipkit.tokenizer import AnyTokenizer, ForeignTokenizer, Tokenizer
 
 
@@ -118,10 +117,12 @@ def _understand(folder: Path, archive: archives.Archive) -> tuple[CLIPConfig, di
     # Folders often have both configurations; the tensors say which of them they go with.
     theirs = (folder / "config.json").is_file() and weights.is_transformers(tensors)
     if (folder / "open_clip_config.json").is_file() and not theirs:
-        return weights.from_open_clip(_json(folder / "open_clip_config.json"), tensors)
+        return weights.from_open_clip(read_object(folder / "open_clip_config.json"), tensors)
     if (folder / "config.json").is_file():
         seen = folder / "preprocessor_config.json"
-        return weights.from_transformers(_json(folder / "config.json"), _json(seen) if seen.is_file() else {}, tensors)
+        return weights.from_transformers(
+            read_object(folder / "config.json"), read_object(seen) if seen.is_file() else {}, tensors
+        )
     if archive.scripted or weights.is_openai(tensors):
         return weights.from_openai(tensors)
     raise CheckpointError(
@@ -134,16 +135,6 @@ def _weights_file(folder: Path) -> Path:
     found = next((folder / name for name in hub.WEIGHTS if (folder / name).is_file()), None)
     if found is None:
         raise CheckpointError(f"{folder} has no weights; looked for {', '.join(hub.WEIGHTS)}")
-    return found
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} must be a JSON object; it is a {type(found).__name__}")
     return found
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from clipkit.errors import UsageError
+from clipkit.errors import CheckpointError, UsageError
 
 T = TypeVar("T")
 
@@ -19,6 +19,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     aside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     os.replace(aside, path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A file that holds one JSON object. Raises CheckpointError when it does not."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} must be a JSON object; it is a {type(found).__name__}")
+    return found
 
 
 def progress(things: Iterable[T], total: int | None, what: str) -> Iterable[T]:

@@ -26,7 +26,7 @@ from clipkit import distributed
 from clipkit.errors import CheckpointError, DataError, SampleError, ShardError, UsageError
 from clipkit.images import decode, preprocessing
 from clipkit.pretrained import Pretrained, load
-from clipkit.records import progress, say, write_atomically
+from clipkit.records import progress, read_object, say, write_atomically
 from clipkit.shards import Shards
 from clipkit.sources import images_of
 from clipkit.zeroshot.heads import embed_texts
@@ -186,20 +186,10 @@ def _begin(out: Path, about: dict[str, Any]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(about, indent=1))
     distributed.barrier()
-    found = _load(file)
+    found = read_object(file)
     if differing := [k for k in about if found.get(k) != about[k] and k != "model"]:
         k = differing[0]
         raise UsageError(f"{out} holds another index: {k} is {found.get(k)!r}, not {about[k]!r}; give another folder")
-
-
-def _load(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is not readable: {error}") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file} is damaged: a JSON object was expected")
-    return found
 
 
 @torch.no_grad()
@@ -248,13 +238,13 @@ class Index:
         self.folder = Path(folder)
         if not (self.folder / "index.json").is_file():
             raise CheckpointError(f"{folder} is not an index; clipkit index makes one")
-        self.about = _load(self.folder / "index.json")
+        self.about = read_object(self.folder / "index.json")
         if self.about.get("format") != FORMAT:
             raise CheckpointError(f"{folder} is an index of format {self.about.get('format')!r}; {FORMAT} is known")
         parts = range(-(-int(self.about["count"]) // int(self.about["part_size"])))
         if missing := [p for p in parts if not _part(self.folder, p, "json").is_file()]:
             raise CheckpointError(f"{folder} is not whole: part {missing[0]} is missing; run the same command again")
-        self._labels = [_load(_part(self.folder, p, "json")) for p in parts]
+        self._labels = [read_object(_part(self.folder, p, "json")) for p in parts]
         self._vectors = [self._map(_part(self.folder, p, "npy"), len(a["keys"])) for p, a in enumerate(self._labels)]
 
     def _map(self, path: Path, rows: int) -> Array:
