@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # heads and features of these tests are nobody else's
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -12,6 +16,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 torch.set_num_threads(1)
 settings.register_profile("clipkit", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("clipkit")

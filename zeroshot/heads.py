@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -23,8 +23,8 @@ from clipkit.model import CLIP
 from clipkit.records import progress, write_atomically
 from clipkit.tokenizer import AnyTokenizer
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "clipkit" / "heads"
-"""Where the command line keeps heads."""
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "clipkit"
+"""Where the command line keeps heads and features."""
 _TEXT_BATCH = 256
 
 
@@ -66,16 +66,16 @@ def class_head(
     Raises UsageError for no classes, no templates, an empty name or a template without `{}`.
     """
     prompts = _prompts(classnames, templates, descriptions or {})
-    file = cache / f"{_key(model, tokenizer, prompts)}.safetensors" if cache is not None else None
-    device = model.log_logit_scale.device
-    if file is not None and (known := _read(file)) is not None:
-        return known.to(device)
-    features = embed_texts(model, tokenizer, [p for group in prompts for p in group])
-    means = [f.mean(dim=0) for f in torch.split(features, [len(group) for group in prompts])]
-    head = F.normalize(torch.stack(means), dim=1)
-    if file is not None:
-        _write(file, head)
-    return head
+
+    def compute() -> Tensor:
+        features = embed_texts(model, tokenizer, [p for group in prompts for p in group])
+        means = [f.mean(dim=0) for f in torch.split(features, [len(group) for group in prompts])]
+        return F.normalize(torch.stack(means), dim=1)
+
+    if cache is None:
+        return compute()
+    file = cache / f"{_key(model, tokenizer, prompts)}.safetensors"
+    return remembered(file, compute).to(model.log_logit_scale.device)
 
 
 def _prompts(
@@ -106,20 +106,16 @@ def _key(model: CLIP, tokenizer: AnyTokenizer, prompts: list[list[str]]) -> str:
     return digest.hexdigest()
 
 
-def _read(file: Path) -> Tensor | None:
+def remembered(file: Path, compute: Callable[[], Tensor]) -> Tensor:
+    """The tensor in `file`; computed and put there when the file is not there, or not whole."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save
 
-    try:
-        head: Tensor = load_file(file)["head"]
-    except (OSError, SafetensorError, KeyError):  # not there, or not whole: it is computed anew
-        return None
-    return head
-
-
-def _write(file: Path, head: Tensor) -> None:
-    from safetensors.torch import save
-
+    with contextlib.suppress(OSError, SafetensorError, KeyError):
+        found: Tensor = load_file(file)["tensor"]
+        return found
+    computed = compute()
     with contextlib.suppress(OSError):  # a cache that cannot be written is only slower
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, save({"head": head.cpu().contiguous()}))
+        write_atomically(file, save({"tensor": computed.cpu().contiguous()}))
+    return computed

@@ -6,7 +6,9 @@ chosen on a part of the training images.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,8 @@ from clipkit.images import preprocessing
 from clipkit.model import CLIP
 from clipkit.records import progress
 from clipkit.zeroshot.datasets import ImageSet
+from clipkit.zeroshot.heads import remembered
+from clipkit.zeroshot.index import fingerprint
 
 STRENGTHS = tuple(10.0 ** (e / 2) for e in range(-6, 13))
 """Values of C that are tried, 0.001 to 1,000,000; more is weaker regularisation."""
@@ -50,17 +54,29 @@ class _Labelled(Dataset[tuple[Tensor, int]]):
 
 
 @torch.no_grad()
-def features(model: CLIP, images: ImageSet, batch_size: int = 256, workers: int = 0) -> tuple[Tensor, Tensor]:
-    """Unit image features [N, D] in float64 and labels [N], on the CPU, computed once for all fits.
+def features(
+    model: CLIP, images: ImageSet, batch_size: int = 256, workers: int = 0, cache: Path | None = None
+) -> tuple[Tensor, Tensor]:
+    """Unit image features [N, D] in float64 and labels [N], on the CPU.
 
+    With `cache` (a folder) each batch is encoded once for the same weights and pixels, whatever its files are called.
     Raises UsageError for a multi-label or an empty set.
     """
     if images.multilabel or not len(images):
         raise UsageError(f"a probe needs images with one label each; {images.name} has none, or several")
-    device = model.log_logit_scale.device
+    folder = cache / fingerprint(model) if cache is not None else None
     loader = DataLoader(_Labelled(images, model), batch_size=batch_size, num_workers=workers)
-    found = [(model.encode_image(x.to(device)).double().cpu(), y) for x, y in progress(loader, len(loader), "features")]
-    return torch.cat([x for x, _ in found]), torch.cat([y for _, y in found])
+    found = [(_encoded(model, x, folder), y) for x, y in progress(loader, len(loader), "features")]
+    return torch.cat([x for x, _ in found]).double(), torch.cat([y for _, y in found])
+
+
+def _encoded(model: CLIP, pixels: Tensor, folder: Path | None) -> Tensor:
+    def encode() -> Tensor:
+        return model.encode_image(pixels.to(model.log_logit_scale.device)).cpu()
+
+    if folder is None:
+        return encode()
+    return remembered(folder / f"{hashlib.sha256(pixels.numpy().tobytes()).hexdigest()}.safetensors", encode)
 
 
 class LogisticRegression:

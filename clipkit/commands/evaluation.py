@@ -74,7 +74,7 @@ def zeroshot(
     )
     with distributed.process_group(distributed.choose_device(device)):
         results = evaluation.evaluate_all(
-            models, sets, prompts, device, batch_size=batch_size, workers=workers, cache=heads.CACHE
+            models, sets, prompts, device, batch_size=batch_size, workers=workers, cache=heads.CACHE / "heads"
         )
         if distributed.rank():
             return
@@ -136,13 +136,15 @@ def probe(model: str, train: str, test: str, shots: int, seed: int, workers: int
     from clipkit.pretrained import load
     from clipkit.zeroshot import probe as room
     from clipkit.zeroshot.datasets import open_set
+    from clipkit.zeroshot.heads import CACHE
 
     sets = [open_set(name, Path("data")) for name in (train, test)]
     if list(sets[0].classes) != list(sets[1].classes):
         counts = f"{len(sets[0].classes)} and {len(sets[1].classes)}"
         raise UsageError(f"{train} and {test} must have the same classes; they have {counts}")
     clip = load(model, device)
-    known, unknown = (room.features(clip.model, images, workers=workers) for images in sets)
+    cache = CACHE / "features"
+    known, unknown = (room.features(clip.model, images, workers=workers, cache=cache) for images in sets)
     found = room.probe(known, unknown, len(sets[0].classes), shots, seed)
     if as_json:
         click.echo(json.dumps({"model": model, **dataclasses.asdict(found)}))

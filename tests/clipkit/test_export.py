@@ -172,3 +172,28 @@ def test_the_command_and_the_card(chain, tmp_path, monkeypatch, capsys):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# me/mine" in card
     assert "clipkit_resnet, 24 x 24 pixels" in card or "pixels" in card
+
+
+def test_pushing_asks_the_hub_for_what_it_offers(tmp_path, monkeypatch):
+    """The calls fit the signatures of the hub's library; what they do there needs a network."""
+    import inspect
+
+    from huggingface_hub import HfApi
+
+    from clipkit import hub
+
+    asked = {}
+
+    class Api:
+        def __getattr__(self, name):
+            def call(*arguments, **named):
+                asked[name] = inspect.signature(getattr(HfApi, name)).bind(self, *arguments, **named).arguments
+                return "https://hub/me/mine"
+
+            return call
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert hub.push(own(), tmp_path, "me/mine") == "https://hub/me/mine"
+    assert (asked["create_repo"]["repo_id"], asked["create_repo"]["exist_ok"]) == ("me/mine", True)
+    assert (asked["upload_folder"]["repo_id"], asked["upload_folder"]["folder_path"]) == ("me/mine", tmp_path)
+    assert (tmp_path / "README.md").is_file()

@@ -68,3 +68,18 @@ def test_a_probe_of_images(chain, tmp_path, capsys):
     Image.new("RGB", (24, 24), "green").save(tmp_path / "test" / "green" / "0.png")
     with pytest.raises(UsageError, match="must have the same classes; they have 2 and 3"):
         cli.main([*words, "--test", f"folder:{tmp_path / 'test'}"], standalone_mode=False)
+
+
+def test_features_are_encoded_once(chain, tmp_path, monkeypatch):
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    for i in range(3):
+        Image.new("RGB", (24, 24), (80 * i, 0, 0)).save(tmp_path / "set" / "a" / f"{i}.png")
+    clip, images = clipkit.load(chain / "clip", "cpu"), open_set(f"folder:{tmp_path / 'set'}", tmp_path)
+    first, _ = probe.features(clip.model, images, batch_size=2, cache=tmp_path / "cache")
+    seen, encode = [], clip.model.encode_image
+    monkeypatch.setattr(clip.model, "encode_image", lambda x: seen.append(len(x)) or encode(x))
+    again, _ = probe.features(clip.model, images, batch_size=2, cache=tmp_path / "cache")
+    assert (seen, again.equal(first)) == ([], True)
+    Image.new("RGB", (24, 24), "white").save(tmp_path / "set" / "a" / "2.png")  # under its old name
+    probe.features(clip.model, images, batch_size=2, cache=tmp_path / "cache")
+    assert seen == [1]
