@@ -87,7 +87,7 @@ def demo(out: Path, seed: int, quick: bool) -> None:
     """Run the whole chain on the embedded drawings, with no download.
 
     Trains a small CLIP and scores it on (object, colour) pairs it never saw, trains a denoiser and a noise-aware CLIP,
-    and draws four prompts unguided and guided. Writes grid.png, loss.png and metrics.json into OUT. At most 15 minutes
+    and draws four prompts unguided and guided. Writes grid.png, loss.png and metrics.json into OUT. Some 15 minutes
     on 2 CPU cores; run again, it goes on where it was stopped.
 
     \b
