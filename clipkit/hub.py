@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from clipkit._version import __version__
 from clipkit.errors import CheckpointError, UsageError
@@ -43,17 +43,17 @@ _AROUND = (
 
 @dataclass(frozen=True)
 class Published:
-    """A repository of the hub, and the GELU that its weights were trained with, where that is known."""
+    """A repository of the hub, and whether its weights were trained with the quick GELU, where that is known."""
 
     repository: str
-    activation: Literal["gelu", "quick_gelu"] | None = None
+    quick_gelu: bool | None = None
 
 
 @cache
 def known() -> dict[str, Published]:
     """open_clip's names, "architecture/pretraining", for those models that clipkit has the towers of."""
     table = json.loads(files("clipkit").joinpath("data/published.json").read_text(encoding="utf-8"))
-    return {n: Published(e["hub"], "quick_gelu" if e.get("quick_gelu") else "gelu") for n, e in table.items()}
+    return {name: Published(entry["hub"], bool(entry.get("quick_gelu"))) for name, entry in table.items()}
 
 
 def find(name: str) -> Published | None:
@@ -64,7 +64,7 @@ def find(name: str) -> Published | None:
     if name.startswith(PREFIX):
         return Published(name.removeprefix(PREFIX))
     found = known().get(name.replace("-quickgelu/", "/"))
-    if found is not None and "-quickgelu/" in name and found.activation != "quick_gelu":
+    if found is not None and "-quickgelu/" in name and not found.quick_gelu:
         raise UsageError(f"{name}: these weights were trained with plain GELU; leave -quickgelu away")
     return found
 

@@ -56,11 +56,11 @@ def load(name: str | Path, device: str = "auto") -> Pretrained:
     Nothing that lies in these files is run. Raises CheckpointError when `name` is none of this, its files are damaged,
     or its architecture is one that clipkit does not have.
     """
-    path, activation = Path(name), None
+    path, quick_gelu = Path(name), None
     if not path.exists() and (published := hub.find(str(name))) is not None:
-        path, activation = hub.fetch(published), published.activation
+        path, quick_gelu = hub.fetch(published), published.quick_gelu
     if path.is_file() or any((path / config).is_file() for config in _CONFIGS):
-        return _load_foreign(path, device, activation)
+        return _load_foreign(path, device, quick_gelu)
     if not path.exists() and (meant := hub.suggestion(str(name))):
         raise CheckpointError(f"{name} is neither a folder nor a published model; {meant}")
     found = find(path, "clip")
@@ -79,7 +79,7 @@ def _ready(model: CLIP, tokenizer: AnyTokenizer, device: str) -> Pretrained:
 _CONFIGS = ("open_clip_config.json", "config.json")
 
 
-def _load_foreign(path: Path, device: str, activation: str | None = None) -> Pretrained:
+def _load_foreign(path: Path, device: str, quick_gelu: bool | None) -> Pretrained:
     folder = path if path.is_dir() else path.parent
     file = path if path.is_file() else _weights_file(path)
     archive = archives.read(file)
@@ -88,10 +88,9 @@ def _load_foreign(path: Path, device: str, activation: str | None = None) -> Pre
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from None
     found = config.conventions.text_activation
-    if activation is not None and found != activation:
-        raise CheckpointError(
-            f"{folder} says that the activation is {found}; these weights were trained with {activation}"
-        )
+    if quick_gelu is not None and quick_gelu != (found == "quick_gelu"):
+        trained = "with quick_gelu" if quick_gelu else "without the quick GELU"
+        raise CheckpointError(f"{folder} says that the activation is {found}; these weights were trained {trained}")
     tokenizer = _tokenizer(folder, config)
     model = CLIP(config, config.vocab_size, tokenizer.end_id)
     wrong = model.load_state_dict(_fitting(model, tensors, file), strict=False)

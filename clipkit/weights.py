@@ -213,7 +213,7 @@ def _openai_resnet(tensors: Tensors) -> dict[str, Any]:
 _OPEN_CLIP_DEFAULTS: dict[str, dict[str, Any]] = {
     "vision_cfg": {
         "image_size": 224, "layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16,
-        "no_ln_pre": False, "ls_init_value": None, "act_kwargs": None, "norm_kwargs": None,
+        "no_ln_pre": False, "ls_init_value": None,
         "timm_model_name": None, "timm_pool": "avg", "timm_proj": "linear", "timm_proj_bias": False,
     },
     "text_cfg": {
@@ -284,8 +284,13 @@ def from_open_clip(config: Mapping[str, Any], tensors: Tensors) -> tuple[CLIPCon
 
 
 def _open_clip_activation(model: Mapping[str, Any], text: Mapping[str, Any]) -> Any:
-    approximate = (text["act_kwargs"] or {}).get("approximate")
-    return "quick_gelu" if model.get("quick_gelu") else "gelu_tanh" if approximate == "tanh" else "gelu"
+    if model.get("quick_gelu"):
+        return "quick_gelu"
+    if text["act_kwargs"] not in (None, {}, {"approximate": "none"}, {"approximate": "tanh"}):
+        raise CheckpointError(
+            f"text_cfg.act_kwargs {text['act_kwargs']} asks for an activation that clipkit does not have"
+        )
+    return "gelu_tanh" if text["act_kwargs"] == {"approximate": "tanh"} else "gelu"
 
 
 def _open_clip_cleaning(text: Mapping[str, Any]) -> Any:
@@ -366,6 +371,8 @@ def from_transformers(
     activations = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
     if {vision["hidden_act"], text["hidden_act"]} - set(activations):
         raise CheckpointError(f"activations {vision['hidden_act']!r} and {text['hidden_act']!r} are not supported")
+    if vision["layer_norm_eps"] != defaults["layer_norm_eps"]:  # which timm's tower has built in
+        raise CheckpointError(f"vision_config.layer_norm_eps {vision['layer_norm_eps']} is not supported")
     arguments = _vit_arguments(
         vision["hidden_size"],
         vision["num_hidden_layers"],

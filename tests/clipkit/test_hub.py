@@ -129,9 +129,9 @@ def test_a_cut_download_is_one_line_and_can_be_repeated(server, tmp_path):
 
 
 def test_open_clips_names():
-    assert hub.find("ViT-B-32/laion2b_s34b_b79k") == hub.Published("laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "gelu")
+    assert hub.find("ViT-B-32/laion2b_s34b_b79k") == hub.Published("laion/CLIP-ViT-B-32-laion2B-s34B-b79K", False)
     assert hub.find("ViT-B-32-quickgelu/openai") == hub.find("ViT-B-32/openai")
-    assert hub.find("ViT-B-32/openai").activation == "quick_gelu"
+    assert hub.find("ViT-B-32/openai").quick_gelu
     assert hub.find("hf-hub:a/b") == hub.Published("a/b")
     assert hub.find("runs/clip") is None
     with pytest.raises(UsageError, match="trained with plain GELU"):

@@ -216,6 +216,8 @@ def broken(tmp_path, **changes):
         ({"vision_cfg": {"attentional_pool": True}}, "vision_cfg.attentional_pool = True asks for an architecture"),
         ({"text_cfg": {"hf_model_name": "roberta-base"}}, "text_cfg.hf_model_name = 'roberta-base'"),
         ({"text_cfg": {"pool_type": "first"}}, "pool_type 'first' is not supported"),
+        ({"text_cfg": {"act_kwargs": {"approximate": "x"}}}, "act_kwargs .* asks for an activation"),
+        ({"vision_cfg": {"norm_kwargs": {"eps": 1e-3}}}, "vision_cfg.norm_kwargs = .* asks for an architecture"),
         ({"vision_cfg": {"timm_model_name": "convnext_atto"}}, r"tensors belong to another architecture: visual\.\S+"),
         ({"vision_cfg": {"layers": [1, 2, 3, 4]}}, r"no ModifiedResNet of OpenAI's has \[1, 2, 3, 4\] blocks"),
     ],
@@ -239,6 +241,20 @@ def test_a_folder_that_contradicts_what_is_known(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "fetch", lambda published: folder)
     with pytest.raises(CheckpointError, match="the activation is gelu; these weights were trained with quick_gelu"):
         clipkit.load("ViT-B-32/openai")
+
+
+def test_a_published_name_whose_gelu_is_the_tanh_approximation(tmp_path, monkeypatch):
+    """SigLIP 2: not the quick GELU, and not the exact one."""
+    from clipkit import hub
+
+    text = {**TEXT, "act_kwargs": {"approximate": "tanh"}}
+    config = {**CONFIGS["convnext"], "text_cfg": text}
+    assert open_clip.get_model_config("ViT-B-16-SigLIP2")["text_cfg"]["act_kwargs"] == text["act_kwargs"]
+    model = theirs(config)
+    folder = written(tmp_path, config, model)
+    monkeypatch.setattr(hub, "fetch", lambda published: folder)
+    clip = clipkit.load("ViT-B-16-SigLIP2/webli")
+    same_features(clip, model.encode_image, model.encode_text, open_clip.tokenize(CAPTIONS))
 
 
 def test_transformers_of_another_kind(tmp_path):
