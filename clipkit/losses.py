@@ -10,6 +10,7 @@ the backward pass. Every rank makes the strips of its own images; what it learns
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -92,19 +93,19 @@ class _Pairs:
         return same.div_(same.sum(dim=1, keepdim=True))
 
 
-class _Objective:
+class _Objective(ABC):
     """A loss over logits [b, B] that come in strips: what it must know of all of them first, its value, its slope."""
 
     def __init__(self, pairs: _Pairs) -> None:
         self.pairs = pairs
 
+    @abstractmethod
     def value(self, strips: Iterator[tuple[slice, Tensor]]) -> Tensor:
         """The sum over this rank's rows; may keep what `slope` needs. Strips may be overwritten."""
-        raise NotImplementedError
 
+    @abstractmethod
     def slope(self, rows: slice, logits: Tensor) -> Tensor:
         """Derivative of the sum over all ranks by these logits [rows, B]."""
-        raise NotImplementedError
 
 
 class _InfoNCE(_Objective):

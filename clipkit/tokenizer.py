@@ -12,6 +12,7 @@ import hashlib
 import html
 import re
 import string
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -34,7 +35,7 @@ _REMEMBERED_WORDS = 500_000
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-class AnyTokenizer:
+class AnyTokenizer(ABC):
     """Captions -> token ids [B, L], L being the longest caption of the batch, never more than `context_length`."""
 
     end_id: int
@@ -56,9 +57,9 @@ class AnyTokenizer:
         """The tokenizer.json of the `tokenizers` library."""
         return str(self._encoder.to_str())
 
+    @abstractmethod
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         """One caption or several -> int64 [B, L]."""
-        raise NotImplementedError
 
 
 class ForeignTokenizer(AnyTokenizer):
