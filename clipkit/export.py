@@ -18,7 +18,7 @@ from torch import Tensor
 from clipkit import graphs
 from clipkit._version import __version__
 from clipkit.errors import UsageError
-from clipkit.model import CLIP
+from clipkit.model import CLIP, CLIPConfig
 from clipkit.pretrained import Pretrained
 from clipkit.records import write_atomically
 from clipkit.tokenizer import END, START, AnyTokenizer, Tokenizer
@@ -277,25 +277,21 @@ def _transformers(clip: Pretrained, out: Path) -> list[Path]:
     siglip = config.image_tower == SIGLIP and how.text_attention == "full" and how.image_projection == "none"
     if not siglip and (config.image_tower != VIT or how.text_attention != "causal" or how.text_projection_bias):
         raise UsageError(f"transformers has CLIP with OpenAI's ViT, and SigLIP; not with {config.image_tower}")
-    arguments = config.image_kwargs
-    if not siglip and {"pre_norm", "init_values"} & set(arguments):
+    if not siglip and {"pre_norm", "init_values"} & set(config.image_kwargs):
         raise UsageError("transformers' CLIP has a norm before the first block and no layer scale; this model differs")
-    tensors = _renamed(clip.model.state_dict(), _TRANSFORMERS)
-    head = "text_model.head." if siglip else "text_projection."
-    tensors = {re.sub(r"^text\.projection\.", head, k): t for k, t in tensors.items()}
-    if siglip:
-        for kind in ("weight", "bias"):
-            q, kv = (tensors.pop(f"vision_model.head.attention.{p}.{kind}") for p in ("q", "kv"))
-            tensors[f"vision_model.head.attention.in_proj_{kind}"] = torch.cat([q, kv])
-        tensors |= {k: tensors[k].reshape(1) for k in ("logit_scale", "logit_bias")}
-    else:
-        tensors["vision_model.embeddings.class_embedding"] = tensors[
-            "vision_model.embeddings.class_embedding"
-        ].flatten()
-    position = "vision_model.embeddings.position_embedding.weight"
-    tensors[position] = tensors[position][0]
-    tensors = _split(tensors)
-    activations = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+    return [
+        _write_json(out / "config.json", _transformers_config(clip, siglip)),
+        _write_json(out / "preprocessor_config.json", _transformers_preprocessing(config, siglip)),
+        _save(out / "model.safetensors", _transformers_tensors(clip.model, siglip), clip),
+        *_tokenizer_files(clip.tokenizer, out, how.pad_id),
+    ]
+
+
+_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+
+
+def _transformers_config(clip: Pretrained, siglip: bool) -> dict[str, Any]:
+    config, how, arguments = clip.model.config, clip.model.config.conventions, clip.model.config.image_kwargs
     vision = {
         "hidden_size": arguments["embed_dim"],
         "intermediate_size": int(arguments["embed_dim"] * arguments.get("mlp_ratio", 4)),
@@ -303,7 +299,7 @@ def _transformers(clip: Pretrained, out: Path) -> list[Path]:
         "num_attention_heads": arguments["num_heads"],
         "patch_size": arguments["patch_size"],
         "image_size": config.image_size,
-        "hidden_act": activations[arguments.get("act_layer", "gelu")],
+        "hidden_act": _ACTIVATIONS[arguments.get("act_layer", "gelu")],
         "layer_norm_eps": 1e-6 if siglip else 1e-5,
     }
     text = {
@@ -313,33 +309,45 @@ def _transformers(clip: Pretrained, out: Path) -> list[Path]:
         "num_attention_heads": config.text_heads,
         "max_position_embeddings": config.context_length,
         "vocab_size": len(clip.model.text.tokens.weight),
-        "hidden_act": activations[how.text_activation],
+        "hidden_act": _ACTIVATIONS[how.text_activation],
         "layer_norm_eps": how.text_norm_eps,
         "eos_token_id": clip.tokenizer.end_id,
         "bos_token_id": clip.tokenizer.start_id if isinstance(clip.tokenizer, Tokenizer) else None,
         "pad_token_id": how.pad_id,
     }
-    kind, architecture = ("siglip", "SiglipModel") if siglip else ("clip", "CLIPModel")
-    about: dict[str, Any] = {
-        "model_type": kind,
-        "architectures": [architecture],
-        "vision_config": vision,
-        "text_config": text,
-    }
-    if not siglip:
-        about["projection_dim"] = config.embed_dim
-    size = config.image_size
-    seen = {
+    sections = {"vision_config": vision, "text_config": text}
+    if siglip:
+        return {"model_type": "siglip", "architectures": ["SiglipModel"], **sections}
+    return {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": config.embed_dim, **sections}
+
+
+def _transformers_preprocessing(config: CLIPConfig, siglip: bool) -> dict[str, Any]:
+    how, square = config.conventions, {"height": config.image_size, "width": config.image_size}
+    return {
         "image_processor_type": "SiglipImageProcessor" if siglip else "CLIPImageProcessor",
-        "size": {"height": size, "width": size} if siglip else {"shortest_edge": size},
-        "crop_size": {"height": size, "width": size},
+        "size": square if siglip else {"shortest_edge": config.image_size},
+        "crop_size": square,
         "do_center_crop": not siglip,
         "resample": 2 if how.image_interpolation == "bilinear" else 3,
         "image_mean": list(how.image_mean),
         "image_std": list(how.image_std),
     }
-    files = [_write_json(out / "config.json", about), _write_json(out / "preprocessor_config.json", seen)]
-    return [*files, _save(out / "model.safetensors", tensors, clip), *_tokenizer_files(clip.tokenizer, out, how.pad_id)]
+
+
+def _transformers_tensors(model: CLIP, siglip: bool) -> dict[str, Tensor]:
+    head = "text_model.head." if siglip else "text_projection."
+    tensors = _renamed(model.state_dict(), (*_TRANSFORMERS, (r"text\.projection\.", head)))
+    if siglip:
+        for kind in ("weight", "bias"):
+            q, kv = (tensors.pop(f"vision_model.head.attention.{p}.{kind}") for p in ("q", "kv"))
+            tensors[f"vision_model.head.attention.in_proj_{kind}"] = torch.cat([q, kv])
+        tensors |= {k: tensors[k].reshape(1) for k in ("logit_scale", "logit_bias")}
+    else:
+        token = "vision_model.embeddings.class_embedding"
+        tensors[token] = tensors[token].flatten()
+    position = "vision_model.embeddings.position_embedding.weight"
+    tensors[position] = tensors[position][0]
+    return _split(tensors)
 
 
 def _split(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -171,7 +171,8 @@ def test_the_command_and_the_card(chain, tmp_path, monkeypatch, capsys):
         cli.main([*words, "--push", "me/mine"], standalone_mode=False)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# me/mine" in card
-    assert "clipkit_resnet, 24 x 24 pixels" in card or "pixels" in card
+    config = clipkit.load(chain, "cpu").model.config
+    assert f"| image tower | {config.image_tower}, {config.image_size} x {config.image_size} pixels |" in card
 
 
 def test_pushing_asks_the_hub_for_what_it_offers(tmp_path, monkeypatch):
