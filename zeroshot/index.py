@@ -51,6 +51,9 @@ class Gallery(Protocol):
 
     def __len__(self) -> int: ...
 
+    def identity(self) -> str:
+        """Hash of what decides keys and images; an index goes on only with the same."""
+
     def key(self, i: int) -> str:
         """What the picture is called."""
 
@@ -68,6 +71,10 @@ class _Folder:
     def __len__(self) -> int:
         return len(self._paths)
 
+    def identity(self) -> str:
+        files = [(self.key(i), *_size_and_time(path)) for i, path in enumerate(self._paths)]
+        return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+
     def key(self, i: int) -> str:
         return self._paths[i].relative_to(self._folder).as_posix()
 
@@ -78,6 +85,11 @@ class _Folder:
             raise SampleError("unreadable file", str(error)) from None
 
 
+def _size_and_time(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
 class _Pack:
     """The images of a pack; a key is shard and sample."""
 
@@ -86,6 +98,10 @@ class _Pack:
 
     def __len__(self) -> int:
         return len(self.shards)
+
+    def identity(self) -> str:
+        digests = [entry["sha256"] for entry in self.shards.entries]
+        return hashlib.sha256(repr(digests).encode()).hexdigest()[:16]
 
     def key(self, i: int) -> str:
         return self.shards.name(i)
@@ -145,13 +161,15 @@ def build(
     """Embed every picture of `gallery` into `out`, with `texts` also the first captions of a pack -> skipped by reason.
 
     All ranks share the parts; parts that are there are kept. Unreadable pictures are skipped and counted.
-    Raises UsageError if `out` holds an index of something else, or texts are wanted of a folder.
+    Raises UsageError if `out` holds an index of something else (also of the same folder before it changed), or texts
+    are wanted of a folder.
     """
     if texts and not isinstance(gallery, _Pack):
         raise UsageError(f"{gallery.source} has no captions to embed; they come with packs (clipkit pack)")
     about = {
         "format": FORMAT,
         "source": gallery.source,
+        "pictures": gallery.identity(),
         "model": model,
         "weights": fingerprint(clip.model),
         "dim": clip.model.config.embed_dim,

@@ -136,6 +136,13 @@ def test_the_commands(chain, photographs, tmp_path, capsys):
         assert picture.width > 300
 
 
+def test_a_folder_that_changed_is_not_taken_for_what_it_was(clip, chain, photographs, tmp_path):
+    built(clip, chain, photographs, tmp_path / "index", part_size=4)
+    Image.new("RGB", (9, 9), "red").save(photographs / "year0" / "02.png")  # as many files, under the same names
+    with pytest.raises(UsageError, match="holds another index: pictures is"):
+        built(clip, chain, photographs, tmp_path / "index", part_size=4)
+
+
 def test_what_makes_no_sense_is_one_line(clip, chain, photographs, packs, tmp_path):
     found = built(clip, chain, photographs, tmp_path / "index", part_size=4)
     with pytest.raises(UsageError, match="holds another index: source is"):
