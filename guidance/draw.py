@@ -31,7 +31,7 @@ from clipkit.pretrained import Pretrained, find, load, load_weights
 from clipkit.records import progress
 from clipkit.tokenizer import Tokenizer
 
-SAMPLERS = {
+SAMPLERS: dict[str, samplers.Sampler] = {
     "dpmpp-2m": samplers.dpmpp_2m,
     "dpmpp-2m-sde": samplers.dpmpp_2m_sde,
     "dpmpp-2s": samplers.dpmpp_2s,

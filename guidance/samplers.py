@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -62,6 +62,41 @@ def _noise(x: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
 
 
+_Noise = Callable[[Tensor], Tensor]
+"""Standard normal numbers like a tensor, other ones each time."""
+
+
+class Sampler(Protocol):
+    """What all samplers are: x at the first of `lambdas`, pure noise or a noised picture, -> the clean image."""
+
+    def __call__(
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        lambdas: Tensor,
+        generator: torch.Generator | None = None,
+        watch: Watch | None = None,
+    ) -> Tensor: ...
+
+
+def _sampler(make_step: Callable[[Denoise, Tensor, _Noise], _Step]) -> Sampler:
+    """A rule for one step, with what it remembers of the steps before -> the sampler that follows it."""
+
+    def sample(
+        denoise: Denoise,
+        x: Tensor,
+        lambdas: Tensor,
+        generator: torch.Generator | None = None,
+        watch: Watch | None = None,
+    ) -> Tensor:
+        step = make_step(denoise, lambdas, lambda like: _noise(like, generator))
+        return _walk(denoise, x, lambdas, watch, step)
+
+    sample.__name__ = sample.__qualname__ = make_step.__name__
+    sample.__doc__ = make_step.__doc__
+    return sample
+
+
 def ddim(
     denoise: Denoise,
     x: Tensor,
@@ -81,13 +116,8 @@ def ddim(
     return _walk(denoise, x, lambdas, watch, step)
 
 
-def ddpm(
-    denoise: Denoise,
-    x: Tensor,
-    lambdas: Tensor,
-    generator: torch.Generator | None = None,
-    watch: Watch | None = None,
-) -> Tensor:
+@_sampler
+def ddpm(denoise: Denoise, lambdas: Tensor, noise: _Noise) -> _Step:
     """Ancestral sampling from q(x_s | x_t, x0) (Ho et al. 2020, arXiv 2006.11239, eq. 6-7), any spacing.
 
     The variance follows the step count: the posterior's (fixed-small) for respaced chains, beta (fixed-large) from 800
@@ -99,18 +129,13 @@ def ddpm(
         share = 1 - (here.a / here.s * there.s / there.a) ** 2
         mean = here.a / there.a * (there.s / here.s) ** 2 * x + there.a * share * prediction.x0
         variance = share * (here.s if len(lambdas) >= 800 else there.s) ** 2
-        return mean + math.sqrt(max(0.0, variance)) * _noise(x, generator)
+        return mean + math.sqrt(max(0.0, variance)) * noise(x)
 
-    return _walk(denoise, x, lambdas, watch, step)
+    return step
 
 
-def dpmpp_2m(
-    denoise: Denoise,
-    x: Tensor,
-    lambdas: Tensor,
-    generator: torch.Generator | None = None,
-    watch: Watch | None = None,
-) -> Tensor:
+@_sampler
+def dpmpp_2m(denoise: Denoise, lambdas: Tensor, noise: _Noise) -> _Step:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2), deterministic, second order.
 
     h is the step in log(a / s) = lambda / 2; the first and the last step are of first order.
@@ -125,16 +150,11 @@ def dpmpp_2m(
         previous.append((prediction.x0, h))
         return (there.s / here.s) * x - there.a * math.expm1(-h) * d
 
-    return _walk(denoise, x, lambdas, watch, step)
+    return step
 
 
-def dpmpp_2m_sde(
-    denoise: Denoise,
-    x: Tensor,
-    lambdas: Tensor,
-    generator: torch.Generator | None = None,
-    watch: Watch | None = None,
-) -> Tensor:
+@_sampler
+def dpmpp_2m_sde(denoise: Denoise, lambdas: Tensor, noise: _Noise) -> _Step:
     """SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, section 5): 2M with the noise of the reverse SDE."""
     previous: list[tuple[Tensor, float]] = []
 
@@ -145,18 +165,13 @@ def dpmpp_2m_sde(
             d = d + (d - before) * (h / (2 * h_before))
         previous.append((prediction.x0, h))
         mean = there.s / here.s * math.exp(-h) * x - there.a * math.expm1(-2 * h) * d
-        return mean + there.s * math.sqrt(-math.expm1(-2 * h)) * _noise(x, generator)
+        return mean + there.s * math.sqrt(-math.expm1(-2 * h)) * noise(x)
 
-    return _walk(denoise, x, lambdas, watch, step)
+    return step
 
 
-def dpmpp_2s(
-    denoise: Denoise,
-    x: Tensor,
-    lambdas: Tensor,
-    generator: torch.Generator | None = None,
-    watch: Watch | None = None,
-) -> Tensor:
+@_sampler
+def dpmpp_2s(denoise: Denoise, lambdas: Tensor, noise: _Noise) -> _Step:
     """DPM-Solver++(2S) (Lu et al. 2022, arXiv 2211.01095, algorithm 1, r = 1/2): second order without a history.
 
     It asks the denoiser twice a step, the second time in the middle of it.
@@ -169,16 +184,11 @@ def dpmpp_2s(
         d = denoise(u, torch.tensor(middle.lam)).x0
         return there.s / here.s * x - there.a * math.expm1(-h) * d
 
-    return _walk(denoise, x, lambdas, watch, step)
+    return step
 
 
-def heun(
-    denoise: Denoise,
-    x: Tensor,
-    lambdas: Tensor,
-    generator: torch.Generator | None = None,
-    watch: Watch | None = None,
-) -> Tensor:
+@_sampler
+def heun(denoise: Denoise, lambdas: Tensor, noise: _Noise) -> _Step:
     """Heun's method on d(x / a) / d(s / a) = eps (Karras et al. 2022, arXiv 2206.00364, algorithm 1 without churn).
 
     Second order; it asks the denoiser twice a step, the second time where the first takes it.
@@ -190,16 +200,11 @@ def heun(
         eps = denoise(first, torch.tensor(there.lam)).eps
         return ratio * x + distance * (prediction.eps + eps) / 2
 
-    return _walk(denoise, x, lambdas, watch, step)
+    return step
 
 
-def unipc(
-    denoise: Denoise,
-    x: Tensor,
-    lambdas: Tensor,
-    generator: torch.Generator | None = None,
-    watch: Watch | None = None,
-) -> Tensor:
+@_sampler
+def unipc(denoise: Denoise, lambdas: Tensor, noise: _Noise) -> _Step:
     """UniPC of order 2, B(h) = e^h - 1, on x0 (Zhao et al. 2023, arXiv 2302.04867, algorithms 5 and 6).
 
     What the denoiser says at the end of a step corrects that step, at no cost, before the next one is predicted.
@@ -219,7 +224,7 @@ def unipc(
         del last[:-2]
         return base
 
-    return _walk(denoise, x, lambdas, watch, step)
+    return step
 
 
 class _Past(NamedTuple):
