@@ -24,6 +24,9 @@ _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "pyproject.toml").is_file():
     __path__.insert(0, str(_checkout))
 
+DEFAULT_MODEL = "clipkit-tiny"
+"""The model that comes with the package: a CLIP, a denoiser and a noise-aware CLIP, trained by the shipped recipes."""
+
 _HOMES = {
     "CLIP": "clipkit.model",
     "CLIPConfig": "clipkit.model",
@@ -34,7 +37,17 @@ _HOMES = {
     "load": "clipkit.pretrained",
 }
 
-__all__ = ["CLIP", "CLIPConfig", "ClipkitError", "Pretrained", "Shards", "Tokenizer", "__version__", "load"]
+__all__ = [
+    "CLIP",
+    "DEFAULT_MODEL",
+    "CLIPConfig",
+    "ClipkitError",
+    "Pretrained",
+    "Shards",
+    "Tokenizer",
+    "__version__",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:  # PEP 562

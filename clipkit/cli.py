@@ -21,18 +21,19 @@ def cli() -> None:
 
     \b
     Start with:
+      clipkit guided-sample "a rocket"                with the small model that comes along
+      clipkit classify photo.jpg --labels "dog,cat"
       clipkit demo                                    the whole chain on drawings, some minutes
       clipkit pack photos/ packs/photos               your own images
       clipkit pretrain drawings_clip.toml
       clipkit zeroshot --model runs/clip --dataset cifar100
-      clipkit guided-sample "a rocket" --model runs/drawings
     """
 
 
 for command in (
     *(packs.pack, packs.verify, packs.inspect),
     *(training.pretrain, training.denoiser, training.noisy_clip, training.plan, training.demo),
-    *(models.models, models.export),
+    *(models.models, models.export, models.release),
     *(evaluation.zeroshot, evaluation.retrieval, evaluation.probe),
     *(pictures.similarity, pictures.classify, pictures.index, pictures.embed, pictures.search),
     drawing.guided_sample,

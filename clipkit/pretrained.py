@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clipkit import archives, checkpoint, distributed, hub, weights
+from clipkit import DEFAULT_MODEL, archives, checkpoint, distributed, hub, weights
 from clipkit.checkpoint import Checkpoint
 from clipkit.config import from_dict
 from clipkit.errors import CheckpointError
@@ -30,13 +30,20 @@ class Pretrained:
     preprocess: Callable[[Image.Image], Tensor]
 
 
+def _folder(name: str | Path) -> Path:
+    """Where a model of ours is: a folder of this name, or the one that comes with the package."""
+    if str(name) == DEFAULT_MODEL and not Path(name).exists():
+        return Path(__file__).resolve().parent / "data" / DEFAULT_MODEL
+    return Path(name)
+
+
 def find(path: str | Path, kind: str) -> Checkpoint:
     """The newest valid checkpoint of a run of this kind ("clip", "denoiser", "noisy_clip").
 
-    `path` is the run's folder, or a folder that holds runs named after their kinds.
+    `path` is the run's folder, or a folder that holds runs named after their kinds, or "clipkit-tiny".
     Raises CheckpointError saying what was found instead.
     """
-    folder = Path(path)
+    folder = _folder(path)
     for candidate in (folder, folder / kind):
         found = checkpoint.latest(candidate) if (candidate / "checkpoints").is_dir() else None
         if found is not None and found.state.get("kind") == kind:
@@ -47,23 +54,24 @@ def find(path: str | Path, kind: str) -> Checkpoint:
     raise CheckpointError(f"{folder} is not a model: it {what}; give the folder of a training run")
 
 
-def load(name: str | Path, device: str = "auto") -> Pretrained:
+def load(name: str | Path = DEFAULT_MODEL, device: str = "auto") -> Pretrained:
     """A CLIP with its tokenizer and preprocessing, from whoever trained it.
 
-    `name` is the folder of one of our runs (its averaged weights are taken); a folder with an open_clip_config.json, or
+    `name` is "clipkit-tiny", which comes with the package; the folder of one of our runs (its averaged weights are
+    taken); a folder with an open_clip_config.json, or
     with the config.json of transformers' CLIP or SigLIP; a file of OpenAI's, state dict or TorchScript archive;
     "architecture/pretraining" as open_clip calls it, or "hf-hub:organisation/name", which are fetched from the hub.
     Nothing that lies in these files is run. Raises CheckpointError when `name` is none of this, its files are damaged,
     or its architecture is one that clipkit does not have.
     """
-    path, quick_gelu = Path(name), None
+    path, quick_gelu = _folder(name), None
     if not path.exists() and (published := hub.find(str(name))) is not None:
         path, quick_gelu = hub.fetch(published), published.quick_gelu
     if path.is_file() or any((path / config).is_file() for config in _CONFIGS):
         return _load_foreign(path, device, quick_gelu)
     if not path.exists() and (meant := hub.suggestion(str(name))):
         raise CheckpointError(f"{name} is neither a folder nor a published model; {meant}")
-    found = find(path, "clip")
+    found = find(name, "clip")
     config = from_dict(CLIPConfig, found.state["recipe"]["model"])
     tokenizer = Tokenizer.from_json(found.text("tokenizer.json"), config.context_length)
     model = CLIP(config, tokenizer.vocab_size, tokenizer.end_id)

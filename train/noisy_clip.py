@@ -25,7 +25,7 @@ from clipkit.images import decode, preprocess
 from clipkit.losses import LossConfig, info_nce
 from clipkit.pretrained import load
 from clipkit.shards import Shards
-from clipkit.stream import Batch
+from clipkit.stream import Batch, cache_of
 from clipkit.train.launch import launch
 from clipkit.train.step import Features, Task
 from clipkit.zeroshot.heads import class_head
@@ -57,7 +57,8 @@ class NoisyPretraining(Task):
         self.recipe, self.tokenizer, self.image_size = recipe, clean.tokenizer, clean.model.config.image_size
         self.model: NoisyCLIP = NoisyCLIP(clean.model, recipe.model.width)
         self.model.clip.text.requires_grad_(recipe.model.train_text)
-        self.bank = caption_bank(shards, recipe.model.bank, recipe.run.seed)
+        packs = [shards, *(Shards(folder, verify=False, cache=cache_of(recipe.data)) for folder in recipe.data.mix)]
+        self.bank = caption_bank(packs, recipe.model.bank, recipe.run.seed)
 
     def forward(self, batch: Batch) -> Features:
         """Unit vectors of noised images and captions [b, D], and each image's temperature [b]."""
@@ -104,13 +105,16 @@ class NoisyPretraining(Task):
         }
 
 
-def caption_bank(shards: Shards, size: int, seed: int) -> list[str]:
-    """Up to `size` different captions of a pack, drawn at random: the alternatives among which a prompt is chosen."""
+def caption_bank(packs: Sequence[Shards], size: int, seed: int) -> list[str]:
+    """Up to `size` different captions, as many from each pack: the alternatives among which a prompt is chosen."""
     rng = np.random.default_rng([seed, 2])
-    drawn = rng.choice(len(shards), min(len(shards), 4 * size), replace=False)
-    captions = [c for i in drawn for c in shards.read(int(i)).captions]
-    distinct = sorted(set(captions))
-    return [distinct[i] for i in sorted(rng.choice(len(distinct), min(size, len(distinct)), replace=False))]
+    bank: set[str] = set()
+    for i, shards in enumerate(packs):
+        drawn = rng.choice(len(shards), min(len(shards), 4 * size), replace=False)
+        fresh = sorted({c for i in drawn for c in shards.read(int(i)).captions} - bank)
+        wanted = (size - len(bank)) // (len(packs) - i)
+        bank |= {fresh[j] for j in rng.choice(len(fresh), min(wanted, len(fresh)), replace=False)}
+    return sorted(bank)
 
 
 def accuracy_at(model: NoisyCLIP, head: Tensor, images: Tensor, labels: Tensor, level: float) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from clipkit import DEFAULT_MODEL
 from clipkit.errors import UsageError
 
 _SAMPLERS = ["dpmpp-2m", "dpmpp-2m-sde", "dpmpp-2s", "heun", "unipc", "ddim", "ddpm"]
@@ -16,7 +17,9 @@ _SPACINGS = ["karras", "linspace", "leading", "trailing"]
 
 @click.command("guided-sample")
 @click.argument("prompt")
-@click.option("--model", required=True, help="Folder that holds the runs clip, denoiser and noisy_clip.")
+@click.option(
+    "--model", default=DEFAULT_MODEL, show_default=True, help="Folder of the runs clip, denoiser, noisy_clip."
+)
 @click.option("--n", type=click.IntRange(min=1), default=16, show_default=True, help="Pictures.")
 @click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True, help="Sampler steps.")
 @click.option("--scale", type=float, default=None, help="Guidance scale; 0 is unguided.  [default: 10]")
@@ -60,7 +63,7 @@ def guided_sample(
 
     \b
     Example:
-      clipkit guided-sample "a rocket" --model runs/drawings --n 16 --gif rocket.gif
+      clipkit guided-sample "a rocket" --gif rocket.gif
       clipkit guided-sample "a rocket" --model runs/drawings --init sketch.png --strength 0.7
     """
     from clipkit.guidance.draw import Studio, save_gif, save_grid

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import click
 
+from clipkit import DEFAULT_MODEL
 from clipkit.commands.given import MODEL_HELP, read_class_list, read_class_names, read_templates
 from clipkit.errors import UsageError
 
 
 @click.command()
-@click.option("--model", "models", required=True, multiple=True, help=MODEL_HELP)
+@click.option("--model", "models", default=[DEFAULT_MODEL], show_default=True, multiple=True, help=MODEL_HELP)
 @click.option(
     "--dataset", "datasets", required=True, multiple=True, help="A name, or folder:, tar:, csv:, shards:, wds:."
 )
@@ -89,7 +90,7 @@ def zeroshot(
 
 
 @click.command()
-@click.option("--model", required=True, help=MODEL_HELP)
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help=MODEL_HELP)
 @click.option("--shards", required=True, help="A pack with captions (clipkit pack).")
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
@@ -116,7 +117,7 @@ def retrieval(model: str, shards: str, device: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--model", required=True, help=MODEL_HELP)
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help=MODEL_HELP)
 @click.option("--train", required=True, help="A data set as zeroshot takes it: folder:DIR, shards:DIR ...")
 @click.option("--test", required=True, help="The same, to count on.")
 @click.option("--shots", type=click.IntRange(min=0), default=0, show_default=True, help="Images a class; 0 is all.")

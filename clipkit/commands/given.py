@@ -9,7 +9,7 @@ from typing import Any
 
 from clipkit.errors import UsageError
 
-MODEL_HELP = "A run's folder, other people's weights, or a published name (see clipkit models)."
+MODEL_HELP = "A run's folder, others' weights, or a published name (see clipkit models)."
 
 
 def read_class_names(path: Path) -> dict[str, list[str]]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from clipkit import DEFAULT_MODEL
+from clipkit.commands.given import MODEL_HELP
 from clipkit.errors import UsageError
 
 
@@ -38,7 +40,7 @@ def models(pattern: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--model", required=True, help="A run's folder, other people's weights, or a published name.")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help=MODEL_HELP)
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--format",
@@ -67,3 +69,22 @@ def export(model: str, out: Path, form: str, push: str | None) -> None:
         click.echo(f"{path}")
     if push is not None:
         click.echo(hub.push(clip, out, push))
+
+
+@click.command()
+@click.argument("runs", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+def release(runs: Path, out: Path) -> None:
+    """Write the weights of RUNS into OUT, to give away: averaged, in half precision, without the optimizer's state.
+
+    RUNS is a run, or a folder of the runs clip, denoiser and noisy_clip. --model takes OUT as it takes RUNS.
+
+    \b
+    Example:
+      clipkit release runs/drawings drawings-1.0
+    """
+    from clipkit.release import release as write
+
+    for folder in write(runs, out):
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        click.echo(f"{folder}: {size / 1e6:.1f} MB")

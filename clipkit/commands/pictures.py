@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from clipkit import DEFAULT_MODEL
 from clipkit.commands.given import MODEL_HELP, read_lines, read_templates
 from clipkit.errors import UsageError
 
@@ -15,7 +16,7 @@ from clipkit.errors import UsageError
 @click.command()
 @click.argument("images", nargs=-1, required=True)
 @click.option("--text", "texts", multiple=True, required=True, help="A description; may be repeated.")
-@click.option("--model", required=True, help=MODEL_HELP)
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help=MODEL_HELP)
 @click.option("--out", type=click.Path(path_type=Path), help="Also draw the matrix into this file (PNG, SVG, PDF).")
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
@@ -47,7 +48,7 @@ def similarity(
 @click.command()
 @click.argument("images", nargs=-1, required=True)
 @click.option("--labels", required=True, help="Names with commas between them, or a text file, one a line.")
-@click.option("--model", required=True, help=MODEL_HELP)
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help=MODEL_HELP)
 @click.option("--templates", default="one", show_default=True, help='"one", "7", "80", or a text file.')
 @click.option("--out", type=click.Path(path_type=Path), help="Also draw pictures and bars into this file.")
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
@@ -90,7 +91,7 @@ def _save_figure(figure: Any, out: Path) -> None:
 @click.command()
 @click.argument("images")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--model", required=True, help=MODEL_HELP)
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help=MODEL_HELP)
 @click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that decode.")
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
@@ -109,7 +110,7 @@ def index(images: str, out: Path, model: str, batch_size: int, workers: int, dev
 @click.command()
 @click.argument("shards")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--model", required=True, help=MODEL_HELP)
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help=MODEL_HELP)
 @click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that decode.")
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")

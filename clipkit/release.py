@@ -1,0 +1,42 @@
+"""A run's weights to give away: their average in half precision, and what the model needs beside it; nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from clipkit import checkpoint
+from clipkit.checkpoint import Checkpoint
+from clipkit.errors import CheckpointError
+
+KINDS = ("clip", "denoiser", "noisy_clip")
+
+
+def release(runs: Path, out: Path) -> list[Path]:
+    """Write the newest weights of the run `runs`, or of each run in the folder `runs`, into `out` -> the folders.
+
+    They load by `out`'s name as the runs do by theirs, and cannot be trained on: the optimizer's state stays behind.
+    Raises CheckpointError when there is no run, or `out` cannot be written.
+    """
+    folders = [folder for folder in (runs, *(runs / kind for kind in KINDS)) if (folder / "checkpoints").is_dir()]
+    found = [latest for folder in folders if (latest := checkpoint.latest(folder)) is not None]
+    if not found:
+        raise CheckpointError(f"{runs} is not a run and holds none ({', '.join(KINDS)})")
+    return [_write(part, out / part.state["kind"]) for part in found]
+
+
+def _write(found: Checkpoint, out: Path) -> Path:
+    texts = {p.name: p.read_text(encoding="utf-8") for p in found.path.iterdir() if _belongs(p)}
+    averaged = {name: _half(tensor) for name, tensor in found.stream("ema")}
+    out.mkdir(parents=True, exist_ok=True)
+    return checkpoint.save(out, found.state, {"ema": averaged}, texts, keep_last=1)
+
+
+def _belongs(file: Path) -> bool:
+    return file.suffix == ".json" and file.name not in ("state.json", "manifest.json")
+
+
+def _half(tensor: Tensor) -> Tensor:
+    """Matrices and convolutions in half precision; norms, biases and statistics weigh nothing and keep theirs."""
+    return tensor.half() if tensor.is_floating_point() and tensor.ndim > 1 else tensor

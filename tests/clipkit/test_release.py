@@ -1,0 +1,61 @@
+"""Weights to give away: smaller, alone, and as good."""
+
+import json
+
+import pytest
+import torch
+
+import clipkit
+from clipkit import pretrained
+from clipkit.cli import cli
+from clipkit.errors import CheckpointError
+from clipkit.guidance.draw import Studio
+from clipkit.release import release
+
+
+def test_released_weights_load_by_their_folder_and_do_the_same(chain, tmp_path):
+    folders = release(chain, tmp_path / "mine")
+    assert [folder.parent.parent.name for folder in folders] == ["clip", "denoiser", "noisy_clip"]
+    ours, theirs = clipkit.load(chain, "cpu"), clipkit.load(tmp_path / "mine", "cpu")
+    pixels = torch.randint(0, 256, (4, 3, 24, 24), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    with torch.no_grad():
+        agreement = (ours.model.encode_image(pixels) * theirs.model.encode_image(pixels)).sum(dim=1)
+        assert agreement.min() > 0.9999
+        words = ours.tokenizer("a red car")
+        assert torch.equal(words, theirs.tokenizer("a red car"))
+        assert (ours.model.encode_text(words) * theirs.model.encode_text(words)).sum() > 0.9999
+    drawn = Studio.open(tmp_path / "mine", "cpu").draw("a red car", n=1, steps=2)
+    same = Studio.open(chain, "cpu").draw("a red car", n=1, steps=2)
+    assert (drawn.images - same.images).abs().max() < 0.05
+
+
+def test_nothing_else_of_the_run_is_given_away(chain, tmp_path):
+    (folder,) = release(chain / "clip", tmp_path / "mine")
+    assert {p.name for p in folder.iterdir()} == {"ema.safetensors", "manifest.json", "state.json", "tokenizer.json"}
+    tensors = pretrained.find(tmp_path / "mine", "clip").tensors("ema")
+    assert {t.dtype for t in tensors.values() if t.ndim > 1} == {torch.float16}
+    assert torch.float16 not in {t.dtype for t in tensors.values() if t.ndim < 2}
+
+
+def test_a_flipped_bit_is_found(chain, tmp_path):
+    (folder,) = release(chain / "clip", tmp_path / "mine")
+    data = bytearray((folder / "ema.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "ema.safetensors").write_bytes(data)
+    with pytest.warns(UserWarning, match="sha256"), pytest.raises(CheckpointError, match="ema.safetensors is damaged"):
+        clipkit.load(tmp_path / "mine", "cpu")
+
+
+def test_the_command(chain, tmp_path, capsys):
+    cli.main(["release", str(chain), str(tmp_path / "mine")], standalone_mode=False)
+    assert capsys.readouterr().out.count(" MB") == 3
+    with pytest.raises(CheckpointError, match="is not a run and holds none"):
+        cli.main(["release", str(tmp_path), str(tmp_path / "other")], standalone_mode=False)
+    assert not (tmp_path / "other").exists()
+
+
+def test_released_weights_are_smaller(chain, tmp_path):
+    (folder,) = release(chain / "denoiser", tmp_path / "mine")
+    whole = pretrained.find(chain, "denoiser").path
+    assert (folder / "ema.safetensors").stat().st_size < 0.52 * (whole / "ema.safetensors").stat().st_size
+    assert json.loads((folder / "state.json").read_text())["recipe"]["run"]["steps"] == 4
