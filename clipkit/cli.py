@@ -10,7 +10,7 @@ from typing import NoReturn
 import click
 
 from clipkit._version import __version__
-from clipkit.commands import drawing, evaluation, models, packs, pictures, training
+from clipkit.commands import drawing, evaluation, measuring, models, packs, pictures, training
 from clipkit.errors import ClipkitError, UsageError
 
 
@@ -36,7 +36,7 @@ for command in (
     *(models.models, models.export, models.release),
     *(evaluation.zeroshot, evaluation.retrieval, evaluation.probe),
     *(pictures.similarity, pictures.classify, pictures.index, pictures.embed, pictures.search),
-    drawing.guided_sample,
+    *(drawing.guided_sample, measuring.metrics),
 ):
     cli.add_command(command)
 

@@ -97,7 +97,7 @@ def preprocess(
     if image.size != (size, size):
         box = _middle(*image.size, size) if resize == "crop" else None
         image = image.resize((size, size), Image.Resampling[interpolation.upper()], box=box)
-    return _pixels(image).contiguous()
+    return to_pixels(image).contiguous()
 
 
 def _middle(width: int, height: int, size: int) -> tuple[float, float, float, float]:
@@ -126,7 +126,7 @@ def random_view(data: bytes, size: int, config: DataConfig, rng: np.random.Gener
         pixels, scale = _decode_reduced(image, min(box[2:]) // size)
         left, top, width, height = (int(n * scale) for n in box)
         return _resized(pixels, (left, top, max(1, width), max(1, height)), size)
-    pixels = _pixels(_finish(image))
+    pixels = to_pixels(_finish(image))
     return _resized(pixels, _draw_box(pixels.shape[2], pixels.shape[1], config.crop_scale, rng), size)
 
 
@@ -143,11 +143,12 @@ def _decode_reduced(image: Image.Image, most: int) -> tuple[Tensor, float]:
     width = image.width
     if (reduced := next((n for n in (8, 4, 2) if n <= most), 1)) > 1:
         image.draft(image.mode, (image.width // reduced, image.height // reduced))
-    pixels = _pixels(_finish(image))
+    pixels = to_pixels(_finish(image))
     return pixels, pixels.shape[2] / width
 
 
-def _pixels(image: Image.Image) -> Tensor:
+def to_pixels(image: Image.Image) -> Tensor:
+    """RGB image -> uint8 [3, H, W]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [H, W, 3] -> [3, H, W]
 
 

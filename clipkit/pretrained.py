@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -177,3 +178,12 @@ def load_weights(model: torch.nn.Module, found: Checkpoint) -> None:
         model.load_state_dict(found.tensors("ema"))
     except (RuntimeError, KeyError) as error:
         raise CheckpointError(f"{found.path} does not fit its own recipe: {str(error).splitlines()[0][:120]}") from None
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Hash of a model's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

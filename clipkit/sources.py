@@ -18,7 +18,7 @@ from PIL import Image
 from clipkit import drawings
 from clipkit.errors import DataError, SampleError, ShardError, UsageError
 from clipkit.images import SUFFIXES
-from clipkit.shards import StrictTarInfo
+from clipkit.shards import Shards, StrictTarInfo
 
 CAPTIONS_PER_IMAGE = 4
 DEFAULT_TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a {}.", "one {}.")
@@ -65,6 +65,17 @@ def image_files(source: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
         file = archive.extractfile(member)
         assert file is not None
         yield PurePosixPath(member.name), file.read()
+
+
+def pictures(source: str) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) of every image of a folder, of a tar, or of a pack (folder or URL). Raises DataError."""
+    if "://" in source or (Path(source) / "index.json").is_file():
+        shards = Shards(source, verify=False)
+        yield from ((shards.name(i), shards.read(i).image) for i in range(len(shards)))
+        return
+    if not Path(source).exists():
+        raise DataError(f"no folder, tar or pack at {source}")
+    yield from ((str(name), data) for name, data in image_files(Path(source)))
 
 
 def images_of(folder: Path) -> list[Path]:

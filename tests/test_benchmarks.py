@@ -56,3 +56,9 @@ def test_class_head():
 def test_search():
     row = run("search.py", "--count", "3000", "--queries", "2")
     assert row["milliseconds"] > 0
+
+
+def test_frechet():
+    row = run("frechet.py", "--dim", "32", "--pictures", "100", "--repeat", "1")
+    assert row["difference"] < 1e-6
+    assert row["ratio"] == pytest.approx(row["seconds"] / row["seconds_sqrtm"])

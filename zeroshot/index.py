@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from clipkit import distributed
 from clipkit.errors import CheckpointError, DataError, SampleError, ShardError, UsageError
 from clipkit.images import decode, preprocessing
-from clipkit.pretrained import Pretrained, load
+from clipkit.pretrained import Pretrained, fingerprint, load
 from clipkit.records import progress, read_object, say, write_atomically
 from clipkit.shards import Shards
 from clipkit.sources import images_of
@@ -137,15 +137,6 @@ class _Pixels(Dataset[tuple[int, Tensor, str]]):
             return self.rows[i], self.preprocess(decode(self.gallery.image(self.rows[i]))), ""
         except SampleError as error:
             return self.rows[i], torch.zeros(3, self.size, self.size, dtype=torch.uint8), error.reason
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """Hash of a model's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def build(

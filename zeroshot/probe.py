@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 from clipkit.errors import UsageError
 from clipkit.images import preprocessing
 from clipkit.model import CLIP
+from clipkit.pretrained import fingerprint
 from clipkit.records import progress
 from clipkit.zeroshot.datasets import ImageSet
 from clipkit.zeroshot.heads import remembered
-from clipkit.zeroshot.index import fingerprint
 
 STRENGTHS = tuple(10.0 ** (e / 2) for e in range(-6, 13))
 """Values of C that are tried, 0.001 to 1,000,000; more is weaker regularisation."""

@@ -42,7 +42,7 @@ def test_a_flipped_bit_is_found(chain, tmp_path):
     data = bytearray((folder / "ema.safetensors").read_bytes())
     data[-1] ^= 1
     (folder / "ema.safetensors").write_bytes(data)
-    with pytest.warns(UserWarning, match="sha256"), pytest.raises(CheckpointError, match="ema.safetensors is damaged"):
+    with pytest.warns(UserWarning, match="sha256"), pytest.raises(CheckpointError, match="safetensors is damaged"):
         clipkit.load(tmp_path / "mine", "cpu")
 
 

@@ -1,0 +1,121 @@
+"""metrics: distances between collections of pictures, or between pairs of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from clipkit import DEFAULT_MODEL
+from clipkit.commands.given import MODEL_HELP
+from clipkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from clipkit.guidance.extractors import Extractor
+
+
+@click.command()
+@click.argument("reference")
+@click.argument("samples")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help=f"CLIP whose features count. {MODEL_HELP}")
+@click.option("--inception", type=click.Path(path_type=Path), help="The FID's Inception-V3 weights, instead of a CLIP.")
+@click.option("--train", help="Pictures that the samples' model was trained on: their distance is the floor.")
+@click.option("--pairs", is_flag=True, help="Compare pictures of the same name with each other instead.")
+@click.option("--prompt", help="Also the CLIP score of the samples with this text.")
+@click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def metrics(
+    reference: str,
+    samples: str,
+    model: str,
+    inception: Path | None,
+    train: str | None,
+    pairs: bool,
+    prompt: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Say how far the pictures SAMPLES are from the pictures REFERENCE: folders, tars or packs.
+
+    Frechet distance (the FID, if --inception), KID, precision and recall; CMMD with a CLIP, the Inception score with
+    Inception. With --pairs: PSNR, SSIM, and with a CLIP LPIPS (unlearned), perceptual and style distance. Beside each
+    distance stands its floor: that of one half of REFERENCE to the other, or of --train to REFERENCE.
+
+    \b
+    Examples:
+      clipkit metrics photos/test drawn --train photos/train
+      clipkit metrics originals decoded --pairs
+    """
+    from clipkit.guidance.extractors import clip_extractor, inception_extractor
+    from clipkit.pretrained import load
+
+    if prompt is not None and (inception is not None or pairs):
+        raise UsageError("--prompt is for a CLIP's score of a collection; leave --inception and --pairs away")
+    if train is not None and pairs:
+        raise UsageError("--train is the floor of collections; leave it away with --pairs")
+    extractor = inception_extractor(inception, device) if inception else clip_extractor(load(model, device), model)
+    numbers = (
+        _pairs(extractor, reference, samples) if pairs else _collections(extractor, reference, samples, train, prompt)
+    )
+    if as_json:
+        click.echo(json.dumps({"extractor": extractor.name, "weights": extractor.weights, **numbers}))
+        return
+    click.echo(f"features of {extractor.name}, weights {extractor.weights}")
+    for name, value in numbers.items():
+        click.echo(f"{name:22}{value:.5g}")
+
+
+def _collections(
+    extractor: Extractor, reference: str, samples: str, train: str | None, prompt: str | None
+) -> dict[str, float]:
+    from clipkit.guidance import metrics as room
+    from clipkit.guidance.extractors import extract
+    from clipkit.sources import pictures
+
+    known, drawn = (extract(extractor, pictures(source))[1] for source in (reference, samples))
+    learnt = extract(extractor, pictures(train))[1] if train is not None else None
+    found: dict[str, float] = {"reference": len(known), "samples": len(drawn), **room.compare(known, drawn, learnt)}
+    if min(len(known), len(drawn)) <= known.shape[1] or found["frechet_bias"] > 0.1 * found["frechet"]:
+        click.echo(
+            f"clipkit: {len(known)} and {len(drawn)} pictures are few for {known.shape[1]} dimensions: alike ones "
+            f"would show a Frechet distance of about {found['frechet_bias']:.3g}; give more, or look at KID",
+            err=True,
+        )
+    if extractor.logits is not None:
+        score, deviation = room.inception_score(extractor.logits(drawn), splits=min(10, len(drawn)))
+        found |= {"inception_score": score, "inception_score_std": deviation}
+    if extractor.text is not None:
+        found["cmmd"] = room.cmmd(known, drawn)
+        if prompt is not None:
+            found["clip_score"] = room.clip_score(drawn, extractor.text(prompt).expand_as(drawn))
+    return found
+
+
+def _pairs(extractor: Extractor, reference: str, samples: str) -> dict[str, float]:
+    import torch
+
+    from clipkit.guidance import likeness
+    from clipkit.images import decode, to_pixels
+    from clipkit.sources import pictures
+
+    known, drawn = dict(pictures(reference)), dict(pictures(samples))
+    common = [name for name in known if name in drawn]
+    if not common:
+        raise UsageError(f"no picture of {samples} has the name of one of {reference}")
+    rows = []
+    for name in common:
+        one, other = decode(known[name]), decode(drawn[name])
+        x, y = (to_pixels(image)[None].float() for image in (one, other))
+        if x.shape != y.shape:
+            raise UsageError(
+                f"{name} is {one.width} x {one.height} and {other.width} x {other.height}; make them equal"
+            )
+        row = {"psnr": likeness.psnr(x, y, 255), "ssim": likeness.ssim(x, y, 255)}
+        if extractor.layers is not None:
+            a, b = (extractor.layers(extractor.preprocess(image)[None]) for image in (one, other))
+            row |= {"lpips_unlearned": likeness.lpips(a, b), "perceptual": likeness.perceptual_distance(a, b)}
+            row["style"] = likeness.style_distance(a, b)
+        rows.append(row)
+    return {"pairs": len(rows), **{k: float(torch.cat([row[k] for row in rows]).double().mean()) for k in rows[0]}}
