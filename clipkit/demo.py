@@ -106,7 +106,7 @@ def _named(judge: Pretrained, images: Tensor) -> list[str]:
 
 def _comparison(rows: list[Tensor]) -> Image.Image:
     """One row per prompt: its words, four unguided pictures, four guided ones."""
-    from clipkit.guidance.draw import grid
+    from clipkit.guidance.sheet import grid
 
     pairs = list(zip(rows[: len(PROMPTS)], rows[len(PROMPTS) :], strict=True))
     strips = [grid(torch.cat([unguided, guided]), columns=8) for unguided, guided in pairs]

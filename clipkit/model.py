@@ -258,6 +258,21 @@ class TextTower(nn.Module):
         nn.init.normal_(self.projection.weight, std=width**-0.5)
 
     def forward(self, ids: Tensor) -> Tensor:
+        x, _, last = self._states(ids)
+        features: Tensor = self.projection(self.norm(x[last]))
+        return features
+
+    def sequence(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids [B, L] -> every token's features [B, L, W] after the last norm; where there are tokens, bool [B, L]."""
+        if self.conventions.text_attention == "full":
+            ids = F.pad(ids, (0, len(self.positions) - ids.shape[1]), value=self.conventions.pad_id)
+        x, kept, _ = self._states(ids)
+        inside = torch.zeros(ids.numel(), dtype=torch.bool, device=x.device).index_fill_(0, kept, True)
+        states = x.new_zeros(ids.numel(), x.shape[1]).index_copy(0, kept, self.norm(x).to(x.dtype))
+        return states.view(*ids.shape, -1), inside.view(ids.shape)  # [B * L, W] -> [B, L, W]
+
+    def _states(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the blocks make of the tokens of captions [T, W]; their places in B * L; each caption's last one."""
         if self.conventions.text_attention == "full":
             ids = F.pad(ids, (0, len(self.positions) - ids.shape[1]), value=self.conventions.pad_id)
         batch, length = ids.shape
@@ -281,8 +296,7 @@ class TextTower(nn.Module):
                 x = checkpoint(block, x, kept, batch, length, use_reentrant=False)
             else:
                 x = block(x, kept, batch, length)
-        features: Tensor = self.projection(self.norm(x[last]))
-        return features
+        return x, kept, last
 
 
 class CLIP(nn.Module):

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipkit.errors import UsageError
+from clipkit.guidance.condition import Condition, Conditioner
 from clipkit.guidance.dit import DiT, DiTConfig
 from clipkit.guidance.schedule import TIMESTEPS, alpha, expand, log_snr, sigma
 from clipkit.guidance.unet import UNet, UNetConfig
@@ -126,25 +128,46 @@ def loss_of(config: DiffusionConfig, output: Tensor, wanted: Tensor, lam: Tensor
 
 
 class Denoiser(nn.Module):
-    """A network with its parametrisation: itself a `Denoise` for images in [-1, 1]."""
+    """A network with its parametrisation: itself a `Denoise` for images in [-1, 1], without a condition."""
 
-    def __init__(self, network: NetworkConfig, diffusion: DiffusionConfig) -> None:
+    def __init__(
+        self,
+        network: NetworkConfig,
+        diffusion: DiffusionConfig,
+        conditioner: Conditioner | None = None,
+    ) -> None:
         super().__init__()
-        self.diffusion, self.image_size = diffusion, network.image_size
-        built = UNet(network) if isinstance(network, UNetConfig) else DiT(network)
-        self.network = built.to(memory_format=torch.channels_last)
+        self.diffusion, self.image_size, self.conditioner = diffusion, network.image_size, conditioner
+        widths = (conditioner.width, conditioner.words_width) if conditioner is not None else (0, 0)
+        kind = UNet if isinstance(network, UNetConfig) else DiT
+        self.network: nn.Module = kind(network, 3, *widths).to(memory_format=torch.channels_last)  # type: ignore[arg-type]
 
-    def output(self, x: Tensor, lam: Tensor) -> Tensor:
+    def output(self, x: Tensor, lam: Tensor, condition: Condition | None = None) -> Tensor:
         """The raw network: x [B, 3, S, S], lam [B] -> [B, 3, S, S]."""
         if self.diffusion.prediction == "edm":  # c_in of equation 7, for x / a: unit variance at every lambda
             variance = (alpha(lam) * _DATA_STD) ** 2 + sigma(lam) ** 2
             x = x / expand(variance.sqrt(), x)
-        raw: Tensor = self.network(x, lam)
+        raw: Tensor = self.network(x, lam) if condition is None else self.network(x, lam, condition)
         return raw
 
     def forward(self, x: Tensor, lam: Tensor) -> Prediction:
+        return self._predict(x, lam, self._described(""))
+
+    def given(self, description: str) -> Denoise:
+        """This denoiser for pictures of a caption or class; "" is itself. Raises UsageError if it takes none."""
+        if self.conditioner is None:
+            raise UsageError("this denoiser was trained without descriptions; train one with condition.kind")
+        condition = self._described(description)
+        return lambda x, lam: self._predict(x, lam, condition)
+
+    def _described(self, description: str) -> Condition | None:
+        return self.conditioner([description]) if self.conditioner is not None else None
+
+    def _predict(self, x: Tensor, lam: Tensor, condition: Condition | None) -> Prediction:
         lam = lam.to(x).expand(len(x))
-        return from_output(self.diffusion.prediction, self.output(x, lam), x, lam)
+        if condition is not None:  # one row, for all pictures
+            condition = condition.expand(len(x))
+        return from_output(self.diffusion.prediction, self.output(x, lam, condition), x, lam)
 
     def range(self) -> tuple[float, float]:
         """(lowest, highest) lambda of its schedule, the highest limited to 10: noise below 1/150 of the signal is
@@ -154,9 +177,12 @@ class Denoiser(nn.Module):
 
 
 def clipped(denoise: Denoise) -> Denoise:
-    """Keep x0 within [-1, 1], as the images are (Ho et al. 2020, section 4), and eps consistent with it."""
+    """Keep x0 within [-1, 1], as the images are (Ho et al. 2020, section 4); eps moves against what x0 moved."""
 
     def wrapped(x: Tensor, lam: Tensor) -> Prediction:
-        return from_x0(x, denoise(x, lam).x0.clamp(-1, 1), lam)
+        prediction = denoise(x, lam)
+        x0 = prediction.x0.clamp(-1, 1)
+        lam = lam.to(x).expand(len(x))
+        return Prediction(x0, prediction.eps + expand(alpha(lam) / sigma(lam), x) * (prediction.x0 - x0))
 
     return wrapped

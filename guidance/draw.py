@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from clipkit import distributed
 from clipkit._version import __version__
-from clipkit.config import from_dict
 from clipkit.errors import UsageError, did_you_mean
 from clipkit.guidance import samplers
-from clipkit.guidance.denoiser import Denoise, Denoiser, DiffusionConfig, NetworkConfig, clipped
-from clipkit.guidance.dit import DiTConfig
-from clipkit.guidance.guiders import inpaint, like, score_shift
-from clipkit.guidance.noisy_clip import NoisyCLIP
+from clipkit.guidance.denoiser import Denoise, Denoiser, clipped
+from clipkit.guidance.guiders import between, contrast, inpaint, like, mean_shift, mixed, score_shift
+from clipkit.guidance.loading import Guide, has_guide, load_denoiser, load_guide
+from clipkit.guidance.noisy_clip import Wish
 from clipkit.guidance.schedule import Spacing, add_noise, karras, log_snr, spaced
-from clipkit.guidance.unet import UNetConfig
 from clipkit.images import preprocess, to_image
-from clipkit.model import CLIP, CLIPConfig
-from clipkit.pretrained import Pretrained, find, load, load_weights
+from clipkit.model import CLIP
+from clipkit.pretrained import Pretrained, load
 from clipkit.records import progress
-from clipkit.tokenizer import Tokenizer
 
 SAMPLERS: dict[str, samplers.Sampler] = {
     "dpmpp-2m": samplers.dpmpp_2m,
@@ -42,6 +38,7 @@ SAMPLERS: dict[str, samplers.Sampler] = {
 }
 SPACINGS = ("karras", "linspace", "leading", "trailing")
 DEFAULT_SCALE = 10.0
+DEFAULT_CFG_SCALE = 3.0
 
 
 @dataclass(frozen=True)
@@ -71,32 +68,42 @@ class Drawn:
     about: dict[str, Any]
 
 
-class Studio:
-    """A denoiser, a noise-aware CLIP and a clean CLIP that belong together."""
+@dataclass(frozen=True)
+class Steering:
+    """How pictures are led to their prompts, beyond the scale of the noise-aware CLIP."""
 
-    def __init__(
-        self, denoiser: Denoiser, guide: NoisyCLIP, tokenizer: Tokenizer, bank: list[str], clip: Pretrained
-    ) -> None:
-        self.denoiser, self.guide, self.tokenizer, self.bank, self.clip = denoiser, guide, tokenizer, bank, clip
+    cfg_scale: float | None = None
+    """Classifier-free guidance, for denoisers that were trained with descriptions; 3 for those, if not given."""
+    objective: Literal["softmax", "dot"] = "softmax"
+    """What the noise-aware CLIP maximises: log p of the prompt among captions, or 100 times the cosine (GLIDE)."""
+    shift: Literal["score", "mean"] = "score"
+    """Where its gradient goes: into the score, or into each step's mean, as ADM and GLIDE have it, for comparison."""
+    interval: tuple[float, float] = (-math.inf, math.inf)
+    """Lambdas (log SNR) at which it guides; beyond them it costs nothing."""
+    picture: Tensor | None = None
+    """A picture [1, 3, S, S] in [-1, 1] whose likeness is also wanted."""
+
+
+class Studio:
+    """A denoiser, a noise-aware CLIP (or none, if the denoiser takes descriptions) and a clean CLIP."""
+
+    def __init__(self, denoiser: Denoiser, guide: Guide | None, clip: Pretrained) -> None:
+        self.denoiser, self.guide, self.clip = denoiser, guide, clip
 
     @classmethod
     def open(cls, path: str | Path, device: str = "auto") -> Studio:
         """Load the runs `clip`, `denoiser` and `noisy_clip` in the folder `path`. Raises CheckpointError."""
         where = distributed.choose_device(device)
-        found = find(path, "denoiser")
-        recipe = found.state["recipe"]
-        unet, dit = recipe.get("unet"), recipe.get("dit")
-        network: NetworkConfig = from_dict(UNetConfig, unet) if unet else from_dict(DiTConfig, dit)
-        denoiser = Denoiser(network, from_dict(DiffusionConfig, recipe["diffusion"]))
-        load_weights(denoiser, found)
-        guide, tokenizer, bank = load_noisy_clip(path)
-        for model in (denoiser, guide):
-            model.to(where).eval().requires_grad_(False)
-        return cls(denoiser, guide, tokenizer, bank, load(path, device))
+        denoiser = load_denoiser(path).to(where)
+        # A denoiser that takes descriptions draws by itself; for others there must be a guide.
+        guide = load_guide(path) if denoiser.conditioner is None or has_guide(path) else None
+        if guide is not None:
+            guide.model.to(where)
+        return cls(denoiser, guide, load(path, device))
 
     def draw(
         self,
-        prompt: str,
+        prompt: str | Mapping[str, float],
         n: int = 16,
         steps: int = 25,
         scale: float | None = None,
@@ -106,46 +113,92 @@ class Studio:
         spacing: str = "",
         start: Start | None = None,
         reference: Tensor | None = None,
+        steering: Steering | None = None,
     ) -> Drawn:
-        """Draw `n` pictures of `prompt` in `steps` steps.
+        """Draw `n` pictures of `prompt`, a text or several with their weights, in `steps` steps.
 
         The guide maximises log p(prompt | x_t) among the caption bank, and log p(none of `negative` | x_t), each times
-        `scale`. `reference` [1, 3, S, S] in [-1, 1] gives the coarse shape. `spacing` of the steps is by default
-        "karras", "linspace" for ddim and ddpm. Raises UsageError for an empty prompt, n or steps below 1, more steps
-        than the schedule has levels, or an unknown sampler or spacing.
+        `scale`: 10, or 0 if the denoiser takes descriptions. `reference` [1, 3, S, S] in [-1, 1] gives the coarse
+        shape. `spacing` of the steps is by default "karras", "linspace" for ddim and ddpm. Raises UsageError for an
+        empty prompt, n or steps below 1, more steps than the schedule has levels, an unknown sampler or spacing, or
+        guidance that this model does not have.
         """
-        if not prompt.strip() or not all(text.strip() for text in negative):
+        prompts, steering = {prompt: 1.0} if isinstance(prompt, str) else dict(prompt), steering or Steering()
+        if not prompts or not all(text.strip() for text in [*prompts, *negative]):
             raise UsageError("the prompt is empty; say what to draw")
         if n < 1 or steps < 1:
             raise UsageError(f"n is {n} and steps is {steps}; both must be at least 1")
         if sampler not in SAMPLERS:
             raise UsageError(f"unknown sampler {sampler!r}; {did_you_mean(sampler, SAMPLERS)}")
         spacing = spacing or ("linspace" if sampler in ("ddim", "ddpm") else "karras")
-        scale = DEFAULT_SCALE if scale is None else scale
-        denoise = self.guided(prompt, negative, scale)
+        told = self.denoiser.conditioner is not None
+        scale = (0.0 if told else DEFAULT_SCALE) if scale is None else scale
+        cfg_scale = (DEFAULT_CFG_SCALE if told else 1.0) if steering.cfg_scale is None else steering.cfg_scale
+        lambdas = self._lambdas(steps, spacing)
+        denoise = self.told(prompts, negative, cfg_scale)
+        denoise = self.guided(denoise, prompts, negative, scale, steering, lambdas)
         if reference is not None:
             denoise = like(reference, factor=_coarse(self.denoiser.image_size), until=0.0)(denoise)
         denoise = clipped(denoise)
         if start is not None and start.mask is not None:
             denoise = inpaint(start.image, start.mask)(denoise)
-        images, trajectory = self._sample(denoise, n, self._lambdas(steps, spacing), sampler, seed, start)
-        about = {"prompt": prompt, "negative": list(negative), "scale": scale, "seed": seed, "n": n, "steps": steps}
-        about |= {"sampler": sampler, "spacing": spacing, "clipkit": __version__}
-        return Drawn(images, trajectory, self.score(images, prompt), about)
+        images, trajectory = self._sample(denoise, n, lambdas, sampler, seed, start)
+        about: dict[str, Any] = {"prompt": prompt if isinstance(prompt, str) else prompts, "negative": list(negative)}
+        about |= {"scale": scale, "seed": seed, "n": n, "steps": steps, "sampler": sampler, "spacing": spacing}
+        about |= {"objective": steering.objective, "shift": steering.shift, "clipkit": __version__}
+        about |= {"cfg_scale": cfg_scale} if told else {}
+        return Drawn(images, trajectory, self.score(images, prompts), about)
+
+    def told(self, prompts: Mapping[str, float], negative: Sequence[str], cfg_scale: float) -> Denoise:
+        """The denoiser under classifier-free guidance, away from `negative`, or from what it draws untold."""
+        if self.denoiser.conditioner is None:
+            if cfg_scale != 1:
+                raise UsageError("this denoiser was trained without descriptions; leave --cfg-scale away")
+            return self.denoiser
+        wanted = mixed({self.denoiser.given(text): weight for text, weight in prompts.items()})
+        away = mixed({self.denoiser.given(text): 1.0 for text in negative}) if negative else self.denoiser
+        return contrast(away, cfg_scale)(wanted)
 
     @torch.no_grad()
-    def guided(self, prompt: str, negative: Sequence[str], scale: float) -> Denoise:
-        """The denoiser under guidance towards `prompt` and away from each of `negative`."""
-        wanted = self._embed([prompt])
-        others = self._embed([*alternatives(prompt, self.bank), *negative])
-        denoise: Denoise = score_shift(self.guide.log_prob(wanted, others), scale)(self.denoiser)
-        if negative:
-            welcome, unwanted = torch.cat([wanted, others[: -len(negative)]]), self._embed(list(negative))
-            denoise = score_shift(self.guide.log_prob(welcome, unwanted), scale)(denoise)
-        return denoise
+    def guided(
+        self,
+        denoise: Denoise,
+        prompts: Mapping[str, float],
+        negative: Sequence[str],
+        scale: float,
+        steering: Steering,
+        lambdas: Tensor,
+    ) -> Denoise:
+        """`denoise` under the noise-aware CLIP: towards `prompts` and a picture, away from each of `negative`."""
+        if scale == 0:
+            return denoise
+        if self.guide is None:
+            raise UsageError("there is no noisy_clip run beside this denoiser to guide it; leave --scale away")
+        log_prob = self.guide.model.log_prob(self.wishes(prompts, negative, steering))
+        strength = between(*steering.interval, scale)
+        if steering.shift == "mean":
+            return mean_shift(log_prob, strength, lambdas)(denoise)
+        return score_shift(log_prob, strength)(denoise)
 
-    def _embed(self, texts: list[str]) -> Tensor:
-        return self.guide.encode_text(self.tokenizer(texts))
+    def wishes(self, prompts: Mapping[str, float], negative: Sequence[str], steering: Steering) -> list[Wish]:
+        """What the noise-aware CLIP is to look for."""
+        assert self.guide is not None
+        guide, found = self.guide, []
+        for text, weight in prompts.items():
+            wanted, others = guide.embed([text]), guide.embed([*alternatives(text, guide.bank), *negative])
+            found.append(Wish(wanted, others if steering.objective == "softmax" else None, weight))
+            if negative and steering.objective == "softmax":
+                welcome = torch.cat([wanted, others[: -len(negative)]])
+                found.append(Wish(welcome, guide.embed(negative), weight))
+        if negative and steering.objective == "dot":
+            found += [Wish(guide.embed([text]), None, -1.0) for text in negative]
+        if steering.picture is not None:
+            size = guide.model.clip.config.image_size
+            seen = F.interpolate(steering.picture, size=(size, size), mode="bicubic", antialias=True)
+            device = next(guide.model.parameters()).device
+            likeness, _ = guide.model.encode_image(seen.to(device), torch.full((1,), math.inf, device=device))
+            found.append(Wish(likeness))
+        return found
 
     def _lambdas(self, steps: int, spacing: str) -> Tensor:
         low, high = self.denoiser.range()
@@ -178,13 +231,15 @@ class Studio:
         return images, trajectory
 
     @torch.no_grad()
-    def score(self, images: Tensor, prompt: str) -> list[float]:
-        """Cosine similarity of each picture to the prompt under the clean CLIP."""
+    def score(self, images: Tensor, prompts: Mapping[str, float]) -> list[float]:
+        """Cosine similarity of each picture to the prompts under the clean CLIP, the mean by their weights."""
         model: CLIP = self.clip.model
         device = model.log_logit_scale.device
         pixels = torch.stack([self.clip.preprocess(to_image(image)) for image in images]).to(device)
-        text = model.encode_text(self.clip.tokenizer(prompt))
-        return [round(s, 4) for s in (model.encode_image(pixels) @ text.T)[:, 0].tolist()]
+        texts = model.encode_text(self.clip.tokenizer(list(prompts)))
+        weights = torch.tensor(list(prompts.values()), device=device)
+        scores = model.encode_image(pixels) @ texts.T @ (weights / weights.abs().sum())
+        return [round(s, 4) for s in scores.tolist()]
 
 
 def _coarse(size: int) -> int:
@@ -200,17 +255,6 @@ def picture(image: Image.Image, size: int) -> Tensor:
     return preprocess(image, size)[None].float() / 127.5 - 1
 
 
-def load_noisy_clip(path: str | Path) -> tuple[NoisyCLIP, Tokenizer, list[str]]:
-    """Averaged weights of a noisy_clip run, its tokenizer and its caption bank, on the CPU. Raises CheckpointError."""
-    found = find(path, "noisy_clip")
-    config = from_dict(CLIPConfig, json.loads(found.text("clip.json")))
-    tokenizer = Tokenizer.from_json(found.text("tokenizer.json"), config.context_length)
-    clip = CLIP(config, tokenizer.vocab_size, tokenizer.end_id)
-    model = NoisyCLIP(clip, int(found.state["recipe"]["model"]["width"]))
-    load_weights(model, found)
-    return model, tokenizer, [str(c) for c in json.loads(found.text("bank.json"))]
-
-
 def alternatives(prompt: str, captions: Sequence[str]) -> list[str]:
     """The captions that do not contain every word of the prompt.
 
@@ -218,39 +262,3 @@ def alternatives(prompt: str, captions: Sequence[str]) -> list[str]:
     """
     words = set(prompt.lower().split())
     return [c for c in captions if not words <= set(c.lower().rstrip(".").split())]
-
-
-def grid(images: Tensor, columns: int | None = None, scale: int = 4) -> Image.Image:
-    """[N, 3, S, S] in [-1, 1] -> one picture, rows of `columns` (default: nearly square), each pixel `scale` wide."""
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    size = images.shape[-1] * scale
-    gap = 2
-    rows = math.ceil(len(images) / columns)
-    sheet = Image.new("RGB", (columns * (size + gap) + gap, rows * (size + gap) + gap), (255, 255, 255))
-    for i, image in enumerate(images):
-        tile = to_image(image).resize((size, size), Image.Resampling.NEAREST)
-        sheet.paste(tile, (gap + (i % columns) * (size + gap), gap + (i // columns) * (size + gap)))
-    return sheet
-
-
-def save_grid(drawn: Drawn, path: Path) -> None:
-    """Write the pictures as a PNG grid whose text chunks say how they were made. Raises UsageError if that fails."""
-    info = PngInfo()
-    for key, value in drawn.about.items():
-        info.add_text(key, value if isinstance(value, str) else json.dumps(value))
-    _save(grid(drawn.images), path, format="PNG", pnginfo=info)
-
-
-def save_gif(drawn: Drawn, path: Path) -> None:
-    """Write the steps from noise to pictures as an animation that rests on the last."""
-    frames = [grid(x0) for x0 in drawn.trajectory]
-    durations = [80] * (len(frames) - 1) + [1500]
-    _save(frames[0], path, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
-
-
-def _save(image: Image.Image, path: Path, **options: Any) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path, **options)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from None

@@ -9,7 +9,7 @@ Nichol 2021, arXiv 2105.05233, section 4.2, algorithm 2). With exact p(c | x_t) 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,27 @@ def between(low: float, high: float, scale: float, outside: float = 0.0) -> Scal
 
 def score_shift(log_prob: LogProb, scale: Scale) -> Guider:
     """Guide by the gradient of `log_prob`, times `scale`; scale 0 returns the denoiser itself."""
+    return _shift(log_prob, scale, lambda lam: lam)
+
+
+def mean_shift(log_prob: LogProb, scale: Scale, lambdas: Tensor) -> Guider:
+    """What ADM and GLIDE do: the mean of a step moves by `scale` times its variance times the gradient.
+
+    mu + w Sigma g (Dhariwal & Nichol 2021, algorithm 1), with Sigma the posterior's variance for the step from one of
+    `lambdas` to the next, is x0 + w (s^2 / a) g with s and a of the level where the step ends. The score shift takes
+    those of the level where it begins: with few steps this rule guides too little. It is here for comparison.
+    """
+    levels = lambdas.double().cpu()
+
+    def where_the_step_ends(lam: Tensor) -> Tensor:
+        after = levels[levels > float(lam[0]) + 1e-6]
+        return torch.full_like(lam, float(after[0]) if len(after) else torch.inf)
+
+    return _shift(log_prob, scale, where_the_step_ends)
+
+
+def _shift(log_prob: LogProb, scale: Scale, level: Callable[[Tensor], Tensor]) -> Guider:
+    """x0 + scale (s^2 / a) g, with s and a those of `level(lambda)`."""
 
     def guider(denoise: Denoise) -> Denoise:
         if scale == 0:
@@ -50,7 +71,8 @@ def score_shift(log_prob: LogProb, scale: Scale) -> Guider:
             lam = lam.to(x).expand(len(x))
             if strength == 0:
                 return denoise(x, lam)
-            shift = strength * expand(sigma(lam) ** 2 / alpha(lam), x)
+            at = level(lam)
+            shift = strength * expand(sigma(at) ** 2 / alpha(at), x)
             return from_x0(x, denoise(x, lam).x0 + shift * gradient(log_prob, x, lam), lam)
 
         return guided
@@ -58,34 +80,87 @@ def score_shift(log_prob: LogProb, scale: Scale) -> Guider:
     return guider
 
 
-def contrast(other: Denoise, scale: Scale, rescale: float = 0.0) -> Guider:
+def through_x0(log_prob: Callable[[Tensor], Tensor], scale: Scale, cutouts: int = 0, seed: int = 0) -> Guider:
+    """Guide by a model that was never shown noise: it looks at x0, and the gradient goes back through the denoiser.
+
+    Crowson 2021's CLIP-guided diffusion; Bansal et al. 2023 (arXiv 2302.07121, equation 6). `log_prob`: images [B, C,
+    H, W] -> [B]. With `cutouts` it sees the mean over so many random squares of half the side or more. It costs the
+    denoiser's backward pass, and is here for comparison.
+    """
+
+    def guider(denoise: Denoise) -> Denoise:
+        if scale == 0:
+            return denoise
+        generator = torch.Generator().manual_seed(seed)
+
+        def guided(x: Tensor, lam: Tensor) -> Prediction:
+            strength = _at(scale, lam)
+            lam = lam.to(x).expand(len(x))
+            with torch.enable_grad():
+                seen = x.detach().requires_grad_()
+                x0 = denoise(seen, lam).x0
+                views = [_cutout(x0, generator) for _ in range(cutouts)] or [x0]
+                total = torch.stack([log_prob(view) for view in views]).mean(dim=0).sum()
+                (g,) = torch.autograd.grad(total, seen)
+            return from_x0(x, x0.detach() + strength * expand(sigma(lam) ** 2 / alpha(lam), x) * g, lam)
+
+        return guided
+
+    return guider
+
+
+def _cutout(images: Tensor, generator: torch.Generator) -> Tensor:
+    """A random square of [B, C, S, S] at its full size again, the same for the batch."""
+    size = images.shape[-1]
+    side = int(torch.randint(size // 2, size + 1, (), generator=generator))
+    top, left = (int(torch.randint(0, size - side + 1, (), generator=generator)) for _ in range(2))
+    crop = images[..., top : top + side, left : left + side]
+    return F.interpolate(crop, size=(size, size), mode="bilinear", align_corners=False)
+
+
+def contrast(other: Denoise, scale: Scale, rescale: float = 0.0, renoise: bool = False) -> Guider:
     """Away from what `other` says: x0' = other + scale (x0 - other); scale 1 returns the denoiser itself.
 
     Classifier-free guidance when `other` is the same network without its condition (Ho & Salimans 2022, arXiv
     2207.12598), autoguidance when it is a weaker one (Karras et al. 2024, arXiv 2406.02507). `rescale` in [0, 1] brings
     the spread of each image's x0 back to what it was (Lin et al. 2023, arXiv 2305.08891, equations 15 and 16).
+    `renoise` keeps the noise that `other` sees: with DDIM and a scale of at most 1 that is CFG++ (Chung et al. 2024,
+    arXiv 2406.08070, algorithm 2).
     """
 
     def guider(denoise: Denoise) -> Denoise:
-        if scale == 1:
+        if scale == 1 and not renoise:
             return denoise
 
         def guided(x: Tensor, lam: Tensor) -> Prediction:
             strength = _at(scale, lam)
             lam = lam.to(x).expand(len(x))
             plain = denoise(x, lam)
-            if strength == 1:
+            if strength == 1 and not renoise:
                 return plain
-            away = other(x, lam).x0
-            x0 = away + strength * (plain.x0 - away)
+            away = other(x, lam)
+            x0 = away.x0 + strength * (plain.x0 - away.x0)
             if rescale:
                 spread = plain.x0.flatten(1).std(dim=1) / x0.flatten(1).std(dim=1)
                 x0 = x0 * expand(rescale * spread + 1 - rescale, x)
-            return from_x0(x, x0, lam)
+            return Prediction(x0, away.eps) if renoise else from_x0(x, x0, lam)
 
         return guided
 
     return guider
+
+
+def mixed(denoisers: Mapping[Denoise, float]) -> Denoise:
+    """The mean of what several denoisers say, by their weights (Liu et al. 2022, arXiv 2206.01714, equation 11)."""
+    total = sum(denoisers.values())
+    if total == 0:
+        raise UsageError("the weights of the prompts add up to 0; give them others")
+
+    def said(x: Tensor, lam: Tensor) -> Prediction:
+        x0 = torch.stack([denoise(x, lam).x0 * (weight / total) for denoise, weight in denoisers.items()]).sum(dim=0)
+        return from_x0(x, x0, lam.to(x).expand(len(x)))
+
+    return next(iter(denoisers)) if len(denoisers) == 1 else said
 
 
 def like(reference: Tensor, factor: int, until: float = torch.inf) -> Guider:

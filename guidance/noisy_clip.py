@@ -6,6 +6,7 @@ level is the continuous lambda, which ties the model to no schedule, and it modu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipkit.guidance.guiders import LogProb, softmax_log_prob
+from clipkit.guidance.layers import noise_embedding
 from clipkit.guidance.schedule import expand
-from clipkit.guidance.unet import noise_embedding
 from clipkit.model import CLIP, MAX_LOGIT_SCALE
 from clipkit.towers import residual_blocks
 
@@ -34,6 +35,24 @@ class NoisyCLIPConfig:
     """Also train the text tower, which is otherwise left as it is."""
     bank: int = 256
     """Captions kept beside the weights as the alternatives of a prompt."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a picture should be: any of `wanted` [P, D] rather than one of `others` [J, D], all unit vectors.
+
+    Without others it should be like `wanted` on the whole, by 100 times the cosine, as in GLIDE (section 3.2).
+    """
+
+    wanted: Tensor
+    others: Tensor | None = None
+    weight: float = 1.0
+
+    def log_prob(self, features: Tensor, temperature: Tensor) -> Tensor:
+        """Features [B, D] and their tau [B] -> [B]."""
+        if self.others is None:
+            return MAX_LOGIT_SCALE * (features @ self.wanted.T).mean(dim=1)
+        return softmax_log_prob(features @ torch.cat([self.wanted, self.others]).T, temperature, len(self.wanted))
 
 
 class NoisyCLIP(nn.Module):
@@ -99,13 +118,12 @@ class NoisyCLIP(nn.Module):
         """Token ids [B, L] -> unit vectors [B, D]."""
         return self.clip.encode_text(ids)
 
-    def log_prob(self, wanted: Tensor, others: Tensor) -> LogProb:
-        """log p(wanted | x_t) among the text embeddings `wanted` [P, D] and `others` [J, D], for a guider."""
-        texts = torch.cat([wanted, others])
+    def log_prob(self, wishes: Sequence[Wish]) -> LogProb:
+        """The weighted sum of what `wishes` say of x_t, for a guider; the tower looks once."""
 
         def log_p(x: Tensor, lam: Tensor) -> Tensor:
             features, tau = self.encode_image(x, lam)
-            return softmax_log_prob(features @ texts.T, tau, len(wanted))
+            return torch.stack([wish.weight * wish.log_prob(features, tau) for wish in wishes]).sum(dim=0)
 
         return log_p
 

@@ -1,19 +1,22 @@
 """The U-Net denoiser network: residual blocks modulated by the noise level, self-attention where the picture is small.
 
-Ho et al. 2020 (arXiv 2006.11239) with the scale-shift residual blocks of Dhariwal & Nichol 2021 (arXiv 2105.05233) and
-a space-to-depth stem, so that on a CPU the highest resolution does not eat the budget.
+Ho et al. 2020 (arXiv 2006.11239) with the scale-shift residual blocks of Dhariwal & Nichol 2021 (ADM, arXiv
+2105.05233) and a space-to-depth stem, so that on a CPU the highest resolution does not eat the budget.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from clipkit.errors import RecipeError
+from clipkit.guidance.condition import Condition
+from clipkit.guidance.layers import attention, noise_embedding, zeroed
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,12 @@ class UNetConfig:
     """Resolutions with self-attention: this one (0 is the highest) and all below."""
     dropout: float = 0.0
     """Dropout inside the residual blocks."""
+    head_channels: int = 32
+    """Width of an attention head."""
+    resample: Literal["conv", "residual"] = "conv"
+    """What changes the resolution: a convolution, or ADM's residual block (which also has two in the middle)."""
+    grad_checkpointing: bool = False
+    """Compute blocks again in the backward pass instead of keeping their activations."""
 
     def __post_init__(self) -> None:
         step = self.patch_size * 2 ** (len(self.multipliers) - 1)
@@ -46,38 +55,32 @@ class UNetConfig:
             raise RecipeError(f"channels is {self.channels}; it must be a multiple of 16 (group normalisation)")
 
 
-def noise_embedding(log_snr: Tensor, width: int) -> Tensor:
-    """Sinusoidal features of lambda / 4: log_snr [B] -> [B, width] float32.
-
-    lambda / 4 is EDM's c_noise = ln(sigma) / 4 (Karras et al. 2022, table 1) up to sign and a factor 2; frequencies go
-    from 1 to 64 in geometric steps, because lambda moves over some 20 units rather than over 1000 timesteps.
-    """
-    frequencies = torch.exp(torch.linspace(0, math.log(64.0), width // 2, device=log_snr.device))
-    angles = log_snr.float()[:, None] / 4 * frequencies  # [B, width / 2]
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-def _zero(module: nn.Module) -> nn.Module:
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
-
-
 class _ResidualBlock(nn.Module):
-    """GroupNorm, SiLU, conv, twice; the noise embedding modulates the second norm; the last conv starts at 0."""
+    """GroupNorm, SiLU, conv, twice; the noise embedding modulates the second norm; the last conv starts at 0.
 
-    def __init__(self, channels_in: int, channels_out: int, embedding: int, dropout: float) -> None:
+    With `resample` 0.5 or 2 both ways change the resolution after the first norm.
+    """
+
+    def __init__(
+        self, channels_in: int, channels_out: int, embedding: int, dropout: float, resample: float = 1.0
+    ) -> None:
         super().__init__()
+        self.resample = resample
         self.norm1 = nn.GroupNorm(16, channels_in)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.modulation = nn.Linear(embedding, 2 * channels_out)
         self.norm2 = nn.GroupNorm(16, channels_out, affine=False)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = _zero(nn.Conv2d(channels_out, channels_out, 3, padding=1))
+        self.conv2 = zeroed(nn.Conv2d(channels_out, channels_out, 3, padding=1))
         self.skip = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = F.silu(self.norm1(x))
+        if self.resample < 1:
+            x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
+        elif self.resample > 1:
+            x, h = (F.interpolate(t, scale_factor=2.0, mode="nearest") for t in (x, h))
+        h = self.conv1(h)
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)  # [B, C, 1, 1] each
         h = self.norm2(h) * (1 + scale) + shift
         out: Tensor = self.skip(x) + self.conv2(self.dropout(F.silu(h)))
@@ -85,21 +88,22 @@ class _ResidualBlock(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Self-attention over the pixels, heads of 32 channels or fewer, residual, starting as the identity."""
+    """Self-attention over the pixels and to a description's words, residual, starting as the identity."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, head_channels: int, words_width: int) -> None:
         super().__init__()
-        self.heads = max(1, channels // 32)
+        self.heads = max(1, channels // head_channels)
         self.norm = nn.GroupNorm(16, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
-        self.out = _zero(nn.Linear(channels, channels))
+        self.context = nn.Linear(words_width, 2 * channels) if words_width else None
+        self.out = zeroed(nn.Linear(channels, channels))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Condition | None) -> Tensor:
         b, c, h, w = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, H*W, C]
         qkv = self.qkv(tokens).reshape(b, h * w, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, H*W, C / heads] each
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
+        attended = attention(q, k, v, self.context, condition).transpose(1, 2).reshape(b, h * w, c)
         out: Tensor = x + self.out(attended).transpose(1, 2).reshape(b, c, h, w)
         return out
 
@@ -107,65 +111,101 @@ class _Attention(nn.Module):
 class _Level(nn.Module):
     """One residual block, then attention if this resolution has it."""
 
-    def __init__(self, channels_in: int, channels_out: int, embedding: int, attention: bool, dropout: float) -> None:
+    def __init__(
+        self, channels_in: int, channels_out: int, config: UNetConfig, attention: bool, words_width: int
+    ) -> None:
         super().__init__()
-        self.block = _ResidualBlock(channels_in, channels_out, embedding, dropout)
-        self.attention = _Attention(channels_out) if attention else nn.Identity()
+        self.block = _ResidualBlock(channels_in, channels_out, 4 * config.channels, config.dropout)
+        self.attention = _Attention(channels_out, config.head_channels, words_width) if attention else None
+        self.checkpointing = config.grad_checkpointing
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        out: Tensor = self.attention(self.block(x, embedding))
-        return out
+    def forward(self, x: Tensor, embedding: Tensor, condition: Condition | None) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            again: Tensor = checkpoint(self._forward, x, embedding, condition, use_reentrant=False)
+            return again
+        return self._forward(x, embedding, condition)
+
+    def _forward(self, x: Tensor, embedding: Tensor, condition: Condition | None) -> Tensor:
+        out: Tensor = self.block(x, embedding)
+        return out if self.attention is None else self.attention(out, condition)
 
 
 class UNet(nn.Module):
-    """x [B, 3, H, W] and lambda [B] -> [B, 3, H, W], float32; what it predicts is the denoiser's business.
+    """x [B, C, H, W], lambda [B] and maybe a condition -> [B, C, H, W], float32; what it predicts is the denoiser's
+    business.
 
     The first half keeps every activation on a stack; the second half takes them off again, widest last.
     """
 
-    def __init__(self, config: UNetConfig) -> None:
+    def __init__(self, config: UNetConfig, channels: int = 3, condition_width: int = 0, words_width: int = 0) -> None:
         super().__init__()
         self.config = config
         widths = [config.channels * m for m in config.multipliers]
-        self.width, embedding, depth = config.channels, 4 * config.channels, 3 * config.patch_size**2
+        self.width, embedding, depth = config.channels, 4 * config.channels, channels * config.patch_size**2
         self.embed = nn.Sequential(
             nn.Linear(self.width, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
         )
+        self.condition = zeroed(nn.Linear(condition_width, embedding)) if condition_width else None
         self.stem = nn.Conv2d(depth, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
+
+        def level(inputs: int, outputs: int, attention: bool) -> _Level:
+            return _Level(inputs, outputs, config, attention, words_width)
+
         skips, width = [widths[0]], widths[0]
-        for level, out in enumerate(widths):
+        for i, out in enumerate(widths):
             for _ in range(config.blocks):
-                self.down.append(_Level(width, out, embedding, level >= config.attention_from, config.dropout))
+                self.down.append(level(width, out, i >= config.attention_from))
                 width = out
                 skips.append(width)
-            if level < len(widths) - 1:
-                self.down.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+            if i < len(widths) - 1:
+                self.down.append(self._resample(width, 0.5))
                 skips.append(width)
-        self.middle = _Level(width, width, embedding, True, config.dropout)
-        for level, out in reversed(list(enumerate(widths))):
+        self.middle = level(width, width, True)
+        self.middle2 = self._residual(width) if config.resample == "residual" else None
+        for i, out in reversed(list(enumerate(widths))):
             for _ in range(config.blocks + 1):
-                self.up.append(
-                    _Level(width + skips.pop(), out, embedding, level >= config.attention_from, config.dropout)
-                )
+                self.up.append(level(width + skips.pop(), out, i >= config.attention_from))
                 width = out
-            if level > 0:
-                self.up.append(nn.Conv2d(width, width, 3, padding=1))
+            if i > 0:
+                self.up.append(self._resample(width, 2.0))
         self.head = nn.Sequential(
-            nn.GroupNorm(16, width), nn.SiLU(), _zero(nn.Conv2d(width, depth, 3, padding=1))
+            nn.GroupNorm(16, width), nn.SiLU(), zeroed(nn.Conv2d(width, depth, 3, padding=1))
         )  # starts at zero: the untrained network predicts 0 everywhere
 
-    def forward(self, x: Tensor, log_snr: Tensor) -> Tensor:
+    def _residual(self, width: int, resample: float = 1.0) -> _ResidualBlock:
+        return _ResidualBlock(width, width, 4 * self.width, self.config.dropout, resample)
+
+    def _resample(self, width: int, factor: float) -> nn.Module:
+        if self.config.resample == "residual":
+            return self._residual(width, factor)
+        return nn.Conv2d(width, width, 3, stride=2 if factor < 1 else 1, padding=1)
+
+    def forward(self, x: Tensor, log_snr: Tensor, condition: Condition | None = None) -> Tensor:
         embedding = self.embed(noise_embedding(log_snr, self.width))
-        x = self.stem(F.pixel_unshuffle(x, self.config.patch_size))  # [B, 3 p^2, H / p, W / p]
+        if self.condition is not None and condition is not None:
+            embedding = embedding + self.condition(condition.vector)
+        x = self.stem(F.pixel_unshuffle(x, self.config.patch_size))  # [B, C p^2, H / p, W / p]
         skips = [x]
         for layer in self.down:
-            x = layer(x, embedding) if isinstance(layer, _Level) else layer(x)
+            x = self._through(layer, x, embedding, condition)
             skips.append(x)
-        x = self.middle(x, embedding)
+        x = self.middle(x, embedding, condition)
+        if self.middle2 is not None:
+            x = self.middle2(x, embedding)
         for layer in self.up:
             if isinstance(layer, _Level):
-                x = layer(torch.cat([x, skips.pop()], dim=1), embedding)
-            else:
-                x = layer(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+                x = torch.cat([x, skips.pop()], dim=1)
+            elif isinstance(layer, nn.Conv2d):
+                x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            x = self._through(layer, x, embedding, condition)
         return F.pixel_shuffle(self.head(x), self.config.patch_size).float()
+
+    @staticmethod
+    def _through(layer: nn.Module, x: Tensor, embedding: Tensor, condition: Condition | None) -> Tensor:
+        out: Tensor
+        if isinstance(layer, _Level):
+            out = layer(x, embedding, condition)
+        else:
+            out = layer(x, embedding) if isinstance(layer, _ResidualBlock) else layer(x)
+        return out

@@ -15,13 +15,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from hypothesis import settings
+from worlds import TINY
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 torch.set_num_threads(1)
 settings.register_profile("clipkit", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("clipkit")
-
-TINY = ("run.steps=4", "run.batch_size=32", "run.log_every=2", "run.save_every=2", "optim.warmup=1", "data.workers=0")
 
 
 def pytest_addoption(parser):

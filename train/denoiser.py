@@ -1,4 +1,4 @@
-"""Train a diffusion denoiser on the images of a pack (captions are not used: what to draw comes from guidance).
+"""Train a diffusion denoiser on the images of a pack, alone or with their classes or captions ([condition]).
 
 torchrun --nproc_per_node 2 train/denoiser.py tiny_imagenet_denoiser.toml
 clipkit denoiser drawings_denoiser.toml run.steps=200      # the same on one process
@@ -7,6 +7,7 @@ clipkit denoiser drawings_denoiser.toml run.steps=200      # the same on one pro
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,12 +17,15 @@ from torch import Tensor
 from clipkit import distributed
 from clipkit.config import Recipe
 from clipkit.errors import RecipeError
+from clipkit.guidance.condition import ClassCondition, Condition, ConditionConfig, Conditioner, TextCondition
 from clipkit.guidance.denoiser import Denoiser, DiffusionConfig, NetworkConfig, loss_of, target
 from clipkit.guidance.dit import DiTConfig
 from clipkit.guidance.schedule import add_noise, sample_log_snr
 from clipkit.guidance.unet import UNetConfig
+from clipkit.pretrained import load
 from clipkit.shards import Shards
 from clipkit.stream import Batch
+from clipkit.tokenizer import Tokenizer
 from clipkit.train.launch import launch
 from clipkit.train.step import Features, Task
 
@@ -31,6 +35,7 @@ class DenoiserRecipe(Recipe):
     """Everything that decides what a denoiser's training does; its network is the section [unet] or [dit]."""
 
     diffusion: DiffusionConfig
+    condition: ConditionConfig
     unet: UNetConfig | None = None
     dit: DiTConfig | None = None
 
@@ -53,16 +58,32 @@ class Denoising(Task):
 
     def __init__(self, recipe: DenoiserRecipe, shards: Shards) -> None:
         super().__init__()
-        self.image_size = recipe.network.image_size
-        self.model: Denoiser = Denoiser(recipe.network, recipe.diffusion)
+        self.image_size, self.condition = recipe.network.image_size, recipe.condition
+        self.model: Denoiser = Denoiser(recipe.network, recipe.diffusion, _conditioner(recipe, shards))
 
     def forward(self, batch: Batch) -> Features:
         """Each image's loss [b], at noise levels stratified over the batch."""
         x0 = batch.images.float() / 127.5 - 1
         config = self.model.diffusion
         lam, eps = sample_log_snr(config.schedule, len(x0)).to(x0.device), torch.randn_like(x0)
-        output = self.model.output(add_noise(x0, eps, lam), lam)
+        output = self.model.output(add_noise(x0, eps, lam), lam, self._described(batch))
         return (loss_of(config, output, target(config.prediction, x0, eps, lam), lam),)
+
+    def _described(self, batch: Batch) -> Condition | None:
+        """Classes or captions, a share of them dropped."""
+        conditioner = self.model.conditioner
+        if conditioner is None:
+            return None
+        dropped = torch.rand(len(batch)) < self.condition.drop
+        if isinstance(conditioner, ClassCondition):
+            return conditioner.of_labels(batch.groups, dropped.to(batch.groups.device))
+        kept = ["" if gone else c for c, gone in zip(batch.captions, dropped.tolist(), strict=True)]
+        condition: Condition = conditioner(kept)
+        return condition
+
+    def texts(self) -> Mapping[str, str]:
+        """What the descriptions need beside the weights."""
+        return self.model.conditioner.texts() if self.model.conditioner is not None else {}
 
     def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over the images of all ranks."""
@@ -70,6 +91,22 @@ class Denoising(Task):
         # Ranks may hold different numbers of images: weighted so that the mean over ranks is the mean over all images.
         sizes = distributed.batch_sizes(len(errors))
         return errors.sum() * (len(sizes) / sum(sizes)), {}
+
+
+def _conditioner(recipe: DenoiserRecipe, shards: Shards) -> Conditioner | None:
+    config = recipe.condition
+    if config.kind == "text":
+        clean = load(config.clip, "cpu")
+        if not isinstance(clean.tokenizer, Tokenizer):
+            raise RecipeError(f"{config.clip} has another library's tokenizer; condition.clip takes a CLIP of ours")
+        return TextCondition(clean.model, clean.tokenizer)
+    if config.kind == "class":
+        if not shards.classes or recipe.data.mix:
+            raise RecipeError(
+                f"{recipe.data.shards} has no classes, or data.mix adds others; use condition.kind = text"
+            )
+        return ClassCondition(shards.classes, config.width)
+    return None
 
 
 run = partial(launch, DenoiserRecipe, Denoising)

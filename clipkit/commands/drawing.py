@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from clipkit import DEFAULT_MODEL
 from clipkit.errors import UsageError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _SAMPLERS = ["dpmpp-2m", "dpmpp-2m-sde", "dpmpp-2s", "heun", "unipc", "ddim", "ddpm"]
 _SPACINGS = ["karras", "linspace", "leading", "trailing"]
 
 
 @click.command("guided-sample")
-@click.argument("prompt")
+@click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
 @click.option(
     "--model", default=DEFAULT_MODEL, show_default=True, help="Folder of the runs clip, denoiser, noisy_clip."
 )
 @click.option("--n", type=click.IntRange(min=1), default=16, show_default=True, help="Pictures.")
 @click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True, help="Sampler steps.")
-@click.option("--scale", type=float, default=None, help="Guidance scale; 0 is unguided.  [default: 10]")
+@click.option("--scale", type=float, help="Of the noise-aware CLIP; 0 is unguided.  [default: 10; 0 with descriptions]")
+@click.option("--cfg-scale", type=float, help="Classifier-free, for denoisers trained with descriptions.  [default: 3]")
 @click.option("--sampler", type=click.Choice(_SAMPLERS), default="dpmpp-2m", show_default=True)
 @click.option("--spacing", type=click.Choice(_SPACINGS), help="Of the steps.  [default: karras; ddim, ddpm: linspace]")
+@click.option("--objective", type=click.Choice(["softmax", "dot"]), default="softmax", show_default=True)
+@click.option("--shift", type=click.Choice(["score", "mean"]), default="score", show_default=True)
+@click.option("--interval", type=(float, float), help="Log SNR from which to which the noise-aware CLIP guides.")
 @click.option("--init", type=click.Path(path_type=Path), help="Begin with this picture; see --strength and --mask.")
 @click.option("--strength", type=float, default=0.6, show_default=True, help="How much of --init is drawn anew.")
 @click.option(
     "--mask", type=click.Path(path_type=Path), help="Draw where this picture is white, keep --init elsewhere."
 )
 @click.option("--reference", type=click.Path(path_type=Path), help="Keep the coarse shape of this picture.")
+@click.option("--image-prompt", type=click.Path(path_type=Path), help="Be like this picture, as the CLIP sees it.")
 @click.option("--negative", multiple=True, help="What the pictures should not show; may be repeated.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("grid.png"), show_default=True)
@@ -38,17 +47,22 @@ _SPACINGS = ["karras", "linspace", "leading", "trailing"]
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def guided_sample(
-    prompt: str,
+    prompts: tuple[str, ...],
     model: str,
     n: int,
     steps: int,
     scale: float | None,
+    cfg_scale: float | None,
     sampler: str,
     spacing: str | None,
+    objective: Literal["softmax", "dot"],
+    shift: Literal["score", "mean"],
+    interval: tuple[float, float] | None,
     init: Path | None,
     strength: float,
     mask: Path | None,
     reference: Path | None,
+    image_prompt: Path | None,
     negative: tuple[str, ...],
     seed: int,
     out: Path,
@@ -56,22 +70,31 @@ def guided_sample(
     device: str,
     as_json: bool,
 ) -> None:
-    """Draw pictures of PROMPT: a denoiser steered by a noise-aware CLIP.
+    """Draw pictures of PROMPT: a denoiser steered by a noise-aware CLIP, or by itself if it was told what it drew.
 
     Writes a PNG grid whose metadata holds prompt, seed, scale and version, and prints each picture's CLIP score. The
-    same seed gives the same bytes on a CPU.
+    same seed gives the same bytes on a CPU. Several prompts are wanted together; "a rocket:0.5" weighs half.
 
     \b
-    Example:
+    Examples:
       clipkit guided-sample "a rocket" --gif rocket.gif
       clipkit guided-sample "a rocket" --model runs/drawings --init sketch.png --strength 0.7
+      clipkit guided-sample "a cat" "something red:0.5" --negative "a dog"
     """
-    from clipkit.guidance.draw import Studio, save_gif, save_grid
+    from clipkit.guidance.draw import Start, Steering, Studio, picture
+    from clipkit.guidance.sheet import save_gif, save_grid
+    from clipkit.zeroshot.similarity import read_images
 
-    studio = Studio.open(model, device)
-    start, shape = _pictures(studio.denoiser.image_size, init, strength, mask, reference)
+    if mask is not None and init is None:
+        raise UsageError("--mask says what of --init is drawn anew; give --init too")
+    studio, wanted = Studio.open(model, device), _weighted(prompts)
+    size = studio.denoiser.image_size
+    begin, where, shape, look = (
+        picture(read_images([path])[0], size) if path is not None else None
+        for path in (init, mask, reference, image_prompt)
+    )
     drawn = studio.draw(
-        prompt,
+        wanted,
         n=n,
         steps=steps,
         scale=scale,
@@ -79,31 +102,32 @@ def guided_sample(
         negative=negative,
         seed=seed,
         spacing=spacing or "",
-        start=start,
+        start=None if begin is None else Start(begin, strength, None if where is None else _white(where)),
         reference=shape,
+        steering=Steering(cfg_scale, objective, shift, interval or (-math.inf, math.inf), look),
     )
-    save_grid(drawn, out)
+    save_grid(drawn.images, drawn.about, out)
     if gif is not None:
-        save_gif(drawn, gif)
+        save_gif(drawn.trajectory, gif)
     if as_json:
         click.echo(json.dumps({**drawn.about, "out": str(out), "clip_scores": drawn.scores}))
         return
-    click.echo(f"{out}: {n} x {prompt!r}, guidance scale {drawn.about['scale']:g}, seed {seed}")
+    click.echo(f"{out}: {n} x {', '.join(map(repr, prompts))}, guidance scale {drawn.about['scale']:g}, seed {seed}")
     click.echo("CLIP scores: " + " ".join(f"{s:.3f}" for s in drawn.scores))
 
 
-def _pictures(
-    size: int, init: Path | None, strength: float, mask: Path | None, reference: Path | None
-) -> tuple[Any, Any]:
-    """What to start with, and the reference, as the studio takes them."""
-    from clipkit.guidance.draw import Start, picture
-    from clipkit.zeroshot.similarity import read_images
+def _weighted(prompts: tuple[str, ...]) -> str | dict[str, float]:
+    """One prompt as it is; several, or one with a weight, by their weights."""
+    found = {}
+    for prompt in prompts:
+        text, colon, number = prompt.rpartition(":")
+        try:
+            found[text if colon else prompt] = float(number) if colon else 1.0
+        except ValueError:  # a colon of the prompt's own
+            found[prompt] = 1.0
+    return prompts[0] if found == {prompts[0]: 1.0} else found
 
-    if mask is not None and init is None:
-        raise UsageError("--mask says what of --init is drawn anew; give --init too")
-    found = {path: picture(read_images([path])[0], size) for path in (init, mask, reference) if path is not None}
-    shape = found[reference] if reference is not None else None
-    if init is None:
-        return None, shape
-    where = (found[mask].mean(dim=1, keepdim=True) > 0).float() if mask is not None else None
-    return Start(found[init], strength, where), shape
+
+def _white(mask: Tensor) -> Tensor:
+    """[1, 3, S, S] in [-1, 1] -> 1 where it is rather white, [1, 1, S, S]."""
+    return (mask.mean(dim=1, keepdim=True) > 0).float()

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -22,7 +23,17 @@ from clipkit.guidance.unet import UNet, UNetConfig
 
 SMALL = UNetConfig(image_size=16, channels=16, multipliers=(1, 2), blocks=1)
 SMALL_DIT = DiTConfig(image_size=16, width=32, depth=3, heads=2)
-NETWORKS = pytest.mark.parametrize("make", [lambda: UNet(SMALL), lambda: DiT(SMALL_DIT)], ids=["unet", "dit"])
+UVIT = DiTConfig(image_size=16, width=32, depth=3, heads=2, noise="token")
+PLAIN_DIT = DiTConfig(image_size=16, width=32, depth=3, heads=2, long_skips=False)
+ADM = UNetConfig(image_size=16, patch_size=1, channels=16, multipliers=(1, 2), blocks=1, resample="residual")
+CONFIGS = {"unet": SMALL, "adm": ADM, "both": SMALL_DIT, "dit": PLAIN_DIT, "u-vit": UVIT}
+
+
+def build(config, *arguments):
+    return (UNet if isinstance(config, UNetConfig) else DiT)(config, *arguments)
+
+
+NETWORKS = pytest.mark.parametrize("make", [lambda c=c: build(c) for c in CONFIGS.values()], ids=CONFIGS)
 
 
 KINDS = ["eps", "x0", "v", "flow", "edm"]
@@ -84,7 +95,7 @@ def test_every_parameter_learns(make):
     assert all(p.grad.any() for n, p in network.named_parameters() if "qkv.bias" not in n)
 
 
-@pytest.mark.parametrize("network", [SMALL, SMALL_DIT], ids=["unet", "dit"])
+@pytest.mark.parametrize("network", CONFIGS.values(), ids=CONFIGS)
 def test_either_network_makes_a_denoiser(network):
     denoiser = Denoiser(network, DiffusionConfig())
     assert denoiser.image_size == 16
@@ -170,3 +181,50 @@ def test_edm_preconditioning_is_the_papers():
     torch.testing.assert_close(seen[0], c_in * x / a)
     wanted = data**2 / norm * x / a + sigma * data / norm**0.5 * 0.3
     torch.testing.assert_close(found.x0, wanted)
+
+
+def parameters(network):
+    return sum(p.numel() for p in network.parameters()) / 1e6
+
+
+@pytest.mark.parametrize(
+    ("shape", "published"), [((384, 12, 6), 33), ((768, 12, 12), 130), ((1024, 24, 16), 458), ((1152, 28, 16), 675)]
+)
+def test_dits_have_the_published_numbers_of_parameters(shape, published):
+    """Peebles & Xie 2022, table 4: S, B, L and XL with patches of 2 on latents of 32 x 32 x 4, 1000 classes."""
+    with torch.device("meta"):
+        network = DiT(DiTConfig(32, 2, *shape, long_skips=False), channels=4, condition_width=shape[0])
+        classes = torch.nn.Embedding(1001, shape[0])
+    assert parameters(network) + parameters(classes) == pytest.approx(published, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "shape", "published"), [(32, 2, (512, 13, 8), 44), (64, 4, (768, 17, 12), 131)]
+)
+def test_u_vits_have_the_published_numbers_of_parameters(size, patch, shape, published):
+    """Bao et al. 2022, table 1: S on CIFAR-10, M on ImageNet 64 x 64."""
+    with torch.device("meta"):
+        network = DiT(DiTConfig(size, patch, *shape, noise="token"))
+    assert parameters(network) == pytest.approx(published, rel=0.01)
+
+
+def test_adm_has_the_published_number_of_parameters():
+    """Dhariwal & Nichol 2021, table 4: 296 million for ImageNet 64 x 64."""
+    config = UNetConfig(64, 1, 192, (1, 2, 3, 4), 3, 1, head_channels=64, resample="residual")
+    with torch.device("meta"):
+        network, classes = UNet(config, condition_width=768), torch.nn.Embedding(1001, 768)
+    assert parameters(network) + parameters(classes) == pytest.approx(296, rel=0.01)
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL_DIT, UVIT], ids=["unet", "both", "u-vit"])
+def test_checkpointing_changes_nothing_but_memory(config):
+    torch.manual_seed(0)
+    network, again = build(config), build(dataclasses.replace(config, grad_checkpointing=True))
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    again.load_state_dict(network.state_dict())
+    x, lam = torch.randn(2, 3, 16, 16), torch.tensor([0.0, 2.0])
+    for one in (network, again):
+        one(x, lam).square().sum().backward()
+    for p, q in zip(network.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)

@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 
 from clipkit.errors import UsageError
-from clipkit.guidance.draw import SAMPLERS, SPACINGS, Start, Studio, alternatives, grid, picture, save_gif, save_grid
+from clipkit.guidance.draw import SAMPLERS, SPACINGS, Start, Studio, alternatives, picture
+from clipkit.guidance.sheet import grid, save_gif, save_grid
 
 
 @pytest.fixture(scope="module")
@@ -15,13 +16,14 @@ def studio(chain):
 
 def test_the_same_seed_gives_the_same_bytes(studio, tmp_path):
     for name in ("a", "b"):
-        save_grid(studio.draw("a red rocket", n=2, steps=3, seed=5), tmp_path / f"{name}.png")
+        drawn = studio.draw("a red rocket", n=2, steps=3, seed=5)
+        save_grid(drawn.images, drawn.about, tmp_path / f"{name}.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
 def test_scale_zero_is_unguided_bit_for_bit(studio, monkeypatch):
     at_zero = studio.draw("a red rocket", n=2, steps=3, scale=0, seed=1).images
-    monkeypatch.setattr(Studio, "guided", lambda self, prompt, negative, scale: self.denoiser)
+    monkeypatch.setattr(Studio, "guided", lambda self, denoise, *how: denoise)
     assert torch.equal(studio.draw("a red rocket", n=2, steps=3, seed=1).images, at_zero)
 
 
@@ -45,8 +47,8 @@ def test_every_sampler_draws(studio, sampler):
 
 def test_metadata_and_animation(studio, tmp_path):
     drawn = studio.draw("a cat", n=4, steps=3, seed=9, negative=["a dog"])
-    save_grid(drawn, tmp_path / "deep" / "grid.png")
-    save_gif(drawn, tmp_path / "grid.gif")
+    save_grid(drawn.images, drawn.about, tmp_path / "deep" / "grid.png")
+    save_gif(drawn.trajectory, tmp_path / "grid.gif")
     with Image.open(tmp_path / "deep" / "grid.png") as sheet:
         text = sheet.text
     assert text["prompt"] == "a cat"

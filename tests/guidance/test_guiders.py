@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,8 +7,19 @@ from worlds import Mixture, sliced_w2
 
 from clipkit.errors import UsageError
 from clipkit.guidance import samplers
-from clipkit.guidance.denoiser import from_x0
-from clipkit.guidance.guiders import between, contrast, gradient, inpaint, like, score_shift, softmax_log_prob
+from clipkit.guidance.denoiser import Prediction, clipped, from_x0
+from clipkit.guidance.guiders import (
+    between,
+    contrast,
+    gradient,
+    inpaint,
+    like,
+    mean_shift,
+    mixed,
+    score_shift,
+    softmax_log_prob,
+    through_x0,
+)
 from clipkit.guidance.schedule import alpha, karras, log_snr, sigma, spaced
 
 N = 8000
@@ -157,3 +170,122 @@ def test_inpainting_keeps_what_is_not_masked(sampler):
     out = sampler(inpaint(image, mask)(plain), torch.randn(2, 3, 4, 4).double(), karras(-5.0, 8.0, 8))
     assert out[..., 2:].equal(image[..., 2:].expand(2, -1, -1, -1))
     assert not out[..., :2].equal(image[..., :2].expand(2, -1, -1, -1))
+
+
+def test_the_mean_shift_moves_the_mean_of_a_ddpm_step_by_its_variance_times_the_gradient(monkeypatch):
+    """ADM's rule, mu + w Sigma g, step by step, without the noise."""
+    monkeypatch.setattr(samplers, "_noise", lambda x, generator: torch.zeros_like(x))
+    world, lambdas = Mixture(), torch.linspace(-4, 3, 6, dtype=torch.float64)
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    denoise = mean_shift(world.log_prob(1), 0.8, lambdas)(world.denoise)
+    for here, there in itertools.pairwise(lambdas):
+        levels = torch.stack([here, there])
+        (a, a_next), (s, s_next) = alpha(levels), sigma(levels)
+        variance = (1 - (a * s_next / (s * a_next)) ** 2) * s_next**2
+        # Two levels: one step, and the jump to x0 that ends every walk; so x after the step is found from the first.
+        seen = []
+
+        def look(x, lam, seen=seen):
+            seen.append(x)
+            return denoise(x, lam)
+
+        samplers.ddpm(look, x, levels)
+        guided = seen[1]
+        seen.clear()
+        samplers.ddpm(lambda x, lam, seen=seen: (seen.append(x), world.denoise(x, lam))[1], x, levels)
+        plain = seen[1]
+        torch.testing.assert_close(guided - plain, 0.8 * variance * gradient(world.log_prob(1), x, here.expand(5)))
+
+
+def test_the_mean_shift_under_guides_when_steps_are_few():
+    def found(guider, steps):
+        world, lambdas = Mixture(), karras(-9.0, 9.0, steps)
+        x = torch.randn(N, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        return distance(samplers.ddim(guider(world, lambdas)(world.denoise), x, lambdas))
+
+    def score(world, lambdas):
+        return score_shift(world.log_prob(1), 1.0)
+
+    def mean(world, lambdas):
+        return mean_shift(world.log_prob(1), 1.0, lambdas)
+
+    assert found(mean, 10) > 2 * found(score, 10)
+    assert found(mean, 100) < found(mean, 25) < found(mean, 10)
+
+
+def test_through_x0_is_worse_than_noise_aware_however_many_steps():
+    """The un-noised classifier on x0, through the denoiser: DESIGN.md section 3's table."""
+    world, lambdas = Mixture(), karras(-9.0, 9.0, 50)
+    x = torch.randn(N, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def clean(x0):
+        return world.log_prob(1)(x0, torch.full((len(x0),), torch.inf))
+
+    assert distance(samplers.dpmpp_2m(through_x0(clean, 1.0)(world.denoise), x, lambdas)) > 5 * floor()
+
+
+def test_through_x0_goes_back_through_the_denoiser():
+    world, lam = Mixture(), torch.tensor([0.3, -1.0], dtype=torch.float64)
+    x = torch.randn(2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    guided = through_x0(lambda x0: -(x0**2).sum(dim=1), 0.7)(world.denoise)(x, lam)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda one, at: world.denoise(one[None], at[None]).x0[0]))(x, lam)
+    x0 = world.denoise(x, lam).x0
+    g = -2 * (x0[:, None] @ jacobian)[:, 0]
+    a, s = alpha(lam)[:, None], sigma(lam)[:, None]
+    torch.testing.assert_close(guided.x0, x0 + 0.7 * s**2 / a * g)
+
+
+def test_cutouts_are_squares_of_the_picture_and_repeat_with_the_seed():
+    seen = []
+
+    def log_prob(x0):
+        seen.append(x0)
+        return x0.flatten(1).sum(dim=1)
+
+    def plain(x, lam):
+        return from_x0(x, x * 1.0, lam)
+
+    x, lam = torch.rand(2, 3, 16, 16), torch.zeros(2)
+    results = [through_x0(log_prob, 1.0, cutouts=5, seed=seed)(plain)(x, lam).x0 for seed in (0, 0, 1)]
+    assert len(seen) == 15
+    assert {view.shape for view in seen} == {(2, 3, 16, 16)}
+    assert x.min() <= min(view.min() for view in seen)
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_cfg_plus_plus_is_the_papers_step():
+    """x0 interpolated, noise of the unconditional: algorithm 2, one DDIM step."""
+    world, levels = Mixture(), torch.tensor([-0.5, 1.0], dtype=torch.float64)
+    x = torch.randn(4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    seen = []
+
+    def watched(x, lam):
+        seen.append(x)
+        return contrast(world.denoise, 0.6, renoise=True)(conditional(2))(x, lam)
+
+    samplers.ddim(watched, x, levels)
+    lam = levels[:1].expand(4)
+    plain, told = world.denoise(x, lam), conditional(2)(x, lam)
+    (_, a), (_, s) = alpha(levels), sigma(levels)
+    torch.testing.assert_close(seen[1], a * (plain.x0 + 0.6 * (told.x0 - plain.x0)) + s * plain.eps)
+
+
+def test_clipping_keeps_a_pair_consistent_and_another_noise_as_it_was():
+    x, lam = torch.tensor([[2.0, 0.1]]), torch.tensor([0.3])
+    x0 = torch.tensor([[1.7, 0.2]])
+    pair = clipped(lambda x, lam: from_x0(x, x0, lam))(x, lam)
+    torch.testing.assert_close(pair.eps, from_x0(x, x0.clamp(-1, 1), lam).eps)
+    within, noise = x0.clamp(-1, 1), torch.tensor([[0.4, 0.5]])
+    assert torch.equal(clipped(lambda x, lam: Prediction(within, noise))(x, lam).eps, noise)
+
+
+def test_several_denoisers_mix_by_their_weights():
+    lam = torch.tensor([0.3, -1.0], dtype=torch.float64)
+    x = torch.randn(2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    both = mixed({conditional(0): 3.0, conditional(1): 1.0})(x, lam)
+    torch.testing.assert_close(both.x0, 0.75 * conditional(0)(x, lam).x0 + 0.25 * conditional(1)(x, lam).x0)
+    one = conditional(0)
+    assert mixed({one: 2.0}) is one
+    with pytest.raises(UsageError, match="add up to 0"):
+        mixed({conditional(0): 1.0, conditional(1): -1.0})

@@ -1,4 +1,4 @@
-"""Closed-form worlds: data whose optimal denoiser, classifier and samples are known exactly."""
+"""Small runs, and closed-form worlds: data whose optimal denoiser, classifier and samples are known exactly."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from torch import Tensor
 
 from clipkit.guidance.denoiser import Prediction, from_x0
 from clipkit.guidance.schedule import alpha, sigma
+
+TINY = ("run.steps=4", "run.batch_size=32", "run.log_every=2", "run.save_every=2", "optim.warmup=1", "data.workers=0")
+"""Overrides that make four steps of any recipe for drawings."""
 
 
 def gaussian(mean: float, std: float):

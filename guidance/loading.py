@@ -1,0 +1,80 @@
+"""Trained denoisers and noise-aware CLIPs out of their runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clipkit.checkpoint import Checkpoint
+from clipkit.config import from_dict
+from clipkit.errors import CheckpointError
+from clipkit.guidance.condition import ClassCondition, ConditionConfig, Conditioner, TextCondition
+from clipkit.guidance.denoiser import Denoiser, DiffusionConfig, NetworkConfig
+from clipkit.guidance.dit import DiTConfig
+from clipkit.guidance.noisy_clip import NoisyCLIP
+from clipkit.guidance.unet import UNetConfig
+from clipkit.model import CLIP, CLIPConfig
+from clipkit.pretrained import find, load_weights
+from clipkit.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A noise-aware CLIP with its tokenizer and the captions among which a prompt is chosen."""
+
+    model: NoisyCLIP
+    tokenizer: Tokenizer
+    bank: list[str]
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> unit vectors [len(texts), D]."""
+        return self.model.encode_text(self.tokenizer(list(texts)))
+
+
+def load_denoiser(path: str | Path) -> Denoiser:
+    """Averaged weights of a denoiser run, in evaluation mode on the CPU. Raises CheckpointError."""
+    found = find(path, "denoiser")
+    recipe = found.state["recipe"]
+    unet, dit = recipe.get("unet"), recipe.get("dit")
+    network: NetworkConfig = from_dict(UNetConfig, unet) if unet else from_dict(DiTConfig, dit)
+    denoiser = Denoiser(network, from_dict(DiffusionConfig, recipe["diffusion"]), _conditioner(found))
+    load_weights(denoiser, found)
+    return denoiser.eval().requires_grad_(False)
+
+
+def _conditioner(found: Checkpoint) -> Conditioner | None:
+    config = from_dict(ConditionConfig, found.state["recipe"].get("condition", {}))
+    if config.kind == "class":
+        return ClassCondition(json.loads(found.text("classes.json")), config.width)
+    return TextCondition(*_towers(found)) if config.kind == "text" else None
+
+
+def _towers(found: Checkpoint) -> tuple[CLIP, Tokenizer]:
+    """A CLIP of the shape that the checkpoint's texts give, with weights yet to be filled in."""
+    config = from_dict(CLIPConfig, json.loads(found.text("clip.json")))
+    tokenizer = Tokenizer.from_json(found.text("tokenizer.json"), config.context_length)
+    return CLIP(config, tokenizer.vocab_size, tokenizer.end_id), tokenizer
+
+
+def load_guide(path: str | Path) -> Guide:
+    """Averaged weights of a noisy_clip run, in evaluation mode on the CPU. Raises CheckpointError."""
+    found = find(path, "noisy_clip")
+    clip, tokenizer = _towers(found)
+    model = NoisyCLIP(clip, int(found.state["recipe"]["model"]["width"]))
+    load_weights(model, found)
+    return Guide(model.eval().requires_grad_(False), tokenizer, [str(c) for c in json.loads(found.text("bank.json"))])
+
+
+def has_guide(path: str | Path) -> bool:
+    """Is there a noisy_clip run?"""
+    try:
+        find(path, "noisy_clip")
+    except CheckpointError:
+        return False
+    return True
