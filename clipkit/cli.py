@@ -36,7 +36,7 @@ for command in (
     *(models.models, models.export, models.release),
     *(evaluation.zeroshot, evaluation.retrieval, evaluation.probe),
     *(pictures.similarity, pictures.classify, pictures.index, pictures.embed, pictures.search),
-    *(drawing.guided_sample, measuring.metrics),
+    *(drawing.guided_sample, drawing.noise_curve, measuring.metrics),
 ):
     cli.add_command(command)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from clipkit.config import Recipe
 from clipkit.errors import RecipeError
+from clipkit.guidance.curve import accuracy_at, noise_aware
 from clipkit.guidance.noisy_clip import NoisyCLIP, NoisyCLIPConfig, noised
 from clipkit.guidance.schedule import sample_log_snr
 from clipkit.images import decode, preprocess
@@ -93,7 +94,8 @@ class NoisyPretraining(Task):
         samples = [shards.read(i) for i in np.linspace(0, len(shards) - 1, min(_EVALUATED, len(shards))).astype(int)]
         images = torch.stack([preprocess(decode(s.image), self.image_size) for s in samples]).to(device)
         labels = torch.tensor([s.label for s in samples], device=device)
-        return {f"top1_at_{level:g}": accuracy_at(self.model, head, images, labels, level) for level in _LEVELS}
+        encode = noise_aware(self.model)
+        return {f"top1_at_{level:g}": accuracy_at(encode, head, images, labels, level) for level in _LEVELS}
 
     def texts(self) -> Mapping[str, str]:
         """Tokenizer, caption bank, and the shape of the clean CLIP inside."""
@@ -115,20 +117,6 @@ def caption_bank(packs: Sequence[Shards], size: int, seed: int) -> list[str]:
         wanted = (size - len(bank)) // (len(packs) - i)
         bank |= {fresh[j] for j in rng.choice(len(fresh), min(wanted, len(fresh)), replace=False)}
     return sorted(bank)
-
-
-def accuracy_at(model: NoisyCLIP, head: Tensor, images: Tensor, labels: Tensor, level: float) -> float:
-    """Share of uint8 images [N, 3, S, S], noised to lambda = `level` with fixed noise, whose nearest class is right."""
-    noise = torch.Generator().manual_seed(0)
-    right = 0
-    for pixels, truth in zip(torch.split(images, 256), torch.split(labels, 256), strict=True):
-        x0 = pixels.float() / 127.5 - 1
-        eps = torch.randn(x0.shape, generator=noise).to(x0.device)
-        lam = torch.full((len(x0),), level, device=x0.device)
-        x, lam = noised(x0, lam, eps, lam.isinf())
-        features, _ = model.encode_image(x, lam)
-        right += int(((features @ head.T).argmax(dim=1) == truth).sum())
-    return right / len(images)
 
 
 run = partial(launch, NoisyCLIPRecipe, NoisyPretraining)

@@ -1,4 +1,4 @@
-"""guided-sample: pictures of a prompt."""
+"""guided-sample: pictures of a prompt; noise-curve: how well its guide sees."""
 
 from __future__ import annotations
 
@@ -131,3 +131,58 @@ def _weighted(prompts: tuple[str, ...]) -> str | dict[str, float]:
 def _white(mask: Tensor) -> Tensor:
     """[1, 3, S, S] in [-1, 1] -> 1 where it is rather white, [1, 1, S, S]."""
     return (mask.mean(dim=1, keepdim=True) > 0).float()
+
+
+@click.command("noise-curve")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Folder of the runs clip and noisy_clip.")
+@click.option("--shards", required=True, help="A pack: its classes are told apart, or its captions if it has none.")
+@click.option("--n", type=click.IntRange(min=2), default=1000, show_default=True, help="Pictures, evenly spread.")
+@click.option("--out", type=click.Path(path_type=Path), help="Also draw the curve into this file (PNG, SVG, PDF).")
+@click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def noise_curve(model: str, shards: str, n: int, out: Path | None, device: str, as_json: bool) -> None:
+    """Say how often a noise-aware CLIP is right at each noise level, and the clean CLIP on the same noised pictures.
+
+    \b
+    Example:
+      clipkit noise-curve --model runs/drawings --shards packs/drawings-heldout --out curve.png
+    """
+    import numpy as np
+    import torch
+
+    from clipkit.commands.pictures import save_figure
+    from clipkit.guidance import curve
+    from clipkit.guidance.loading import load_guide
+    from clipkit.images import decode, preprocess
+    from clipkit.pretrained import load
+    from clipkit.records import progress
+    from clipkit.shards import Shards
+    from clipkit.zeroshot.heads import class_head, embed_texts
+
+    clip, guide, pack = load(model, device), load_guide(model), Shards(shards)
+    where = clip.model.log_logit_scale.device
+    guide.model.to(where)
+    size = guide.model.clip.config.image_size
+    samples = [pack.read(int(i)) for i in np.linspace(0, len(pack) - 1, min(n, len(pack))).astype(int)]
+    images = torch.stack([preprocess(decode(sample.image), size) for sample in samples]).to(where)
+    if pack.classes:
+        head = class_head(clip.model, clip.tokenizer, pack.classes, pack.templates)
+        wanted = torch.tensor([sample.label for sample in samples])
+    else:
+        head = embed_texts(clip.model, clip.tokenizer, [sample.captions[0] for sample in samples])
+        wanted = torch.arange(len(samples))
+    encoders = {"noise-aware": curve.noise_aware(guide.model), "clean": curve.clean(clip.model)}
+    found: dict[str, list[float]] = {name: [] for name in encoders}
+    for level in progress(curve.LEVELS, len(curve.LEVELS), "levels"):
+        for name, encode in encoders.items():
+            found[name].append(curve.accuracy_at(encode, head, images, wanted.to(where), level))
+    if out is not None:
+        save_figure(curve.figure(curve.LEVELS, found, 1 / len(head)), out)
+    levels = ["clean" if math.isinf(level) else f"{level:g}" for level in curve.LEVELS]
+    if as_json:
+        click.echo(json.dumps({"n": len(samples), "targets": len(head), "log_snr": levels, **found}))
+        return
+    click.echo(f"top-1 of {len(samples)} pictures among {len(head)}")
+    click.echo("log SNR  " + "  ".join(f"{name:>11}" for name in found))
+    for row, name in enumerate(levels):
+        click.echo(f"{name:>7}  " + "  ".join(f"{values[row]:11.1%}" for values in found.values()))

@@ -35,7 +35,7 @@ def similarity(
     pictures = room.read_images(images)
     cosines = room.similarities(load(model, device), pictures, texts)
     if out is not None:
-        _save_figure(room.similarity_figure(pictures, texts, cosines), out)
+        save_figure(room.similarity_figure(pictures, texts, cosines), out)
     if as_json:
         click.echo(json.dumps({"images": images, "texts": texts, "cosines": cosines.tolist()}))
         return
@@ -70,7 +70,7 @@ def classify(
     lines, pictures = read_templates(templates, ensembles()), room.read_images(images)
     guesses = room.classify(load(model, device), pictures, names, lines)
     if out is not None:
-        _save_figure(room.classify_figure(pictures, guesses), out)
+        save_figure(room.classify_figure(pictures, guesses), out)
     if as_json:
         found = {i: {g.label: g.probability for g in guess} for i, guess in zip(images, guesses, strict=True)}
         click.echo(json.dumps(found))
@@ -79,7 +79,8 @@ def classify(
         click.echo(f"{image}: " + ", ".join(f"{g.label} {g.probability:.1%}" for g in guess))
 
 
-def _save_figure(figure: Any, out: Path) -> None:
+def save_figure(figure: Any, out: Path) -> None:
+    """Write a figure. Raises UsageError when that fails."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=150)
