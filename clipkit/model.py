@@ -111,16 +111,17 @@ class ImageTower(nn.Module):
         if config.grad_checkpointing:
             _checkpoint_blocks(self.trunk, config.image_tower)
         conventions = config.conventions
-        self.projection = _projection(conventions.image_projection, self._width(config.image_size), config.embed_dim)
-        self.register_buffer("mean", torch.tensor(conventions.image_mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(conventions.image_std).view(1, 3, 1, 1), persistent=False)
+        width = self._width(len(conventions.image_mean), config.image_size)
+        self.projection = _projection(conventions.image_projection, width, config.embed_dim)
+        self.register_buffer("mean", torch.tensor(conventions.image_mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(conventions.image_std).view(1, -1, 1, 1), persistent=False)
         self.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def _width(self, size: int) -> int:
+    def _width(self, channels: int, size: int) -> int:
         self.trunk.eval()
         try:
-            width = int(self.trunk(torch.zeros(1, 3, size, size)).shape[1])
+            width = int(self.trunk(torch.zeros(1, channels, size, size)).shape[1])
         except (RuntimeError, AssertionError, ValueError) as error:
             raise RecipeError(f"this image tower does not take {size}x{size} pixels: {str(error)[:120]}") from None
         self.trunk.train()

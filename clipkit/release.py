@@ -10,7 +10,7 @@ from clipkit import checkpoint
 from clipkit.checkpoint import Checkpoint
 from clipkit.errors import CheckpointError
 
-KINDS = ("clip", "denoiser", "noisy_clip")
+KINDS = ("clip", "autoencoder", "denoiser", "noisy_clip")
 
 
 def release(runs: Path, out: Path) -> list[Path]:

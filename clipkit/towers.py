@@ -39,14 +39,16 @@ class BasicBlock(nn.Module):
 class SmallResNet(nn.Module):
     """Pixels [B, 3, S, S] -> [B, channels[-1]]: a stem at S / 2, stages of BasicBlocks, each at half the last's side.
 
-    S must divide by 2 ** len(channels).
+    S must divide by 2 ** len(channels). `in_chans` (timm's name) is not 3 for latents.
     """
 
-    def __init__(self, channels: Sequence[int] = (48, 96, 256), depths: Sequence[int] = (1, 1, 1)) -> None:
+    def __init__(
+        self, channels: Sequence[int] = (48, 96, 256), depths: Sequence[int] = (1, 1, 1), in_chans: int = 3
+    ) -> None:
         super().__init__()
         if len(channels) != len(depths) or not channels:
             raise ValueError(f"{len(channels)} channels for {len(depths)} depths; there is one of each for a stage")
-        self.stem = nn.Sequential(_conv(3, channels[0], 3, 2), nn.ReLU())
+        self.stem = nn.Sequential(_conv(in_chans, channels[0], 3, 2), nn.ReLU())
         self.stages = nn.Sequential()
         self.feature_info: list[dict[str, object]] = []
         inputs = channels[0]

@@ -35,20 +35,19 @@ def clean(model: NoisyCLIP | torch.nn.Module) -> Encode:
 
 
 @torch.no_grad()
-def accuracy_at(encode: Encode, targets: Tensor, images: Tensor, wanted: Tensor, level: float) -> float:
-    """Share of uint8 images [N, 3, S, S], noised to lambda = `level`, whose nearest target [K, D] is number wanted [N].
+def accuracy_at(encode: Encode, targets: Tensor, x0: Tensor, wanted: Tensor, level: float) -> float:
+    """Share of images, noised to lambda = `level`, whose nearest target [K, D] is the wanted one.
 
-    The noise is the same in every call.
+    x0: images [N, 3, S, S] in [-1, 1], or latents; wanted: int64 [N]. The noise is the same in every call.
     """
     noise = torch.Generator().manual_seed(0)
     right = 0
-    for pixels, truth in zip(torch.split(images, 256), torch.split(wanted, 256), strict=True):
-        x0 = pixels.float() / 127.5 - 1
-        eps = torch.randn(x0.shape, generator=noise).to(x0.device)
-        lam = torch.full((len(x0),), level, device=x0.device)
-        x, lam = noised(x0, lam, eps, lam.isinf())
+    for part, truth in zip(torch.split(x0, 256), torch.split(wanted, 256), strict=True):
+        eps = torch.randn(part.shape, generator=noise).to(part.device)
+        lam = torch.full((len(part),), level, device=part.device)
+        x, lam = noised(part, lam, eps, lam.isinf())
         right += int(((encode(x, lam) @ targets.T).argmax(dim=1) == truth).sum())
-    return right / len(images)
+    return right / len(x0)
 
 
 def figure(levels: Sequence[float], curves: Mapping[str, Sequence[float]], chance: float) -> Figure:

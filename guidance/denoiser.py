@@ -128,22 +128,24 @@ def loss_of(config: DiffusionConfig, output: Tensor, wanted: Tensor, lam: Tensor
 
 
 class Denoiser(nn.Module):
-    """A network with its parametrisation: itself a `Denoise` for images in [-1, 1], without a condition."""
+    """A network with its parametrisation: itself a `Denoise` for images in [-1, 1] or latents, without a condition."""
 
     def __init__(
         self,
         network: NetworkConfig,
         diffusion: DiffusionConfig,
         conditioner: Conditioner | None = None,
+        latent_channels: int = 0,
     ) -> None:
         super().__init__()
         self.diffusion, self.image_size, self.conditioner = diffusion, network.image_size, conditioner
+        self.latent_channels, self.channels = latent_channels, latent_channels or 3
         widths = (conditioner.width, conditioner.words_width) if conditioner is not None else (0, 0)
         kind = UNet if isinstance(network, UNetConfig) else DiT
-        self.network: nn.Module = kind(network, 3, *widths).to(memory_format=torch.channels_last)  # type: ignore[arg-type]
+        self.network: nn.Module = kind(network, self.channels, *widths).to(memory_format=torch.channels_last)  # type: ignore[arg-type]
 
     def output(self, x: Tensor, lam: Tensor, condition: Condition | None = None) -> Tensor:
-        """The raw network: x [B, 3, S, S], lam [B] -> [B, 3, S, S]."""
+        """The raw network: x [B, C, S, S], lam [B] -> [B, C, S, S]."""
         if self.diffusion.prediction == "edm":  # c_in of equation 7, for x / a: unit variance at every lambda
             variance = (alpha(lam) * _DATA_STD) ** 2 + sigma(lam) ** 2
             x = x / expand(variance.sqrt(), x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -17,9 +17,10 @@ from clipkit import distributed
 from clipkit._version import __version__
 from clipkit.errors import UsageError, did_you_mean
 from clipkit.guidance import samplers
+from clipkit.guidance.autoencoder import Autoencoder
 from clipkit.guidance.denoiser import Denoise, Denoiser, clipped
 from clipkit.guidance.guiders import between, contrast, inpaint, like, mean_shift, mixed, score_shift
-from clipkit.guidance.loading import Guide, has_guide, load_denoiser, load_guide
+from clipkit.guidance.loading import Guide, has_guide, load_autoencoder, load_denoiser, load_guide
 from clipkit.guidance.noisy_clip import Wish
 from clipkit.guidance.schedule import Spacing, add_noise, karras, log_snr, spaced
 from clipkit.images import preprocess, to_image
@@ -60,12 +61,20 @@ class Start:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures of one prompt: `images` [N, 3, S, S] in [-1, 1], each step's x0, CLIP scores, and how they were made."""
+    """Pictures of one prompt: `images` [N, 3, S, S] in [-1, 1], CLIP scores, and how they were made."""
 
     images: Tensor
-    trajectory: list[Tensor]
     scores: list[float]
     about: dict[str, Any]
+    x0: list[Tensor]
+    """What the denoiser took for the image at each step, pixels or latents."""
+    show: Callable[[Tensor], Tensor]
+    """Such an x0 -> pictures."""
+
+    @property
+    def trajectory(self) -> list[Tensor]:
+        """Each step's x0 as pictures [N, 3, S, S] in [-1, 1]."""
+        return [self.show(x0) for x0 in self.x0]
 
 
 @dataclass(frozen=True)
@@ -85,21 +94,35 @@ class Steering:
 
 
 class Studio:
-    """A denoiser, a noise-aware CLIP (or none, if the denoiser takes descriptions) and a clean CLIP."""
+    """A denoiser, a noise-aware CLIP (or none, if the denoiser takes descriptions) and a clean CLIP.
 
-    def __init__(self, denoiser: Denoiser, guide: Guide | None, clip: Pretrained) -> None:
-        self.denoiser, self.guide, self.clip = denoiser, guide, clip
+    With an autoencoder the first two see latents; pictures come in and go out as pixels all the same.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, guide: Guide | None, clip: Pretrained, autoencoder: Autoencoder | None = None
+    ) -> None:
+        self.denoiser, self.guide, self.clip, self.autoencoder = denoiser, guide, clip, autoencoder
+        self.image_size = denoiser.image_size if autoencoder is None else autoencoder.config.image_size
 
     @classmethod
     def open(cls, path: str | Path, device: str = "auto") -> Studio:
-        """Load the runs `clip`, `denoiser` and `noisy_clip` in the folder `path`. Raises CheckpointError."""
+        """Load the runs `clip`, `denoiser`, `noisy_clip` and, for latents, `autoencoder` in the folder `path`.
+
+        Raises CheckpointError, also for a denoiser of latents without its autoencoder.
+        """
         where = distributed.choose_device(device)
         denoiser = load_denoiser(path).to(where)
         # A denoiser that takes descriptions draws by itself; for others there must be a guide.
         guide = load_guide(path) if denoiser.conditioner is None or has_guide(path) else None
         if guide is not None:
             guide.model.to(where)
-        return cls(denoiser, guide, load(path, device))
+        autoencoder = None
+        if denoiser.latent_channels:
+            autoencoder = load_autoencoder(path)
+            assert autoencoder is not None
+            autoencoder.to(where)
+        return cls(denoiser, guide, load(path, device), autoencoder)
 
     def draw(
         self,
@@ -135,11 +158,14 @@ class Studio:
         scale = (0.0 if told else DEFAULT_SCALE) if scale is None else scale
         cfg_scale = (DEFAULT_CFG_SCALE if told else 1.0) if steering.cfg_scale is None else steering.cfg_scale
         lambdas = self._lambdas(steps, spacing)
+        if start is not None:
+            start = Start(self._seen(start.image), start.strength, self._coarser(start.mask))
         denoise = self.told(prompts, negative, cfg_scale)
         denoise = self.guided(denoise, prompts, negative, scale, steering, lambdas)
         if reference is not None:
-            denoise = like(reference, factor=_coarse(self.denoiser.image_size), until=0.0)(denoise)
-        denoise = clipped(denoise)
+            denoise = like(self._seen(reference), factor=_coarse(self.denoiser.image_size), until=0.0)(denoise)
+        if self.autoencoder is None:
+            denoise = clipped(denoise)
         if start is not None and start.mask is not None:
             denoise = inpaint(start.image, start.mask)(denoise)
         images, trajectory = self._sample(denoise, n, lambdas, sampler, seed, start)
@@ -147,7 +173,7 @@ class Studio:
         about |= {"scale": scale, "seed": seed, "n": n, "steps": steps, "sampler": sampler, "spacing": spacing}
         about |= {"objective": steering.objective, "shift": steering.shift, "clipkit": __version__}
         about |= {"cfg_scale": cfg_scale} if told else {}
-        return Drawn(images, trajectory, self.score(images, prompts), about)
+        return Drawn(images, self.score(images, prompts), about, trajectory, self._shown)
 
     def told(self, prompts: Mapping[str, float], negative: Sequence[str], cfg_scale: float) -> Denoise:
         """The denoiser under classifier-free guidance, away from `negative`, or from what it draws untold."""
@@ -193,10 +219,9 @@ class Studio:
         if negative and steering.objective == "dot":
             found += [Wish(guide.embed([text]), None, -1.0) for text in negative]
         if steering.picture is not None:
-            size = guide.model.clip.config.image_size
-            seen = F.interpolate(steering.picture, size=(size, size), mode="bicubic", antialias=True)
             device = next(guide.model.parameters()).device
-            likeness, _ = guide.model.encode_image(seen.to(device), torch.full((1,), math.inf, device=device))
+            clean = torch.full((1,), math.inf, device=device)
+            likeness, _ = guide.model.encode_image(self._seen(steering.picture), clean)
             found.append(Wish(likeness))
         return found
 
@@ -215,7 +240,7 @@ class Studio:
         generator = torch.Generator().manual_seed(seed)
         size = self.denoiser.image_size
         device = next(self.denoiser.parameters()).device
-        x = torch.randn(n, 3, size, size, generator=generator).to(device)
+        x = torch.randn(n, self.denoiser.channels, size, size, generator=generator).to(device)
         if start is not None and start.strength < 1:
             lambdas = lambdas[min(len(lambdas) - 1, round((1 - start.strength) * len(lambdas))) :]
             x = add_noise(start.image.to(device).expand_as(x), x, lambdas[:1].to(x))
@@ -226,9 +251,26 @@ class Studio:
             trajectory.append(x0.cpu())
             next(bar, None)
 
-        images = SAMPLERS[sampler](denoise, x, lambdas, generator, watch).cpu()
+        images = self._shown(SAMPLERS[sampler](denoise, x, lambdas, generator, watch))
         next(bar, None)
         return images, trajectory
+
+    def _seen(self, pictures: Tensor) -> Tensor:
+        """Pictures [N, 3, S, S] in [-1, 1] -> what the denoiser sees of them."""
+        pictures = pictures.to(next(self.denoiser.parameters()).device)
+        return pictures if self.autoencoder is None else self.autoencoder.encode(pictures)
+
+    @torch.no_grad()
+    def _shown(self, x0: Tensor) -> Tensor:
+        """What the denoiser makes -> pictures [N, 3, S, S] in [-1, 1], on the CPU."""
+        if self.autoencoder is None:
+            return x0.cpu()
+        pictures = self.autoencoder.decode(x0.to(next(self.autoencoder.parameters()).device))
+        return pictures.clamp(-1, 1).float().cpu()
+
+    def _coarser(self, mask: Tensor | None) -> Tensor | None:
+        """A mask [1, 1, S, S] at the size that the denoiser sees: drawn anew is every place that is so in part."""
+        return mask if mask is None or self.autoencoder is None else F.max_pool2d(mask, self.autoencoder.config.factor)
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Mapping[str, float]) -> list[float]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from clipkit.checkpoint import Checkpoint
 from clipkit.config import from_dict
 from clipkit.errors import CheckpointError
+from clipkit.guidance.autoencoder import Autoencoder, AutoencoderConfig, from_diffusers
 from clipkit.guidance.condition import ClassCondition, ConditionConfig, Conditioner, TextCondition
 from clipkit.guidance.denoiser import Denoiser, DiffusionConfig, NetworkConfig
 from clipkit.guidance.dit import DiTConfig
@@ -43,7 +44,9 @@ def load_denoiser(path: str | Path) -> Denoiser:
     recipe = found.state["recipe"]
     unet, dit = recipe.get("unet"), recipe.get("dit")
     network: NetworkConfig = from_dict(UNetConfig, unet) if unet else from_dict(DiTConfig, dit)
-    denoiser = Denoiser(network, from_dict(DiffusionConfig, recipe["diffusion"]), _conditioner(found))
+    latent = json.loads(found.text("latent.json")) if recipe.get("latent", {}).get("autoencoder") else {"channels": 0}
+    diffusion = from_dict(DiffusionConfig, recipe["diffusion"])
+    denoiser = Denoiser(network, diffusion, _conditioner(found), int(latent["channels"]))
     load_weights(denoiser, found)
     return denoiser.eval().requires_grad_(False)
 
@@ -60,6 +63,26 @@ def _towers(found: Checkpoint) -> tuple[CLIP, Tokenizer]:
     config = from_dict(CLIPConfig, json.loads(found.text("clip.json")))
     tokenizer = Tokenizer.from_json(found.text("tokenizer.json"), config.context_length)
     return CLIP(config, tokenizer.vocab_size, tokenizer.end_id), tokenizer
+
+
+def load_autoencoder(path: str | Path) -> Autoencoder | None:
+    """Averaged weights of an autoencoder run, or of a folder of diffusers', on the CPU; None for "".
+
+    Raises CheckpointError.
+    """
+    if not str(path):
+        return None
+    if (Path(path) / "diffusion_pytorch_model.safetensors").is_file():
+        return from_diffusers(Path(path))
+    found = find(path, "autoencoder")
+    model = Autoencoder(from_dict(AutoencoderConfig, found.state["recipe"]["autoencoder"]))
+    prefix = "autoencoder."
+    tensors = {n.removeprefix(prefix): t for n, t in found.stream("ema") if n.startswith(prefix)}
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{found.path} does not fit its own recipe: {str(error).splitlines()[0][:120]}") from None
+    return model.eval().requires_grad_(False)
 
 
 def load_guide(path: str | Path) -> Guide:

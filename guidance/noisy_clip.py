@@ -7,7 +7,7 @@ level is the continuous lambda, which ties the model to no schedule, and it modu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,12 @@ class NoisyCLIPConfig:
     """Also train the text tower, which is otherwise left as it is."""
     bank: int = 256
     """Captions kept beside the weights as the alternatives of a prompt."""
+    autoencoder: str = ""
+    """Run of an autoencoder: the tower then sees noised latents, and is a new one, as pixels' does not fit them."""
+    image_tower: str = "clipkit_resnet"
+    """What that tower is: a timm name."""
+    image_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Its arguments."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,22 @@ class NoisyCLIP(nn.Module):
             return torch.stack([wish.weight * wish.log_prob(features, tau) for wish in wishes]).sum(dim=0)
 
         return log_p
+
+
+def for_latents(clip: CLIP, config: NoisyCLIPConfig, channels: int, size: int) -> CLIP:
+    """The CLIP with its text tower and a new image tower for latents [B, channels, size, size] of unit variance."""
+    seen = replace(clip.config.conventions, image_mean=(0.5,) * channels, image_std=(0.5,) * channels)
+    shape = replace(
+        clip.config,
+        image_tower=config.image_tower,
+        image_kwargs={**config.image_kwargs, "in_chans": channels},
+        image_size=size,
+        conventions=seen,
+    )
+    made = CLIP(shape, clip.text.tokens.num_embeddings, clip.text.end_id)
+    made.text.load_state_dict(clip.text.state_dict())
+    made.log_logit_scale.data.copy_(clip.log_logit_scale.data)
+    return made
 
 
 def noised(x0: Tensor, lam: Tensor, noise: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:

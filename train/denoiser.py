@@ -6,6 +6,7 @@ clipkit denoiser drawings_denoiser.toml run.steps=200      # the same on one pro
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from torch import Tensor
 from clipkit import distributed
 from clipkit.config import Recipe
 from clipkit.errors import RecipeError
+from clipkit.guidance.autoencoder import LatentConfig
 from clipkit.guidance.condition import ClassCondition, Condition, ConditionConfig, Conditioner, TextCondition
 from clipkit.guidance.denoiser import Denoiser, DiffusionConfig, NetworkConfig, loss_of, target
 from clipkit.guidance.dit import DiTConfig
+from clipkit.guidance.loading import load_autoencoder
 from clipkit.guidance.schedule import add_noise, sample_log_snr
 from clipkit.guidance.unet import UNetConfig
 from clipkit.pretrained import load
@@ -36,6 +39,7 @@ class DenoiserRecipe(Recipe):
 
     diffusion: DiffusionConfig
     condition: ConditionConfig
+    latent: LatentConfig
     unet: UNetConfig | None = None
     dit: DiTConfig | None = None
 
@@ -58,12 +62,23 @@ class Denoising(Task):
 
     def __init__(self, recipe: DenoiserRecipe, shards: Shards) -> None:
         super().__init__()
-        self.image_size, self.condition = recipe.network.image_size, recipe.condition
-        self.model: Denoiser = Denoiser(recipe.network, recipe.diffusion, _conditioner(recipe, shards))
+        self.condition, self.autoencoder = recipe.condition, load_autoencoder(recipe.latent.autoencoder)
+        self.image_size, channels = recipe.network.image_size, 0
+        if self.autoencoder is not None:
+            shape = self.autoencoder.config
+            self.image_size, channels = shape.image_size, shape.latent_channels
+            if recipe.network.image_size != shape.latent_size:
+                raise RecipeError(
+                    f"the network's image_size is {recipe.network.image_size}; the latents of "
+                    f"{recipe.latent.autoencoder} have a side of {shape.latent_size}"
+                )
+        self.model: Denoiser = Denoiser(recipe.network, recipe.diffusion, _conditioner(recipe, shards), channels)
 
     def forward(self, batch: Batch) -> Features:
         """Each image's loss [b], at noise levels stratified over the batch."""
         x0 = batch.images.float() / 127.5 - 1
+        if self.autoencoder is not None:
+            x0 = self.autoencoder.encode(x0)
         config = self.model.diffusion
         lam, eps = sample_log_snr(config.schedule, len(x0)).to(x0.device), torch.randn_like(x0)
         output = self.model.output(add_noise(x0, eps, lam), lam, self._described(batch))
@@ -82,8 +97,13 @@ class Denoising(Task):
         return condition
 
     def texts(self) -> Mapping[str, str]:
-        """What the descriptions need beside the weights."""
-        return self.model.conditioner.texts() if self.model.conditioner is not None else {}
+        """What descriptions and latents need beside the weights."""
+        found = dict(self.model.conditioner.texts()) if self.model.conditioner is not None else {}
+        return (
+            found
+            if self.autoencoder is None
+            else {**found, "latent.json": json.dumps({"channels": self.model.latent_channels})}
+        )
 
     def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over the images of all ranks."""

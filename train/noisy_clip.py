@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from clipkit.config import Recipe
 from clipkit.errors import RecipeError
 from clipkit.guidance.curve import accuracy_at, noise_aware
-from clipkit.guidance.noisy_clip import NoisyCLIP, NoisyCLIPConfig, noised
+from clipkit.guidance.loading import load_autoencoder
+from clipkit.guidance.noisy_clip import NoisyCLIP, NoisyCLIPConfig, for_latents, noised
 from clipkit.guidance.schedule import sample_log_snr
 from clipkit.images import decode, preprocess
 from clipkit.losses import LossConfig, info_nce
@@ -56,20 +57,30 @@ class NoisyPretraining(Task):
         super().__init__()
         clean = load(recipe.model.clip, "cpu")
         self.recipe, self.tokenizer, self.image_size = recipe, clean.tokenizer, clean.model.config.image_size
-        self.model: NoisyCLIP = NoisyCLIP(clean.model, recipe.model.width)
+        clip, self.autoencoder = clean.model, load_autoencoder(recipe.model.autoencoder)
+        if self.autoencoder is not None:
+            shape = self.autoencoder.config
+            self.image_size = shape.image_size
+            clip = for_latents(clip, recipe.model, shape.latent_channels, shape.latent_size)
+        self.model: NoisyCLIP = NoisyCLIP(clip, recipe.model.width)
         self.model.clip.text.requires_grad_(recipe.model.train_text)
         packs = [shards, *(Shards(folder, verify=False, cache=cache_of(recipe.data)) for folder in recipe.data.mix)]
         self.bank = caption_bank(packs, recipe.model.bank, recipe.run.seed)
 
     def forward(self, batch: Batch) -> Features:
         """Unit vectors of noised images and captions [b, D], and each image's temperature [b]."""
-        x0 = batch.images.float() / 127.5 - 1
+        x0 = self._seen(batch.images)
         lam = sample_log_snr("cosine", len(x0)).to(x0.device)
         clean = torch.rand(len(x0), device=x0.device) < self.recipe.model.clean_fraction
         x, lam = noised(x0, lam, torch.randn_like(x0), clean)
         image, tau = self.model.encode_image(x, lam)
         text = self.model.encode_text(self.tokenizer(batch.captions))
         return image, text, tau
+
+    def _seen(self, images: Tensor) -> Tensor:
+        """uint8 [b, 3, S, S] -> what the tower sees of them without noise: images in [-1, 1], or latents."""
+        x0 = images.float() / 127.5 - 1
+        return x0 if self.autoencoder is None else self.autoencoder.encode(x0)
 
     def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Symmetric InfoNCE over all ranks; logs the mean temperature."""
@@ -92,10 +103,11 @@ class NoisyPretraining(Task):
             return {}
         head = class_head(self.model.clip, self.tokenizer, shards.classes, shards.templates)
         samples = [shards.read(i) for i in np.linspace(0, len(shards) - 1, min(_EVALUATED, len(shards))).astype(int)]
-        images = torch.stack([preprocess(decode(s.image), self.image_size) for s in samples]).to(device)
+        images = [preprocess(decode(s.image), self.image_size) for s in samples]
+        x0 = torch.cat([self._seen(torch.stack(part).to(device)) for part in _chunks(images, 100)])
         labels = torch.tensor([s.label for s in samples], device=device)
         encode = noise_aware(self.model)
-        return {f"top1_at_{level:g}": accuracy_at(encode, head, images, labels, level) for level in _LEVELS}
+        return {f"top1_at_{level:g}": accuracy_at(encode, head, x0, labels, level) for level in _LEVELS}
 
     def texts(self) -> Mapping[str, str]:
         """Tokenizer, caption bank, and the shape of the clean CLIP inside."""
@@ -105,6 +117,10 @@ class NoisyPretraining(Task):
             "bank.json": json.dumps(self.bank, ensure_ascii=False),
             "clip.json": json.dumps(shape),
         }
+
+
+def _chunks(images: list[Tensor], size: int) -> list[list[Tensor]]:
+    return [images[i : i + size] for i in range(0, len(images), size)]
 
 
 def caption_bank(packs: Sequence[Shards], size: int, seed: int) -> list[str]:

@@ -88,7 +88,7 @@ def guided_sample(
     if mask is not None and init is None:
         raise UsageError("--mask says what of --init is drawn anew; give --init too")
     studio, wanted = Studio.open(model, device), _weighted(prompts)
-    size = studio.denoiser.image_size
+    size = studio.image_size
     begin, where, shape, look = (
         picture(read_images([path])[0], size) if path is not None else None
         for path in (init, mask, reference, image_prompt)
@@ -162,9 +162,12 @@ def noise_curve(model: str, shards: str, n: int, out: Path | None, device: str, 
     clip, guide, pack = load(model, device), load_guide(model), Shards(shards)
     where = clip.model.log_logit_scale.device
     guide.model.to(where)
+    if len(guide.model.clip.config.conventions.image_mean) != 3:
+        raise UsageError(f"the noise-aware CLIP of {model} sees latents, which the clean one does not; compare others")
     size = guide.model.clip.config.image_size
     samples = [pack.read(int(i)) for i in np.linspace(0, len(pack) - 1, min(n, len(pack))).astype(int)]
     images = torch.stack([preprocess(decode(sample.image), size) for sample in samples]).to(where)
+    x0 = images.float() / 127.5 - 1
     if pack.classes:
         head = class_head(clip.model, clip.tokenizer, pack.classes, pack.templates)
         wanted = torch.tensor([sample.label for sample in samples])
@@ -175,7 +178,7 @@ def noise_curve(model: str, shards: str, n: int, out: Path | None, device: str, 
     found: dict[str, list[float]] = {name: [] for name in encoders}
     for level in progress(curve.LEVELS, len(curve.LEVELS), "levels"):
         for name, encode in encoders.items():
-            found[name].append(curve.accuracy_at(encode, head, images, wanted.to(where), level))
+            found[name].append(curve.accuracy_at(encode, head, x0, wanted.to(where), level))
     if out is not None:
         save_figure(curve.figure(curve.LEVELS, found, 1 / len(head)), out)
     levels = ["clean" if math.isinf(level) else f"{level:g}" for level in curve.LEVELS]

@@ -1,4 +1,4 @@
-"""pretrain, denoiser, noisy-clip, plan, demo."""
+"""pretrain, autoencoder, denoiser, noisy-clip, plan, demo."""
 
 from __future__ import annotations
 
@@ -34,6 +34,9 @@ def _training_command(name: str, module: str, summary: str, recipe: str) -> clic
 pretrain = _training_command("pretrain", "pretrain", "Pretrain CLIP on a pack.", "drawings_clip.toml")
 denoiser = _training_command(
     "denoiser", "denoiser", "Train a diffusion denoiser on a pack's images.", "drawings_denoiser.toml"
+)
+autoencoder = _training_command(
+    "autoencoder", "autoencoder", "Train an autoencoder for latents on a pack's images.", "emoji_autoencoder.toml"
 )
 noisy_clip = _training_command(
     "noisy-clip", "noisy_clip", "Teach a pretrained CLIP to see noise.", "drawings_noisy_clip.toml"

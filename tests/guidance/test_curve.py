@@ -13,8 +13,8 @@ from clipkit.guidance.loading import load_guide
 
 
 def test_accuracy_counts_the_nearest_target():
-    images = torch.zeros(6, 3, 2, 2, dtype=torch.uint8)
-    images[3:] = 255
+    images = torch.full((6, 3, 2, 2), -1.0)
+    images[3:] = 1
     targets, seen = torch.eye(2), []
 
     def encode(x, lam):

@@ -1,0 +1,241 @@
+"""Against diffusers, closed forms and by what they are for."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from worlds import TINY
+
+from clipkit.cli import cli
+from clipkit.errors import CheckpointError, RecipeError
+from clipkit.guidance.autoencoder import (
+    Autoencoder,
+    AutoencoderConfig,
+    Codebook,
+    Discriminator,
+    from_diffusers,
+    frozen_scores,
+)
+from clipkit.guidance.draw import Start, Steering, Studio
+from clipkit.guidance.loading import load_autoencoder, load_denoiser, load_guide
+
+SMALL = AutoencoderConfig(16, 8, (1, 2), 1, 3, groups=4)
+
+
+@pytest.mark.parametrize("multipliers", [(1, 2), (1, 2, 4), (1, 2, 2, 4)])
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_shapes(multipliers, kind):
+    config = AutoencoderConfig(32, 8, multipliers, 1, 3, kind, codes=20, groups=4)
+    assert config.factor == 2 ** (len(multipliers) - 1)
+    model = Autoencoder(config).eval()
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    z = model.encode(images)
+    assert z.shape == (2, 3, config.latent_size, config.latent_size)
+    assert model.decode(z).shape == images.shape
+    assert model.embed(images).loss.shape == (2,)
+
+
+def test_a_folder_of_diffusers_gives_equal_outputs(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    theirs = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16, 32), layers_per_block=2,
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+        latent_channels=4, norm_num_groups=4, sample_size=32, scaling_factor=0.3,
+    ).eval()  # fmt: skip
+    for name, p in theirs.named_parameters():
+        if "norm" in name:
+            nn.init.uniform_(p, 0.5, 1.5)
+    theirs.save_pretrained(tmp_path)
+    ours = load_autoencoder(tmp_path)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        mean = theirs.encode(images).latent_dist.mean
+        torch.testing.assert_close(ours.encode(images), mean * 0.3, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.decode(mean * 0.3), theirs.decode(mean).sample, rtol=1e-5, atol=1e-5)
+    tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    save_file(
+        {n: t for n, t in tensors.items() if "conv_in" not in n}, tmp_path / "diffusion_pytorch_model.safetensors"
+    )
+    with pytest.raises(CheckpointError, match="holds another architecture"):
+        from_diffusers(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "VQModel"}))
+    with pytest.raises(CheckpointError, match="holds a VQModel"):
+        from_diffusers(tmp_path)
+
+
+def test_the_kl_term_is_that_of_normal_distributions():
+    model = Autoencoder(SMALL)
+    images = torch.rand(3, 3, 16, 16)
+    found = model.embed(images).loss
+    mean, log_variance = model.before(model.encoder(images)).chunk(2, dim=1)
+    exact = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, (log_variance / 2).exp()), torch.distributions.Normal(0.0, 1.0)
+    )
+    torch.testing.assert_close(found, exact.flatten(1).mean(dim=1))
+
+
+def test_a_codebook_finds_the_nearest_and_gradients_go_straight_through():
+    book = Codebook(5, 2)
+    z = torch.randn(2, 2, 3, 3)
+    near, numbers = book.nearest(z)
+    for i in range(2):
+        for y in range(3):
+            for x in range(3):
+                distances = (book.vectors - z[i, :, y, x]).square().sum(dim=1)
+                assert numbers[i, y, x] == distances.argmin()
+                assert torch.equal(near[i, :, y, x], book.vectors[numbers[i, y, x]])
+    model = Autoencoder(AutoencoderConfig(16, 8, (1, 2), 1, 3, "vq", codes=7, groups=4))
+    model.embed(torch.rand(1, 3, 16, 16)).z.sum().backward()
+    assert model.encoder.stem.weight.grad.abs().sum() > 0
+
+
+def test_codes_follow_the_mean_of_what_they_stand_for():
+    torch.manual_seed(0)
+    book, centres = Codebook(2, 1, decay=0.9), torch.tensor([-3.0, 5.0])
+    book.vectors.copy_(torch.tensor([[-1.0], [1.0]]))
+    book.sums.copy_(book.vectors)
+    for _ in range(200):
+        z = (centres[torch.randint(2, (64,))] + 0.1 * torch.randn(64)).view(64, 1, 1, 1)
+        book.gather(z, book.nearest(z)[1])
+        assert float(book.follow()) == 1.0
+    torch.testing.assert_close(book.vectors.flatten(), centres, atol=0.05, rtol=0)
+
+
+def test_codes_that_nothing_uses_start_again():
+    torch.manual_seed(0)
+    book = Codebook(2, 1, decay=0.5)
+    book.vectors.copy_(torch.tensor([[0.0], [1000.0]]))
+    for _ in range(12):
+        z = torch.randn(32, 1, 1, 1)
+        book.gather(z, book.nearest(z)[1])
+        book.follow()
+    assert book.vectors.abs().max() < 10
+
+
+def test_the_players_gradients_stay_apart():
+    discriminator = Discriminator(8, 2)
+    images = torch.randn(2, 3, 16, 16, requires_grad=True)
+    scores = frozen_scores(discriminator, images)
+    torch.testing.assert_close(scores, discriminator(images).flatten(1).mean(dim=1))
+    scores.sum().backward()
+    assert images.grad.abs().sum() > 0
+    assert all(p.grad is None for p in discriminator.parameters())
+
+
+LATENT = [
+    "autoencoder.image_size=24",
+    "autoencoder.channels=8",
+    "autoencoder.groups=4",
+    "autoencoder.multipliers=[1,2]",
+]
+
+
+@pytest.fixture(scope="module")
+def latent(chain, packs, tmp_path_factory):
+    """A folder with `clip`, and `autoencoder`, `denoiser` and `noisy_clip` of its latents, of four steps each."""
+    from clipkit.train import autoencoder, denoiser, noisy_clip
+
+    root = tmp_path_factory.mktemp("latent")
+    data = [*TINY, f"data.shards={packs / 'train'}"]
+    val, ours = f"data.val={packs / 'heldout'}", f"{root / 'autoencoder'}"
+    judge = [f"reconstruction.features={chain / 'clip'}", "reconstruction.adversarial_from=2"]
+    autoencoder.run("emoji_autoencoder", [*data, val, *LATENT, *judge, f"run.out={ours}"])
+    shape = ["unet.image_size=12", "unet.patch_size=1", "unet.multipliers=[1,2]"]
+    denoiser.run("drawings_denoiser", [*data, *shape, f"latent.autoencoder={ours}", f"run.out={root / 'denoiser'}"])
+    tower = [f"model.autoencoder={ours}", "model.image_kwargs={channels=[8,16], depths=[1,1]}"]
+    words = [*data, val, *tower, f"model.clip={chain / 'clip'}", f"run.out={root / 'noisy_clip'}"]
+    noisy_clip.run("drawings_noisy_clip", words)
+    (root / "clip").symlink_to(chain / "clip")
+    return root
+
+
+def test_the_spread_of_latents_is_measured(chain, packs):
+    from clipkit.config import load_recipe
+    from clipkit.shards import Shards
+    from clipkit.stream import Batch
+    from clipkit.train.autoencoder import AutoencoderRecipe, Reconstruction
+
+    recipe = load_recipe(AutoencoderRecipe, "emoji_autoencoder", [*LATENT, "reconstruction.perceptual=0"])
+    torch.manual_seed(0)
+    task = Reconstruction(recipe, Shards(packs / "train"))
+    images = torch.randint(0, 256, (16, 3, 24, 24), dtype=torch.uint8)
+    nn.init.normal_(task.model.autoencoder.before.weight, std=0.5)
+    for _ in range(30):
+        task(Batch(images, [""] * 16, torch.zeros(16, dtype=torch.int64), [""] * 16))
+        task.after_step()
+    assert int(task.model.steps) == 30
+    drawn = task.model.autoencoder.embed(images.float() / 127.5 - 1).z
+    assert float(task.model.autoencoder.spread) == pytest.approx(float(drawn.std()), rel=0.05)
+    mean = task.model.autoencoder.encode(images.float() / 127.5 - 1)
+    assert float(mean.std()) < 1.1
+
+
+def test_the_log_tells_both_players(latent):
+    lines = [json.loads(line) for line in (latent / "autoencoder" / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert steps[0]["discriminator"] == 0
+    assert 0.2 < steps[-1]["discriminator"] < 3  # from step 2 on; the hinge of one who knows nothing is 1
+    assert any("psnr" in line and math.isfinite(line["psnr"]) for line in lines)
+
+
+def test_guided_sampling_of_latents(latent, capsys):
+    studio = Studio.open(latent, "cpu")
+    assert (studio.image_size, studio.denoiser.image_size, studio.denoiser.channels) == (24, 12, 4)
+    drawn = studio.draw("a red rocket", n=2, steps=3)
+    assert drawn.images.shape == (2, 3, 24, 24)
+    assert drawn.images.abs().max() <= 1
+    assert [x.shape for x in drawn.trajectory] == [(2, 3, 24, 24)] * 3
+    assert not torch.equal(drawn.images, studio.draw("a red rocket", n=2, steps=3, scale=0).images)
+    picture = torch.rand(1, 3, 24, 24) * 2 - 1
+    mask = torch.zeros(1, 1, 24, 24)
+    mask[..., 12:] = 1
+    start = Start(picture, 0.5, mask)
+    again = studio.draw("a cat", n=2, steps=4, start=start, reference=picture, steering=Steering(picture=picture))
+    assert again.images.isfinite().all()
+
+
+def test_every_part_learns(latent):
+    """The noise-aware tower is one for latents; the text tower is the clean CLIP's."""
+    guide = load_guide(latent)
+    assert guide.model.clip.config.image_kwargs["in_chans"] == 4
+    features, _ = guide.model.encode_image(torch.randn(2, 4, 12, 12), torch.zeros(2))
+    assert features.shape == guide.embed(["a", "b"]).shape
+    assert load_denoiser(latent).latent_channels == 4
+
+
+def test_a_codebook_trains_and_draws(latent, chain, packs, tmp_path):
+    from clipkit.train import autoencoder
+
+    data = [*TINY, f"data.shards={packs / 'train'}", "reconstruction.perceptual=0", "data.val="]
+    data += ["reconstruction.adversarial=0"]
+    autoencoder.run(
+        "emoji_autoencoder",
+        [*data, *LATENT, "autoencoder.kind=vq", "autoencoder.codes=16", f"run.out={tmp_path / 'autoencoder'}"],
+    )
+    lines = [json.loads(line) for line in (tmp_path / "autoencoder" / "log.jsonl").read_text().splitlines()]
+    assert 0 < [line for line in lines if "codebook_used" in line][-1]["codebook_used"] <= 1
+    model = load_autoencoder(tmp_path)
+    z = model.encode(torch.rand(1, 3, 24, 24))
+    assert torch.equal(model.decode(z), model.decode(z + 1e-6))  # quantised again
+
+
+def test_what_does_not_go_together(latent, chain, packs, tmp_path, capsys):
+    from clipkit.train import denoiser
+
+    for name in ("clip", "denoiser", "noisy_clip"):
+        (tmp_path / name).symlink_to(latent / name)
+    with pytest.raises(CheckpointError, match="holds no autoencoder checkpoint"):
+        Studio.open(tmp_path, "cpu")
+    words = [*TINY, f"data.shards={packs / 'train'}", f"latent.autoencoder={latent / 'autoencoder'}"]
+    with pytest.raises(RecipeError, match="have a side of 12"):
+        denoiser.run("drawings_denoiser", [*words, f"run.out={tmp_path / 'x'}"])
+    with pytest.raises(RecipeError, match="does not divide by 4; choose a multiple"):
+        AutoencoderConfig(image_size=30)
+    with pytest.raises(RecipeError, match="must be a multiple of groups"):
+        AutoencoderConfig(channels=20)
+    with pytest.raises(SystemExit):
+        cli.main(["noise-curve", "--model", str(latent), "--shards", str(packs / "heldout"), "--n", "x"])

@@ -1,0 +1,181 @@
+"""Train an autoencoder, whose latents a denoiser can learn instead of pixels.
+
+torchrun --nproc_per_node 2 train/autoencoder.py emoji_autoencoder.toml
+clipkit autoencoder emoji_autoencoder.toml run.steps=200   # the same on one process
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipkit import DEFAULT_MODEL, distributed
+from clipkit.config import Recipe
+from clipkit.errors import RecipeError
+from clipkit.guidance.autoencoder import Autoencoder, AutoencoderConfig, Discriminator, frozen_scores
+from clipkit.guidance.extractors import activations
+from clipkit.guidance.likeness import lpips, psnr
+from clipkit.images import decode, preprocess
+from clipkit.pretrained import load
+from clipkit.shards import Shards
+from clipkit.stream import Batch
+from clipkit.train.launch import launch
+from clipkit.train.step import Features, Task
+
+_EVALUATED = 200
+
+
+@dataclass(frozen=True)
+class ReconstructionConfig:
+    """What the pictures that come back are judged by."""
+
+    perceptual: float = 1.0
+    """Weight of the distance between features of a CLIP's image tower (unlearned LPIPS)."""
+    features: str = DEFAULT_MODEL
+    """The CLIP whose image tower it is."""
+    regularisation: float = 1e-4
+    """Weight of the KL term, or of a codebook's commitment loss (0.25 is usual there)."""
+    adversarial: float = 0.5
+    """Weight of the discriminator, beside the adaptive one; 0 trains none."""
+    adversarial_from: int = 1000
+    """Step at which the discriminator comes in."""
+
+    def __post_init__(self) -> None:
+        for name in ("perceptual", "regularisation", "adversarial", "adversarial_from"):
+            if getattr(self, name) < 0:
+                raise RecipeError(f"reconstruction.{name} is {getattr(self, name)}; it must be at least 0")
+
+
+@dataclass(frozen=True)
+class AutoencoderRecipe(Recipe):
+    """Everything that decides what an autoencoder's training does."""
+
+    autoencoder: AutoencoderConfig
+    reconstruction: ReconstructionConfig
+
+
+class Adversaries(nn.Module):
+    """The autoencoder, its discriminator, and how many steps they have had: what a checkpoint holds."""
+
+    steps: Tensor
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.autoencoder, self.discriminator = Autoencoder(config), Discriminator()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+
+class Reconstruction(Task):
+    """Pixels, features, a discriminator and a prior, as in VQGAN (Esser et al. 2021, arXiv 2012.09841, section 3.1).
+
+    Both players learn in the same step, from the same pictures: the autoencoder's loss has no gradient to the
+    discriminator, nor the discriminator's to the autoencoder.
+    """
+
+    kind = "autoencoder"
+
+    def __init__(self, recipe: AutoencoderRecipe, shards: Shards) -> None:
+        super().__init__()
+        self.recipe, self.image_size = recipe, recipe.autoencoder.image_size
+        self.weights = recipe.reconstruction
+        self.model: Adversaries = Adversaries(recipe.autoencoder)
+        clip = load(self.weights.features, "cpu").model if self.weights.perceptual else None
+        self.seen_size = clip.config.image_size if clip is not None else 0
+        self.tower = clip.image.requires_grad_(False).eval() if clip is not None else None
+        self._variance = torch.ones(())
+        self._logged: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> Reconstruction:
+        """Training mode, but for the network that judges."""
+        super().train(mode)
+        if self.tower is not None:
+            self.tower.eval()
+        return self
+
+    def forward(self, batch: Batch) -> Features:
+        """Each picture's loss as the autoencoder has it, and as the discriminator has it: [b] both."""
+        x = batch.images.float() / 127.5 - 1
+        model = self.model.autoencoder
+        z, regularising = model.embed(x)
+        if torch.is_grad_enabled():
+            self._variance = z.detach().var()
+        hidden = model.decoder.before_head(model.after(z))
+        y = model.decoder.head(hidden).float()
+        loss = self.distance(y, x)
+        total = loss + self.weights.regularisation * regularising
+        judged = torch.zeros_like(total)
+        if self.weights.adversarial and self.model.steps >= self.weights.adversarial_from:
+            weight = self.weights.adversarial * self._balance(hidden, x)
+            total = total - weight * frozen_scores(self.model.discriminator, y)
+            real, made = (self.model.discriminator(images).flatten(1) for images in (x, y.detach()))
+            judged = (F.relu(1 - real).mean(dim=1) + F.relu(1 + made).mean(dim=1)) / 2  # the hinge
+        return total, judged, loss.detach()
+
+    def distance(self, y: Tensor, x: Tensor) -> Tensor:
+        """Of pictures [b, 3, S, S] from what they should be: absolute difference, and that of features -> [b]."""
+        apart = (y - x).abs().flatten(1).mean(dim=1)
+        if self.tower is None:
+            return apart
+        size = (self.seen_size, self.seen_size)
+        views = ((F.interpolate(p, size=size, mode="bilinear", antialias=True) + 1) / 2 for p in (y, x))
+        return apart + self.weights.perceptual * lpips(*(activations(self.tower, view) for view in views))
+
+    def _balance(self, hidden: Tensor, x: Tensor) -> Tensor:
+        """Gradient of the distance over that of the score, at the last layer: the adaptive weight (equation 7)."""
+        head = self.model.autoencoder.decoder.head
+        bias = head.bias.detach() if head.bias is not None else None
+        with torch.enable_grad():
+            weight = head.weight.detach().requires_grad_()
+            y = F.conv2d(hidden.detach(), weight, bias, padding=1).float()
+            (near,) = torch.autograd.grad(self.distance(y, x).mean(), weight, retain_graph=True)
+            (real,) = torch.autograd.grad(-frozen_scores(self.model.discriminator, y).mean(), weight)
+        balance: Tensor = (near.norm() / (real.norm() + 1e-4)).clamp(max=1e4)
+        return balance
+
+    def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Both players' means over the images of all ranks."""
+        total, judged, distance = features
+        sizes = distributed.batch_sizes(len(total))
+        share = len(sizes) / sum(sizes)
+        values = {"distance": distance.mean(), "discriminator": judged.detach().mean(), **self._logged}
+        return (total.sum() + judged.sum()) * share, values
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Measure the latents' spread, move the codebook, count the step."""
+        model = self.model.autoencoder
+        variance = distributed.sum_over_ranks(self._variance.float()) / distributed.world_size()
+        done = int(self.model.steps)
+        kept = min(0.99, done / (10 + done))  # early values are soon forgotten
+        model.spread.copy_((kept * model.spread.square() + (1 - kept) * variance).sqrt())
+        if model.codebook is not None:
+            self._logged = {"codebook_used": model.codebook.follow()}
+        self.model.steps += 1
+
+    def evaluate(self, device: torch.device) -> dict[str, float]:
+        """PSNR in dB of pictures that came back, on the first of the validation set."""
+        if not self.recipe.data.val:
+            return {}
+        shards, model = Shards(self.recipe.data.val, verify=False), self.model.autoencoder
+        found = []
+        with torch.no_grad():
+            for i in range(min(_EVALUATED, len(shards))):
+                pixels = preprocess(decode(shards.read(i).image), self.image_size)[None].to(device)
+                x = pixels.float() / 127.5 - 1
+                found.append(psnr(model.decode(model.encode(x)).clamp(-1, 1), x))
+        return {"psnr": float(torch.cat(found).mean()), "latent_spread": float(model.spread)}
+
+
+run = partial(launch, AutoencoderRecipe, Reconstruction)
+"""Run a recipe: `run(path, overrides, dry_run)` -> the run's folder."""
+
+
+if __name__ == "__main__":
+    from clipkit.cli import main
+
+    main(["autoencoder", *sys.argv[1:]])
