@@ -62,3 +62,11 @@ def test_frechet():
     row = run("frechet.py", "--dim", "32", "--pictures", "100", "--repeat", "1")
     assert row["difference"] < 1e-6
     assert row["ratio"] == pytest.approx(row["seconds"] / row["seconds_sqrtm"])
+
+
+def test_sampling(chain):
+    pytest.importorskip("diffusers")
+    row = run("sampling.py", "--model", str(chain), "--batch", "1", "--rounds", "1", "--steps", "5")
+    assert row["noise_aware_over_unguided"] > 1
+    assert row["unet_clipkit_million"] == pytest.approx(row["unet_diffusers_million"], rel=0.15)
+    assert row["clipkit_ddim_us"] > 0
