@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint faults clean
+.PHONY: demo test lint faults weights clean
 
 demo: .venv/installed
 	$(BIN)/clipkit demo
@@ -14,6 +14,21 @@ test: .venv/installed lint
 # The fault matrix of docs/reliability.md with its nightly counts: an hour or so.
 faults: .venv/installed
 	$(BIN)/python -m pytest tests/faults tests/clipkit/test_remote.py --nightly
+
+# clipkit-tiny, from DATA (tiny-imagenet-32/ and noto-emoji/ in it): some three hours on 2 CPU cores. Each part goes on where
+# it was stopped.
+DATA ?= ../shared/data
+weights: .venv/installed
+	$(BIN)/clipkit pack $(DATA)/tiny-imagenet-32/train.tar.xz packs/tiny-imagenet --classnames train/recipes/tiny_imagenet_names.json
+	$(BIN)/clipkit pack $(DATA)/tiny-imagenet-32/val.tar.xz packs/tiny-imagenet-val --classnames train/recipes/tiny_imagenet_names.json
+	$(BIN)/clipkit pack $(DATA)/noto-emoji/images.tar.xz packs/emoji --csv $(DATA)/noto-emoji/captions.csv --holdout 500
+	$(BIN)/clipkit pack drawings packs/drawings --count 20000
+	$(BIN)/clipkit pretrain tiny_imagenet_clip.toml
+	$(BIN)/clipkit pretrain clipkit_tiny_clip.toml
+	$(BIN)/clipkit denoiser clipkit_tiny_denoiser.toml
+	$(BIN)/clipkit noisy-clip clipkit_tiny_noisy_clip.toml
+	rm -rf clipkit/data/clipkit-tiny/clip clipkit/data/clipkit-tiny/denoiser clipkit/data/clipkit-tiny/noisy_clip
+	$(BIN)/clipkit release runs/clipkit-tiny clipkit/data/clipkit-tiny
 
 lint: .venv/installed
 	$(BIN)/ruff check .
