@@ -4,11 +4,17 @@ import pytest
 
 from clipkit.config import SHIPPED, load_recipe, to_toml
 from clipkit.errors import RecipeError
+from clipkit.train.autoencoder import AutoencoderRecipe
 from clipkit.train.denoiser import DenoiserRecipe
 from clipkit.train.noisy_clip import NoisyCLIPRecipe
 from clipkit.train.pretrain import PretrainRecipe
 
-KINDS = {"noisy_clip": NoisyCLIPRecipe, "denoiser": DenoiserRecipe, "clip": PretrainRecipe}
+KINDS = {
+    "noisy_clip": NoisyCLIPRecipe,
+    "autoencoder": AutoencoderRecipe,
+    "denoiser": DenoiserRecipe,
+    "clip": PretrainRecipe,
+}
 
 
 def kind_of(path):
