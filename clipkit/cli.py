@@ -32,7 +32,15 @@ def cli() -> None:
 
 for command in (
     *(packs.pack, packs.verify, packs.inspect),
-    *(training.pretrain, training.autoencoder, training.denoiser, training.noisy_clip, training.plan, training.demo),
+    *(
+        training.pretrain,
+        training.autoencoder,
+        training.denoiser,
+        training.noisy_clip,
+        training.noisy_classifier,
+        training.plan,
+        training.demo,
+    ),
     *(models.models, models.export, models.release),
     *(evaluation.zeroshot, evaluation.retrieval, evaluation.probe),
     *(pictures.similarity, pictures.classify, pictures.index, pictures.embed, pictures.search),

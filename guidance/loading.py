@@ -14,6 +14,7 @@ from clipkit.checkpoint import Checkpoint
 from clipkit.config import from_dict
 from clipkit.errors import CheckpointError
 from clipkit.guidance.autoencoder import Autoencoder, AutoencoderConfig, from_diffusers
+from clipkit.guidance.classifier import NoisyClassifier
 from clipkit.guidance.condition import ClassCondition, ConditionConfig, Conditioner, TextCondition
 from clipkit.guidance.denoiser import Denoiser, DiffusionConfig, NetworkConfig
 from clipkit.guidance.dit import DiTConfig
@@ -92,6 +93,20 @@ def load_guide(path: str | Path) -> Guide:
     model = NoisyCLIP(clip, int(found.state["recipe"]["model"]["width"]))
     load_weights(model, found)
     return Guide(model.eval().requires_grad_(False), tokenizer, [str(c) for c in json.loads(found.text("bank.json"))])
+
+
+def load_classifier(path: str | Path) -> tuple[NoisyClassifier, list[list[str]]]:
+    """Averaged weights of a noisy_classifier run, in evaluation mode on the CPU, and its classes' names.
+
+    Raises CheckpointError.
+    """
+    found = find(path, "noisy_classifier")
+    shape, classes = json.loads(found.text("clip.json")), json.loads(found.text("classes.json"))
+    clip = CLIP(from_dict(CLIPConfig, shape["config"]), int(shape["vocab_size"]), end_id=0)  # its texts are not used
+    tower = NoisyCLIP(clip, int(found.state["recipe"]["model"]["width"]))
+    model = NoisyClassifier(tower, len(classes))
+    load_weights(model, found)
+    return model.eval().requires_grad_(False), classes
 
 
 def has_guide(path: str | Path) -> bool:

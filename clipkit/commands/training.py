@@ -1,4 +1,4 @@
-"""pretrain, autoencoder, denoiser, noisy-clip, plan, demo."""
+"""pretrain, autoencoder, denoiser, noisy-clip, noisy-classifier, plan, demo."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ denoiser = _training_command(
 )
 autoencoder = _training_command(
     "autoencoder", "autoencoder", "Train an autoencoder for latents on a pack's images.", "emoji_autoencoder.toml"
+)
+noisy_classifier = _training_command(
+    "noisy-classifier",
+    "noisy_classifier",
+    "Train a noise-aware classifier on a classed pack.",
+    "drawings_noisy_classifier.toml",
 )
 noisy_clip = _training_command(
     "noisy-clip", "noisy_clip", "Teach a pretrained CLIP to see noise.", "drawings_noisy_clip.toml"

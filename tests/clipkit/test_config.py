@@ -6,11 +6,13 @@ from clipkit.config import SHIPPED, load_recipe, to_toml
 from clipkit.errors import RecipeError
 from clipkit.train.autoencoder import AutoencoderRecipe
 from clipkit.train.denoiser import DenoiserRecipe
+from clipkit.train.noisy_classifier import ClassifierRecipe
 from clipkit.train.noisy_clip import NoisyCLIPRecipe
 from clipkit.train.pretrain import PretrainRecipe
 
 KINDS = {
     "noisy_clip": NoisyCLIPRecipe,
+    "noisy_classifier": ClassifierRecipe,
     "autoencoder": AutoencoderRecipe,
     "denoiser": DenoiserRecipe,
     "clip": PretrainRecipe,

@@ -1,0 +1,103 @@
+"""Train a noise-aware classifier on a classed pack, from a CLIP's image tower: the guide of before there were texts.
+
+torchrun --nproc_per_node 2 train/noisy_classifier.py drawings_noisy_classifier.toml
+clipkit noisy-classifier drawings_noisy_classifier.toml run.steps=200   # the same on one process
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipkit import distributed
+from clipkit.config import Recipe
+from clipkit.errors import RecipeError
+from clipkit.guidance.classifier import NoisyClassifier
+from clipkit.guidance.noisy_clip import NoisyCLIP, noised
+from clipkit.guidance.schedule import sample_log_snr
+from clipkit.pretrained import load
+from clipkit.shards import Shards
+from clipkit.stream import Batch
+from clipkit.train.launch import launch
+from clipkit.train.step import Features, Task
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Where the classifier starts, and what it sees."""
+
+    clip: str
+    """Run of the CLIP whose image tower it takes over."""
+    width: int = 128
+    """Width of the noise embedding."""
+    clean_fraction: float = 0.1
+    """Share of clean images in each batch."""
+
+
+@dataclass(frozen=True)
+class ClassifierRecipe(Recipe):
+    """Everything that decides what this training does."""
+
+    model: ClassifierConfig
+
+
+class Classification(Task):
+    """Cross-entropy of the classes of noised images."""
+
+    kind = "noisy_classifier"
+
+    def __init__(self, recipe: ClassifierRecipe, shards: Shards) -> None:
+        super().__init__()
+        if not shards.classes or recipe.data.mix:
+            raise RecipeError(
+                f"{recipe.data.shards} has no classes, or data.mix adds others; a classifier needs one such pack"
+            )
+        clip = load(recipe.model.clip, "cpu").model
+        self.config, self.shape, self.image_size = recipe.model, clip.config, clip.config.image_size
+        self.names = shards.classes
+        clip.text.requires_grad_(False)
+        self.model: NoisyClassifier = NoisyClassifier(NoisyCLIP(clip, recipe.model.width), len(shards.classes))
+
+    def forward(self, batch: Batch) -> Features:
+        """Each image's cross-entropy, and whether its class is the most probable: [b] both."""
+        x0 = batch.images.float() / 127.5 - 1
+        lam = sample_log_snr("cosine", len(x0)).to(x0.device)
+        clean = torch.rand(len(x0), device=x0.device) < self.config.clean_fraction
+        log_p = self.model(*noised(x0, lam, torch.randn_like(x0), clean))
+        return F.nll_loss(log_p, batch.groups, reduction="none"), (log_p.argmax(dim=1) == batch.groups).float()
+
+    def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean over the images of all ranks; logs the accuracy."""
+        errors, right = features
+        sizes = distributed.batch_sizes(len(errors))
+        return errors.sum() * (len(sizes) / sum(sizes)), {"accuracy": right.detach().mean()}
+
+    def after_step(self) -> None:
+        """Keep the tower's logit scale at 100 or less."""
+        self.model.tower.clip.clamp_logit_scale()
+
+    def texts(self) -> Mapping[str, str]:
+        """The classes, and the shape of the CLIP inside."""
+        shape = {
+            "config": dataclasses.asdict(self.shape),
+            "vocab_size": self.model.tower.clip.text.tokens.num_embeddings,
+        }
+        return {"classes.json": json.dumps(self.names, ensure_ascii=False), "clip.json": json.dumps(shape)}
+
+
+run = partial(launch, ClassifierRecipe, Classification)
+"""Run a recipe: `run(path, overrides, dry_run)` -> the run's folder."""
+
+
+if __name__ == "__main__":
+    from clipkit.cli import main
+
+    main(["noisy-classifier", *sys.argv[1:]])
