@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint faults weights clean
+.PHONY: demo test lint faults weights guidance-study clean
 
 demo: .venv/installed
 	$(BIN)/clipkit demo
@@ -14,6 +14,10 @@ test: .venv/installed lint
 # The fault matrix of docs/reliability.md with its nightly counts: an hour or so.
 faults: .venv/installed
 	$(BIN)/python -m pytest tests/faults tests/clipkit/test_remote.py --nightly
+
+# docs/guidance.md's table, on the demo's runs: half an hour on 2 CPU cores, and the demo's quarter.
+guidance-study: demo
+	$(BIN)/python benchmarks/guidance_study.py --runs runs/demo --out runs/study
 
 # clipkit-tiny, from DATA (tiny-imagenet-32/ and noto-emoji/ in it): some three hours on 2 CPU cores. Each part goes on where
 # it was stopped.

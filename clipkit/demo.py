@@ -82,8 +82,8 @@ def _draw(out: Path, seed: int, quick: bool) -> dict[str, float]:
     blind = studio.draw("a rocket", n=each * len(objects), steps=steps, scale=0, seed=seed).images
     for i, name in enumerate(records.progress(objects, len(objects), "objects")):
         guided = studio.draw(f"a {name}", n=each, steps=steps, seed=seed + i).images
-        right["guided"] += _named(judge, guided).count(name)
-        right["unguided"] += _named(judge, blind[i * each : (i + 1) * each]).count(name)
+        right["guided"] += named(judge, guided).count(name)
+        right["unguided"] += named(judge, blind[i * each : (i + 1) * each]).count(name)
     rows = []
     for scale in (0.0, None):
         for prompt in PROMPTS:
@@ -93,7 +93,7 @@ def _draw(out: Path, seed: int, quick: bool) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _named(judge: Pretrained, images: Tensor) -> list[str]:
+def named(judge: Pretrained, images: Tensor) -> list[str]:
     """The object that the judge sees in each picture, among all objects."""
     from clipkit.images import to_image
     from clipkit.zeroshot.heads import class_head

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from worlds import TINY
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -70,3 +71,16 @@ def test_sampling(chain):
     assert row["noise_aware_over_unguided"] > 1
     assert row["unet_clipkit_million"] == pytest.approx(row["unet_diffusers_million"], rel=0.15)
     assert row["clipkit_ddim_us"] > 0
+
+
+@pytest.mark.slow
+def test_guidance_study(chain, packs, tmp_path):
+    pytest.importorskip("matplotlib")
+    for name, folder in (("clip", "clip"), ("judge", "clip"), ("denoiser", "denoiser"), ("noisy_clip", "noisy_clip")):
+        (tmp_path / name).symlink_to(chain / folder)
+    (tmp_path / "packs").symlink_to(packs)
+    words = ["--runs", str(tmp_path), "--out", str(tmp_path / "study"), "--each", "2", "--steps", "2", "--train", *TINY]
+    rows = run("guidance_study.py", *words)
+    assert len({row["guidance"] for row in rows}) == 10
+    assert all(0 <= row["named right"] <= 1 for row in rows if "named right" in row)
+    assert {"study.json", "study.md", "study.png", "scales.png"} <= {p.name for p in (tmp_path / "study").iterdir()}
