@@ -4,8 +4,8 @@
     python benchmarks/guidance_study.py --runs runs/demo --out runs/study
 
 The drawings' denoiser, told and untold; sixteen prompts, "a rocket" and so on, `--each` pictures of each. Per cell: the
-share that the judge (another seed's CLIP) names right among the sixteen objects, its CLIP score, the Frechet distance of
-the pictures to drawings of the training's kind in its features, and seconds a picture. Trains the classifier and the
+share that the judge (another seed's CLIP) names right among the sixteen objects, its CLIP score, the Frechet distance
+of the pictures to drawings of the training's kind in its features, and seconds a picture. Trains the classifier and the
 told denoiser into `--runs` if they are not there. Writes study.json, study.md, study.png (pictures) and scales.png.
 """
 
@@ -103,7 +103,7 @@ def methods(runs: Path) -> dict[str, tuple[Make, Sequence[float]]]:
         return score_shift(lambda x, lam: log_p(x), scale)(plain)
 
     def free(number: int, scale: float, lambdas: Tensor) -> Denoise:
-        return contrast(told, scale)(told.given(prompt_of(number)))
+        return contrast(told.given(""), scale)(told.given(prompt_of(number)))
 
     def free_and_noise_aware(number: int, scale: float, lambdas: Tensor) -> Denoise:
         return noise_aware(free(number, 2.0, lambdas))(number, scale, lambdas)

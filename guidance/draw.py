@@ -182,7 +182,7 @@ class Studio:
                 raise UsageError("this denoiser was trained without descriptions; leave --cfg-scale away")
             return self.denoiser
         wanted = mixed({self.denoiser.given(text): weight for text, weight in prompts.items()})
-        away = mixed({self.denoiser.given(text): 1.0 for text in negative}) if negative else self.denoiser
+        away = mixed({self.denoiser.given(text): 1.0 for text in negative or [""]})
         return contrast(away, cfg_scale)(wanted)
 
     @torch.no_grad()

@@ -84,3 +84,23 @@ def test_guidance_study(chain, packs, tmp_path):
     assert len({row["guidance"] for row in rows}) == 10
     assert all(0 <= row["named right"] <= 1 for row in rows if "named right" in row)
     assert {"study.json", "study.md", "study.png", "scales.png"} <= {p.name for p in (tmp_path / "study").iterdir()}
+
+
+@pytest.mark.slow
+def test_nouns(chain, tmp_path):
+    words = [
+        "--judge",
+        str(chain),
+        "--model",
+        str(chain),
+        "--each",
+        "1",
+        "--steps",
+        "1",
+        "--out",
+        str(tmp_path / "x.png"),
+    ]
+    row = run("nouns.py", *words)
+    assert len(row) == 19
+    assert 0 <= row["guided"] <= 1
+    assert (tmp_path / "x.png").is_file()

@@ -1,0 +1,59 @@
+"""Common nouns drawn by a model and named by another: `python benchmarks/nouns.py --judge RUN [--model RUNS]`.
+
+`--each` guided pictures of "a rocket" and fifteen others, and as many unguided ones; the judge is a CLIP that was never
+used for guiding, and picks among the sixteen. Prints the share that it names right, per noun and in all, and the
+seconds that sixteen pictures take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+import clipkit
+from clipkit import DEFAULT_MODEL
+from clipkit.demo import named
+from clipkit.drawings import OBJECTS
+from clipkit.guidance.draw import Studio
+from clipkit.guidance.sheet import grid
+
+NOUNS = tuple(OBJECTS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--judge", required=True)
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--each", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--scale", type=float, default=None)
+    parser.add_argument("--out", type=Path, help="also write a sheet of four pictures of each noun")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    options = parser.parse_args()
+    studio, judge = Studio.open(options.model), clipkit.load(options.judge)
+    right, seconds, shown = {}, 0.0, []
+    for i, noun in enumerate(NOUNS):
+        began = time.perf_counter()
+        images = studio.draw(f"a {noun}", options.each, options.steps, scale=options.scale, seed=i).images
+        seconds += time.perf_counter() - began
+        right[noun] = named(judge, images).count(noun) / options.each
+        shown.append(images[:4])
+    blind = studio.draw("a rocket", options.each * len(NOUNS), options.steps, scale=0).images
+    chance = [name == NOUNS[i // options.each] for i, name in enumerate(named(judge, blind))]
+    result = {
+        **right,
+        "guided": sum(right.values()) / len(NOUNS),
+        "unguided": sum(chance) / len(chance),
+        "seconds_for_16": 16 * seconds / (options.each * len(NOUNS)),
+    }
+    if options.out is not None:
+        grid(torch.cat(shown), columns=16, scale=2).save(options.out)
+    print(json.dumps(result) if options.json else "\n".join(f"{k:16s} {v:.3g}" for k, v in result.items()))
+
+
+if __name__ == "__main__":
+    main()
