@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clipkit import distributed
 from clipkit._version import __version__
-from clipkit.errors import UsageError, did_you_mean
+from clipkit.errors import CheckpointError, UsageError, did_you_mean
 from clipkit.guidance import samplers
 from clipkit.guidance.autoencoder import Autoencoder
 from clipkit.guidance.denoiser import Denoise, Denoiser, clipped
@@ -116,6 +116,12 @@ class Studio:
         # A denoiser that takes descriptions draws by itself; for others there must be a guide.
         guide = load_guide(path) if denoiser.conditioner is None or has_guide(path) else None
         if guide is not None:
+            seen = len(guide.model.clip.config.conventions.image_mean)
+            if seen != denoiser.channels:
+                raise CheckpointError(
+                    f"the noise-aware CLIP of {path} sees {seen} channels, the denoiser {denoiser.channels}; train it "
+                    "with model.autoencoder as the denoiser's latent.autoencoder"
+                )
             guide.model.to(where)
         autoencoder = None
         if denoiser.latent_channels:

@@ -110,9 +110,5 @@ def load_classifier(path: str | Path) -> tuple[NoisyClassifier, list[list[str]]]
 
 
 def has_guide(path: str | Path) -> bool:
-    """Is there a noisy_clip run?"""
-    try:
-        find(path, "noisy_clip")
-    except CheckpointError:
-        return False
-    return True
+    """Is there a noisy_clip run in the folder `path`, whole or not?"""
+    return (Path(path) / "noisy_clip" / "checkpoints").is_dir()

@@ -230,6 +230,11 @@ def test_what_does_not_go_together(latent, chain, packs, tmp_path, capsys):
         (tmp_path / name).symlink_to(latent / name)
     with pytest.raises(CheckpointError, match="holds no autoencoder checkpoint"):
         Studio.open(tmp_path, "cpu")
+    (tmp_path / "autoencoder").symlink_to(latent / "autoencoder")
+    (tmp_path / "noisy_clip").unlink()
+    (tmp_path / "noisy_clip").symlink_to(chain / "noisy_clip")
+    with pytest.raises(CheckpointError, match="sees 3 channels, the denoiser 4"):
+        Studio.open(tmp_path, "cpu")
     words = [*TINY, f"data.shards={packs / 'train'}", f"latent.autoencoder={latent / 'autoencoder'}"]
     with pytest.raises(RecipeError, match="have a side of 12"):
         denoiser.run("drawings_denoiser", [*words, f"run.out={tmp_path / 'x'}"])

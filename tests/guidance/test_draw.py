@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from clipkit.errors import UsageError
-from clipkit.guidance.draw import SAMPLERS, SPACINGS, Start, Studio, alternatives, picture
+from clipkit.guidance.draw import SAMPLERS, SPACINGS, Start, Steering, Studio, alternatives, picture
 from clipkit.guidance.sheet import grid, save_gif, save_grid
 
 
@@ -126,3 +126,51 @@ def test_a_reference_draws_its_coarse_shape(studio):
 @pytest.mark.parametrize("scale", [1e6, -1e6])
 def test_an_absurd_scale_still_makes_finite_pictures(studio, scale):
     assert studio.draw("a cat", n=1, steps=3, scale=scale).images.isfinite().all()
+
+
+def test_one_prompt_with_a_weight_of_one_is_the_prompt(studio):
+    plain = studio.draw("a cat", n=2, steps=3)
+    assert torch.equal(studio.draw({"a cat": 1.0}, n=2, steps=3).images, plain.images)
+    both = studio.draw({"a cat": 1.0, "something red": 0.5}, n=2, steps=3)
+    assert not torch.equal(both.images, plain.images)
+    assert both.about["prompt"] == {"a cat": 1.0, "something red": 0.5}
+    # The score is the mean of the prompts', by their weights.
+    one, other = (studio.score(both.images, {text: 1.0}) for text in ("a cat", "something red"))
+    assert both.scores == pytest.approx([(2 * a + b) / 3 for a, b in zip(one, other, strict=True)], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "steering",
+    [
+        Steering(objective="dot"),
+        Steering(shift="mean"),
+        Steering(interval=(-2.0, 2.0)),
+        Steering(picture=torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1),
+    ],
+    ids=["dot", "mean", "interval", "picture"],
+)
+def test_every_steering_is_another_picture(studio, steering):
+    plain = studio.draw("a cat", n=2, steps=4, negative=["a dog"])
+    steered = studio.draw("a cat", n=2, steps=4, negative=["a dog"], steering=steering)
+    assert steered.images.isfinite().all()
+    assert not torch.equal(steered.images, plain.images)
+
+
+def test_an_interval_that_no_step_is_in_is_unguided(studio):
+    nowhere = studio.draw("a cat", n=2, steps=3, steering=Steering(interval=(50.0, 60.0)))
+    unguided = studio.draw("a cat", n=2, steps=3, scale=0)
+    torch.testing.assert_close(nowhere.images, unguided.images)
+
+
+def test_the_command_reads_weights(chain, tmp_path, capsys):
+    from clipkit.cli import cli
+
+    words = ["guided-sample", "a cat", "a red: thing", "blue:0.5", "--model", str(chain), "--n", "1", "--steps", "2"]
+    picture = tmp_path / "look.png"
+    Image.new("RGB", (30, 30), "blue").save(picture)
+    words += ["--image-prompt", str(picture), "--interval", "-4", "4", "--out", str(tmp_path / "x.png"), "--json"]
+    cli.main(words, standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)
+    assert found["prompt"] == {"a cat": 1.0, "a red: thing": 1.0, "blue": 0.5}
+    with pytest.raises(UsageError, match="leave --cfg-scale away"):
+        cli.main([*words, "--cfg-scale", "2"], standalone_mode=False)
