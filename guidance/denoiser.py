@@ -23,10 +23,14 @@ NetworkConfig = UNetConfig | DiTConfig
 
 
 class Prediction(NamedTuple):
-    """What a denoiser says of x_t: the clean image and the noise, tied by x_t = a x0 + s eps; both [B, ...]."""
+    """What a denoiser says of x_t: the clean image and the noise, tied by x_t = a x0 + s eps; both [B, ...].
+
+    And, if it has learned that, where between the least (0) and the most (1) the log variance of a DDPM step lies.
+    """
 
     x0: Tensor
     eps: Tensor
+    fraction: Tensor | None = None
 
 
 Denoise = Callable[[Tensor, Tensor], Prediction]
@@ -45,6 +49,8 @@ class DiffusionConfig:
     """What noise levels weigh in the loss: "simple" the same, "min_snr" and "p2" less where there is little noise."""
     loss: Literal["l2", "l1", "huber"] = "l2"
     """Distance of the network's output from what it should be."""
+    variance: Literal["fixed", "learned"] = "fixed"
+    """Variance of a DDPM step: by rule, or learned beside the rest by the hybrid loss (Nichol & Dhariwal 2021)."""
 
 
 def from_x0(x: Tensor, x0: Tensor, lam: Tensor) -> Prediction:
@@ -127,6 +133,28 @@ def loss_of(config: DiffusionConfig, output: Tensor, wanted: Tensor, lam: Tensor
     return errors.flatten(1).mean(dim=1) * loss_weight(config, lam)
 
 
+def moved(prediction: Prediction, x: Tensor, x0: Tensor, lam: Tensor) -> Prediction:
+    """The prediction with another x0, and the eps that goes with it."""
+    return from_x0(x, x0, lam)._replace(fraction=prediction.fraction)
+
+
+def variational_loss(x0: Tensor, said: Tensor, fraction: Tensor, lam: Tensor, later: Tensor) -> Tensor:
+    """Each image's KL of a DDPM step's true posterior to the one drawn from, [B], in nats for each number.
+
+    The step goes from `lam` to `later` [B]; its mean is that of `said`, the x0 that was predicted, and has no gradient.
+    Nichol & Dhariwal 2021 (arXiv 2102.09672, equations 15 and 16): log variance = fraction log(most) + (1 - fraction)
+    log(least).
+    """
+    lam, later = lam.double(), later.double()
+    share = -torch.expm1(lam - later)  # of the noise, that this step takes away
+    least, most = share * sigma(later) ** 2, share * sigma(lam) ** 2
+    apart = expand(alpha(later) * share, x0) * (x0 - said.detach()).double()
+    log_least, log_most = expand(least.log(), x0), expand(most.log(), x0)
+    log_variance = fraction * log_most + (1 - fraction) * log_least
+    kl = (log_variance - log_least - 1 + (log_least - log_variance).exp() + apart**2 * (-log_variance).exp()) / 2
+    return kl.flatten(1).mean(dim=1).float()
+
+
 class Denoiser(nn.Module):
     """A network with its parametrisation: itself a `Denoise` for images in [-1, 1] or latents, without a condition."""
 
@@ -142,15 +170,19 @@ class Denoiser(nn.Module):
         self.latent_channels, self.channels = latent_channels, latent_channels or 3
         widths = (conditioner.width, conditioner.words_width) if conditioner is not None else (0, 0)
         kind = UNet if isinstance(network, UNetConfig) else DiT
-        self.network: nn.Module = kind(network, self.channels, *widths).to(memory_format=torch.channels_last)  # type: ignore[arg-type]
+        made = kind(network, self.channels, *widths, learns_variance=diffusion.variance == "learned")  # type: ignore[arg-type]
+        self.network: nn.Module = made.to(memory_format=torch.channels_last)
 
-    def output(self, x: Tensor, lam: Tensor, condition: Condition | None = None) -> Tensor:
-        """The raw network: x [B, C, S, S], lam [B] -> [B, C, S, S]."""
+    def output(self, x: Tensor, lam: Tensor, condition: Condition | None = None) -> tuple[Tensor, Tensor | None]:
+        """The raw network: x [B, C, S, S], lam [B] -> [B, C, S, S], and the variance's fraction, if it learns that."""
         if self.diffusion.prediction == "edm":  # c_in of equation 7, for x / a: unit variance at every lambda
             variance = (alpha(lam) * _DATA_STD) ** 2 + sigma(lam) ** 2
             x = x / expand(variance.sqrt(), x)
         raw: Tensor = self.network(x, lam) if condition is None else self.network(x, lam, condition)
-        return raw
+        if self.diffusion.variance == "fixed":
+            return raw, None
+        output, fraction = raw.chunk(2, dim=1)
+        return output, (fraction + 1) / 2
 
     def forward(self, x: Tensor, lam: Tensor) -> Prediction:
         return self._predict(x, lam, self._described(""))
@@ -169,7 +201,8 @@ class Denoiser(nn.Module):
         lam = lam.to(x).expand(len(x))
         if condition is not None:  # one row, for all pictures
             condition = condition.expand(len(x))
-        return from_output(self.diffusion.prediction, self.output(x, lam, condition), x, lam)
+        output, fraction = self.output(x, lam, condition)
+        return from_output(self.diffusion.prediction, output, x, lam)._replace(fraction=fraction)
 
     def range(self) -> tuple[float, float]:
         """(lowest, highest) lambda of its schedule, the highest limited to 10: noise below 1/150 of the signal is
@@ -185,6 +218,7 @@ def clipped(denoise: Denoise) -> Denoise:
         prediction = denoise(x, lam)
         x0 = prediction.x0.clamp(-1, 1)
         lam = lam.to(x).expand(len(x))
-        return Prediction(x0, prediction.eps + expand(alpha(lam) / sigma(lam), x) * (prediction.x0 - x0))
+        eps = prediction.eps + expand(alpha(lam) / sigma(lam), x) * (prediction.x0 - x0)
+        return Prediction(x0, eps, prediction.fraction)
 
     return wrapped

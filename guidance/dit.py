@@ -90,7 +90,14 @@ class DiT(nn.Module):
     What it predicts is the denoiser's business.
     """
 
-    def __init__(self, config: DiTConfig, channels: int = 3, condition_width: int = 0, words_width: int = 0) -> None:
+    def __init__(
+        self,
+        config: DiTConfig,
+        channels: int = 3,
+        condition_width: int = 0,
+        words_width: int = 0,
+        learns_variance: bool = False,
+    ) -> None:
         super().__init__()
         self.config, width = config, config.width
         modulated = config.noise == "modulation"
@@ -108,7 +115,9 @@ class DiT(nn.Module):
         self.skips = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(pairs))
         self.norm = nn.LayerNorm(width, elementwise_affine=not modulated)
         self.modulation = zeroed(nn.Linear(width, 2 * width)) if modulated else None
-        self.head = zeroed(nn.Linear(width, depth))  # the untrained network predicts 0 everywhere
+        self.head = zeroed(
+            nn.Linear(width, depth * (1 + learns_variance))
+        )  # the untrained network predicts 0 everywhere
 
     def forward(self, x: Tensor, log_snr: Tensor, condition: Condition | None = None) -> Tensor:
         embedding = self._embedding(log_snr, condition)

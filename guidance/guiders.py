@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipkit.errors import UsageError
-from clipkit.guidance.denoiser import Denoise, Prediction, from_x0
+from clipkit.guidance.denoiser import Denoise, Prediction, from_x0, moved
 from clipkit.guidance.schedule import alpha, expand, sigma
 
 LogProb = Callable[[Tensor, Tensor], Tensor]
@@ -73,7 +73,8 @@ def _shift(log_prob: LogProb, scale: Scale, level: Callable[[Tensor], Tensor]) -
                 return denoise(x, lam)
             at = level(lam)
             shift = strength * expand(sigma(at) ** 2 / alpha(at), x)
-            return from_x0(x, denoise(x, lam).x0 + shift * gradient(log_prob, x, lam), lam)
+            plain = denoise(x, lam)
+            return moved(plain, x, plain.x0 + shift * gradient(log_prob, x, lam), lam)
 
         return guided
 
@@ -98,11 +99,13 @@ def through_x0(log_prob: Callable[[Tensor], Tensor], scale: Scale, cutouts: int 
             lam = lam.to(x).expand(len(x))
             with torch.enable_grad():
                 seen = x.detach().requires_grad_()
-                x0 = denoise(seen, lam).x0
+                plain = denoise(seen, lam)
+                x0 = plain.x0
                 views = [_cutout(x0, generator) for _ in range(cutouts)] or [x0]
                 total = torch.stack([log_prob(view) for view in views]).mean(dim=0).sum()
                 (g,) = torch.autograd.grad(total, seen)
-            return from_x0(x, x0.detach() + strength * expand(sigma(lam) ** 2 / alpha(lam), x) * g, lam)
+            plain = Prediction(*(None if t is None else t.detach() for t in plain))  # type: ignore[arg-type]
+            return moved(plain, x, plain.x0 + strength * expand(sigma(lam) ** 2 / alpha(lam), x) * g, lam)
 
         return guided
 
@@ -143,7 +146,7 @@ def contrast(other: Denoise, scale: Scale, rescale: float = 0.0, renoise: bool =
             if rescale:
                 spread = plain.x0.flatten(1).std(dim=1) / x0.flatten(1).std(dim=1)
                 x0 = x0 * expand(rescale * spread + 1 - rescale, x)
-            return Prediction(x0, away.eps) if renoise else from_x0(x, x0, lam)
+            return Prediction(x0, away.eps, plain.fraction) if renoise else moved(plain, x, x0, lam)
 
         return guided
 
@@ -181,7 +184,7 @@ def like(reference: Tensor, factor: int, until: float = torch.inf) -> Guider:
             if float(lam.reshape(-1)[0]) >= until:
                 return prediction
             x0 = prediction.x0 + low_pass(reference.to(x)) - low_pass(prediction.x0)
-            return from_x0(x, x0, lam.to(x).expand(len(x)))
+            return moved(prediction, x, x0, lam.to(x).expand(len(x)))
 
         return guided
 
@@ -193,8 +196,9 @@ def inpaint(image: Tensor, mask: Tensor) -> Guider:
 
     def guider(denoise: Denoise) -> Denoise:
         def guided(x: Tensor, lam: Tensor) -> Prediction:
-            x0 = torch.where(mask.to(x.device) > 0.5, denoise(x, lam).x0, image.to(x))
-            return from_x0(x, x0, lam.to(x).expand(len(x)))
+            plain = denoise(x, lam)
+            x0 = torch.where(mask.to(x.device) > 0.5, plain.x0, image.to(x))
+            return moved(plain, x, x0, lam.to(x).expand(len(x)))
 
         return guided
 

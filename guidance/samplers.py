@@ -121,13 +121,17 @@ def ddpm(denoise: Denoise, lambdas: Tensor, noise: _Noise) -> _Step:
     """Ancestral sampling from q(x_s | x_t, x0) (Ho et al. 2020, arXiv 2006.11239, eq. 6-7), any spacing.
 
     The variance follows the step count: the posterior's (fixed-small) for respaced chains, beta (fixed-large) from 800
-    steps on, where the two hardly differ and the large one is less prone to blur.
+    steps on, where the two hardly differ and the large one is less prone to blur; or what the denoiser has learned
+    (Nichol & Dhariwal 2021, arXiv 2102.09672, equation 15).
     """
 
     def step(x: Tensor, prediction: Prediction, here: _Level, there: _Level) -> Tensor:
         # The share of x_t's noise that this step takes away: beta_t / s_t^2 in the notation of the paper.
         share = 1 - (here.a / here.s * there.s / there.a) ** 2
         mean = here.a / there.a * (there.s / here.s) ** 2 * x + there.a * share * prediction.x0
+        if prediction.fraction is not None:
+            deviation = math.sqrt(share) * here.s**prediction.fraction * there.s ** (1 - prediction.fraction)
+            return mean + deviation * noise(x)
         variance = share * (here.s if len(lambdas) >= 800 else there.s) ** 2
         return mean + math.sqrt(max(0.0, variance)) * noise(x)
 

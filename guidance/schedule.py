@@ -101,6 +101,17 @@ def sample_log_snr(name: str, count: int, low: float = 0.0, high: float = 1.0) -
     return torch.lerp(table[below], table[below + 1], position - below).float()
 
 
+def later_log_snr(name: str, lam: Tensor) -> Tensor:
+    """The level one of the 1,000 steps nearer to the image than lam [B], float64; the first for those before it."""
+    table = log_snr(name).flip(0)  # ascending
+    place = torch.searchsorted(table, lam.double().cpu().clamp(table[0], table[-1])).clamp(1, len(table) - 1)
+    below, above = table[place - 1], table[place]
+    exact = place - 1 + (lam.double().cpu() - below) / (above - below).clamp(min=1e-12) + 1
+    exact = exact.clamp(0, len(table) - 1)
+    lower = exact.long().clamp(max=len(table) - 2)
+    return torch.lerp(table[lower], table[lower + 1], exact - lower).to(lam.device)
+
+
 def alpha(lam: Tensor) -> Tensor:
     """a, the factor of the signal."""
     return torch.sigmoid(lam).sqrt()

@@ -137,7 +137,14 @@ class UNet(nn.Module):
     The first half keeps every activation on a stack; the second half takes them off again, widest last.
     """
 
-    def __init__(self, config: UNetConfig, channels: int = 3, condition_width: int = 0, words_width: int = 0) -> None:
+    def __init__(
+        self,
+        config: UNetConfig,
+        channels: int = 3,
+        condition_width: int = 0,
+        words_width: int = 0,
+        learns_variance: bool = False,
+    ) -> None:
         super().__init__()
         self.config = config
         widths = [config.channels * m for m in config.multipliers]
@@ -170,7 +177,7 @@ class UNet(nn.Module):
             if i > 0:
                 self.up.append(self._resample(width, 2.0))
         self.head = nn.Sequential(
-            nn.GroupNorm(16, width), nn.SiLU(), zeroed(nn.Conv2d(width, depth, 3, padding=1))
+            nn.GroupNorm(16, width), nn.SiLU(), zeroed(nn.Conv2d(width, depth * (1 + learns_variance), 3, padding=1))
         )  # starts at zero: the untrained network predicts 0 everywhere
 
     def _residual(self, width: int, resample: float = 1.0) -> _ResidualBlock:

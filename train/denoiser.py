@@ -20,10 +20,18 @@ from clipkit.config import Recipe
 from clipkit.errors import RecipeError
 from clipkit.guidance.autoencoder import LatentConfig
 from clipkit.guidance.condition import ClassCondition, Condition, ConditionConfig, Conditioner, TextCondition
-from clipkit.guidance.denoiser import Denoiser, DiffusionConfig, NetworkConfig, loss_of, target
+from clipkit.guidance.denoiser import (
+    Denoiser,
+    DiffusionConfig,
+    NetworkConfig,
+    from_output,
+    loss_of,
+    target,
+    variational_loss,
+)
 from clipkit.guidance.dit import DiTConfig
 from clipkit.guidance.loading import load_autoencoder
-from clipkit.guidance.schedule import add_noise, sample_log_snr
+from clipkit.guidance.schedule import add_noise, later_log_snr, sample_log_snr
 from clipkit.guidance.unet import UNetConfig
 from clipkit.pretrained import load
 from clipkit.shards import Shards
@@ -81,8 +89,14 @@ class Denoising(Task):
             x0 = self.autoencoder.encode(x0)
         config = self.model.diffusion
         lam, eps = sample_log_snr(config.schedule, len(x0)).to(x0.device), torch.randn_like(x0)
-        output = self.model.output(add_noise(x0, eps, lam), lam, self._described(batch))
-        return (loss_of(config, output, target(config.prediction, x0, eps, lam), lam),)
+        x = add_noise(x0, eps, lam)
+        output, fraction = self.model.output(x, lam, self._described(batch))
+        errors = loss_of(config, output, target(config.prediction, x0, eps, lam), lam)
+        if fraction is not None:  # the hybrid loss: 0.001 of the bound, whose 1,000 terms one level stands for
+            later = later_log_snr(config.schedule, lam)
+            bound = variational_loss(x0, from_output(config.prediction, output, x, lam).x0, fraction, lam, later)
+            errors = errors + torch.where(later > lam + 1e-6, bound, 0.0)
+        return (errors,)
 
     def _described(self, batch: Batch) -> Condition | None:
         """Classes or captions, a share of them dropped."""

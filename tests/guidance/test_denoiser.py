@@ -16,6 +16,7 @@ from clipkit.guidance.denoiser import (
     loss_of,
     loss_weight,
     target,
+    variational_loss,
 )
 from clipkit.guidance.dit import DiT, DiTConfig
 from clipkit.guidance.schedule import add_noise
@@ -113,7 +114,7 @@ def test_clipping_keeps_the_pair_consistent():
     denoiser = Denoiser(SMALL, DiffusionConfig(prediction="x0"))
     torch.nn.init.constant_(denoiser.network.head[2].bias, 3.0)
     x, lam = torch.randn(2, 3, 16, 16), torch.tensor(0.5)
-    x0, eps = clipped(denoiser)(x, lam)
+    x0, eps, _ = clipped(denoiser)(x, lam)
     assert float(x0.detach().max()) == 1.0
     torch.testing.assert_close(
         torch.sigmoid(lam).sqrt() * x0 + torch.sigmoid(-lam).sqrt() * eps, x, rtol=1e-4, atol=1e-5
@@ -228,3 +229,32 @@ def test_checkpointing_changes_nothing_but_memory(config):
         one(x, lam).square().sum().backward()
     for p, q in zip(network.parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_the_bound_is_least_at_the_exact_reverse_variance():
+    """Gaussian data: p(x_s | x_t) has variance share s_s^2 + (a_s share)^2 Var[x0 | x_t]."""
+    lam, later, std = torch.tensor([0.3]).double(), torch.tensor([0.8]).double(), 0.7
+    a, s = torch.sigmoid(lam).sqrt(), torch.sigmoid(-lam).sqrt()
+    a_later, s_later = torch.sigmoid(later).sqrt(), torch.sigmoid(-later).sqrt()
+    share = 1 - (a * s_later / (s * a_later)) ** 2
+    x0 = std * torch.randn(1, 200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = a * x0 + s * torch.randn(x0.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    said = a * std**2 / (a**2 * std**2 + s**2) * x
+    left = std**2 * s**2 / (a**2 * std**2 + s**2)
+    exact = share * s_later**2 + (a_later * share) ** 2 * left
+    fractions = torch.linspace(0, 1, 401).double()
+    losses = [float(variational_loss(x0, said, torch.full_like(x0, f), lam, later)) for f in fractions.tolist()]
+    best = float(fractions[losses.index(min(losses))])
+    log_variance = best * torch.log(share * s**2) + (1 - best) * torch.log(share * s_later**2)
+    assert float(log_variance.exp()) == pytest.approx(float(exact), rel=0.01)
+    assert float(variational_loss(x0, x0, torch.zeros_like(x0), lam, later)) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("network", CONFIGS.values(), ids=CONFIGS)
+def test_a_learned_variance_is_a_second_half_of_the_output(network):
+    denoiser = Denoiser(network, DiffusionConfig(variance="learned"))
+    x0, eps, fraction = denoiser(torch.randn(2, 3, 16, 16), torch.tensor(0.0))
+    assert x0.shape == eps.shape == fraction.shape == (2, 3, 16, 16)
+    assert (fraction == 0.5).all()  # untrained: in the middle
+    kept = clipped(denoiser)(torch.randn(2, 3, 16, 16), torch.tensor(0.0))
+    assert kept.fraction is not None

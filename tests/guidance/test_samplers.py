@@ -5,6 +5,7 @@ import torch
 from worlds import gaussian
 
 from clipkit.guidance import samplers
+from clipkit.guidance.denoiser import Prediction
 from clipkit.guidance.schedule import karras, log_snr, spaced
 
 ALL = [
@@ -230,3 +231,19 @@ def test_euler_and_the_flows_euler_are_ddim():
     ours = samplers.ddim(eps_denoise, x, lambdas)
     for end in ends:
         torch.testing.assert_close(ours, end)
+
+
+@pytest.mark.parametrize(("fraction", "deviation"), [(0.0, "there"), (1.0, "here")])
+def test_a_learned_variance_goes_from_the_posteriors_to_betas(monkeypatch, fraction, deviation):
+    monkeypatch.setattr(samplers, "_noise", lambda x, generator: torch.ones_like(x))
+    levels, x = torch.tensor([-0.5, 1.0], dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64)
+    seen = []
+
+    def denoise(x, lam):
+        seen.append(x)
+        return Prediction(torch.zeros_like(x), torch.zeros_like(x), torch.full_like(x, fraction))
+
+    samplers.ddpm(denoise, x, levels)
+    share = -math.expm1(-1.5)
+    s = {"here": torch.sigmoid(-levels[0]).sqrt(), "there": torch.sigmoid(-levels[1]).sqrt()}[deviation]
+    torch.testing.assert_close(seen[1], torch.full_like(x, math.sqrt(share) * float(s)))

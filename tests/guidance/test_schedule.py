@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from clipkit.errors import UsageError
 from clipkit.guidance import schedule
+from clipkit.guidance.schedule import later_log_snr, log_snr
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
@@ -126,3 +127,12 @@ def test_spacings_have_even_gaps_and_their_ends(how, steps):
         assert int(gaps.max() - gaps.min()) <= 1 + (how == "linspace" and steps < 1000)
     assert int(index[0]) == 999 or how == "leading"
     assert int(index[-1]) == 0 or how == "trailing" or steps == 1
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "flow"])
+def test_the_later_level_is_the_tables_next(name):
+    table = log_snr(name)
+    torch.testing.assert_close(later_log_snr(name, table[1:]), table[:-1])
+    assert float(later_log_snr(name, table[:1])) == float(table[0])
+    between = torch.lerp(table[500], table[501], 0.25)[None]
+    torch.testing.assert_close(later_log_snr(name, between), torch.lerp(table[499], table[500], 0.25)[None])
