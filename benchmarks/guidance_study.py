@@ -41,6 +41,7 @@ from clipkit.train import noisy_classifier
 OBJECTS = list(drawings.OBJECTS)
 SCALES = (1.0, 3.0, 10.0, 30.0)
 CFG_SCALES = (1.0, 2.0, 4.0, 8.0)
+"""Of classifier-free guidance, whose 1 is none of it."""
 
 Make = Callable[[int, float, Tensor], Denoise]
 """(number of the object, scale, lambdas) -> the guided denoiser."""
@@ -137,7 +138,7 @@ def features(extractor: Extractor, images: Tensor) -> Tensor:
     return extractor.features(torch.stack([extractor.preprocess(to_image(image)) for image in images]))
 
 
-def study(runs: Path, steps: Sequence[int], each: int) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+def study(runs: Path, steps: Sequence[int], each: int, few: bool) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """A row for each method, scale and number of steps; and the pictures of each method's best row."""
     judge = clipkit.load(runs / "judge")
     extractor, kinds, size = clip_extractor(judge, "judge"), methods(runs), load_denoiser(runs).image_size
@@ -150,7 +151,9 @@ def study(runs: Path, steps: Sequence[int], each: int) -> tuple[list[dict[str, A
     )
     rows: list[dict[str, Any]] = []
     best: dict[str, tuple[float, Tensor]] = {}
-    cells = [(name, scale, n) for n in steps for name, (_, scales) in kinds.items() for scale in scales]
+    cells = [
+        (name, scale, n) for n in steps for name, (_, scales) in kinds.items() for scale in scales[: 1 if few else 9]
+    ]
     with torch.no_grad():
         prompts = judge.model.encode_text(judge.tokenizer([prompt_of(n) for n in range(len(OBJECTS))]))
     for name, scale, n in records.progress(cells, len(cells), "cells"):
@@ -227,11 +230,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--each", type=int, default=8, help="pictures of each object")
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 25])
+    parser.add_argument("--few", action="store_true", help="the first scale of each alone")
     parser.add_argument("--train", nargs="*", default=[], help="overrides for what is trained")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON instead of a table")
     options = parser.parse_args()
     prepare(options.runs, options.train)
-    rows, best = study(options.runs, options.steps, options.each)
+    rows, best = study(options.runs, options.steps, options.each, options.few)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "study.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     (options.out / "study.md").write_text(table(rows) + "\n", encoding="utf-8")

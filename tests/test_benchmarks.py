@@ -79,7 +79,8 @@ def test_guidance_study(chain, packs, tmp_path):
     for name, folder in (("clip", "clip"), ("judge", "clip"), ("denoiser", "denoiser"), ("noisy_clip", "noisy_clip")):
         (tmp_path / name).symlink_to(chain / folder)
     (tmp_path / "packs").symlink_to(packs)
-    words = ["--runs", str(tmp_path), "--out", str(tmp_path / "study"), "--each", "2", "--steps", "2", "--train", *TINY]
+    words = ["--runs", str(tmp_path), "--out", str(tmp_path / "study"), "--each", "2", "--steps", "2"]
+    words += ["--few", "--train", *TINY]
     rows = run("guidance_study.py", *words)
     assert len({row["guidance"] for row in rows}) == 10
     assert all(0 <= row["named right"] <= 1 for row in rows if "named right" in row)
