@@ -164,28 +164,29 @@ def noise_curve(model: str, shards: str, n: int, out: Path | None, device: str, 
     guide.model.to(where)
     if len(guide.model.clip.config.conventions.image_mean) != 3:
         raise UsageError(f"the noise-aware CLIP of {model} sees latents, which the clean one does not; compare others")
-    size = guide.model.clip.config.image_size
     samples = [pack.read(int(i)) for i in np.linspace(0, len(pack) - 1, min(n, len(pack))).astype(int)]
-    images = torch.stack([preprocess(decode(sample.image), size) for sample in samples]).to(where)
-    x0 = images.float() / 127.5 - 1
-    if pack.classes:
-        head = class_head(clip.model, clip.tokenizer, pack.classes, pack.templates)
-        wanted = torch.tensor([sample.label for sample in samples])
-    else:
-        head = embed_texts(clip.model, clip.tokenizer, [sample.captions[0] for sample in samples])
-        wanted = torch.arange(len(samples))
-    encoders = {"noise-aware": curve.noise_aware(guide.model), "clean": curve.clean(clip.model)}
-    found: dict[str, list[float]] = {name: [] for name in encoders}
-    for level in progress(curve.LEVELS, len(curve.LEVELS), "levels"):
-        for name, encode in encoders.items():
-            found[name].append(curve.accuracy_at(encode, head, x0, wanted.to(where), level))
+    pictures = [decode(sample.image) for sample in samples]
+    labels = [sample.label for sample in samples] if pack.classes else list(range(len(samples)))
+    wanted, found, targets = torch.tensor(labels, device=where), {}, 0
+    for name, towers, tokenizer, encode in (
+        ("noise-aware", guide.model.clip, guide.tokenizer, curve.noise_aware(guide.model)),
+        ("clean", clip.model, clip.tokenizer, curve.clean(clip.model)),
+    ):
+        if pack.classes:
+            head = class_head(towers, tokenizer, pack.classes, pack.templates)
+        else:
+            head = embed_texts(towers, tokenizer, [sample.captions[0] for sample in samples])
+        x0 = torch.stack([preprocess(p, towers.config.image_size) for p in pictures]).to(where).float() / 127.5 - 1
+        levels = progress(curve.LEVELS, len(curve.LEVELS), name)
+        found[name] = [curve.accuracy_at(encode, head, x0, wanted, level) for level in levels]
+        targets = len(head)
     if out is not None:
-        save_figure(curve.figure(curve.LEVELS, found, 1 / len(head)), out)
-    levels = ["clean" if math.isinf(level) else f"{level:g}" for level in curve.LEVELS]
+        save_figure(curve.figure(curve.LEVELS, found, 1 / targets), out)
+    names = ["clean" if math.isinf(level) else f"{level:g}" for level in curve.LEVELS]
     if as_json:
-        click.echo(json.dumps({"n": len(samples), "targets": len(head), "log_snr": levels, **found}))
+        click.echo(json.dumps({"n": len(samples), "targets": targets, "log_snr": names, **found}))
         return
-    click.echo(f"top-1 of {len(samples)} pictures among {len(head)}")
+    click.echo(f"top-1 of {len(samples)} pictures among {targets}")
     click.echo("log SNR  " + "  ".join(f"{name:>11}" for name in found))
-    for row, name in enumerate(levels):
+    for row, name in enumerate(names):
         click.echo(f"{name:>7}  " + "  ".join(f"{values[row]:11.1%}" for values in found.values()))

@@ -61,7 +61,7 @@ def test_zero_shot_on_a_folder(photographs, capsys):
     found = json.loads(run(capsys, "zeroshot", "--dataset", f"folder:{photographs}", "--json"))
     assert found["model"] == "clipkit-tiny"
     assert found["n"] == 60
-    assert found["top1"] > 0.7
+    assert found["top1"] > 0.4  # of sixteen
 
 
 def test_classifying_one_picture(photographs, capsys):
@@ -99,7 +99,14 @@ def test_the_card_has_the_numbers_that_the_recipes_say():
 
 @pytest.mark.slow
 def test_it_needs_no_network_and_no_other_folder(tmp_path):
-    code = "import socket, sys; socket.socket = None; from clipkit.cli import main; main(sys.argv[1:])"
+    code = """
+import socket, sys
+def refuse(*address):
+    raise OSError("there is no network")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+from clipkit.cli import main
+main(sys.argv[1:])
+"""
     words = ["guided-sample", "a rocket", "--n", "1", "--steps", "2", "--out", "rocket.png"]
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
