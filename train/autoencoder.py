@@ -7,6 +7,7 @@ clipkit autoencoder emoji_autoencoder.toml run.steps=200   # the same on one pro
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -108,13 +109,18 @@ class Reconstruction(Task):
         y = model.decoder.head(hidden).float()
         loss = self.distance(y, x)
         total = loss + self.weights.regularisation * regularising
-        judged = torch.zeros_like(total)
+        # Nothing yet, but from every weight of the discriminator: ranks wait for the gradients of all.
+        judged = torch.zeros_like(total) + sum(0.0 * p.sum() for p in self.model.discriminator.parameters())
         if self.weights.adversarial and self.model.steps >= self.weights.adversarial_from:
             weight = self.weights.adversarial * self._balance(hidden, x)
             total = total - weight * frozen_scores(self.model.discriminator, y)
             real, made = (self.model.discriminator(images).flatten(1) for images in (x, y.detach()))
             judged = (F.relu(1 - real).mean(dim=1) + F.relu(1 + made).mean(dim=1)) / 2  # the hinge
         return total, judged, loss.detach()
+
+    def networks(self) -> Sequence[nn.Module]:
+        """The encoder and the discriminator; the decoder is taken in two parts."""
+        return [self.model.autoencoder.encoder, self.model.discriminator]
 
     def distance(self, y: Tensor, x: Tensor) -> Tensor:
         """Of pictures [b, 3, S, S] from what they should be: absolute difference, and that of features -> [b]."""

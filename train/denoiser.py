@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipkit import distributed
 from clipkit.config import Recipe
@@ -109,6 +109,10 @@ class Denoising(Task):
         kept = ["" if gone else c for c, gone in zip(batch.captions, dropped.tolist(), strict=True)]
         condition: Condition = conditioner(kept)
         return condition
+
+    def networks(self) -> Sequence[nn.Module]:
+        """The network; its parametrisation is a few products."""
+        return [self.model.network]
 
     def texts(self) -> Mapping[str, str]:
         """What descriptions and latents need beside the weights."""

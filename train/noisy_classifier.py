@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipkit import distributed
 from clipkit.config import Recipe
@@ -79,6 +79,10 @@ class Classification(Task):
         errors, right = features
         sizes = distributed.batch_sizes(len(errors))
         return errors.sum() * (len(sizes) / sum(sizes)), {"accuracy": right.detach().mean()}
+
+    def networks(self) -> Sequence[nn.Module]:
+        """The image tower with its modulations."""
+        return [self.model.tower.clip.image]
 
     def after_step(self) -> None:
         """Keep the tower's logit scale at 100 or less."""

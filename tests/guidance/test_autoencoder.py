@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 from torch import nn
 from worlds import TINY
@@ -244,3 +245,42 @@ def test_what_does_not_go_together(latent, chain, packs, tmp_path, capsys):
         AutoencoderConfig(channels=20)
     with pytest.raises(SystemExit):
         cli.main(["noise-curve", "--model", str(latent), "--shards", str(packs / "heldout"), "--n", "x"])
+
+
+def two_steps(words):
+    """On each rank: the weights after two steps, before and after the discriminator comes in."""
+    from clipkit.config import load_recipe
+    from clipkit.train.autoencoder import AutoencoderRecipe, Reconstruction
+    from clipkit.train.launch import train_recipe
+
+    recipe = load_recipe(AutoencoderRecipe, "emoji_autoencoder", words)
+    folder = train_recipe(recipe, Reconstruction, torch.device("cpu"))
+    return load_file(folder / "checkpoints" / "step-00000003" / "model.safetensors")
+
+
+def test_two_ranks_train_both_players(packs, tmp_path):
+    words = [
+        *TINY,
+        *LATENT,
+        f"data.shards={packs / 'train'}",
+        "data.val=",
+        "run.steps=3",
+        "reconstruction.perceptual=0",
+    ]
+    words += ["reconstruction.adversarial_from=1", f"run.out={tmp_path / 'run'}"]
+    one, other = on_ranks(2, two_steps, words)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert int(one["steps"]) == 3
+
+
+def test_the_discriminator_rests_until_it_comes_in(chain, packs, tmp_path):
+    from clipkit.train import autoencoder
+
+    words = [*TINY, *LATENT, f"data.shards={packs / 'train'}", "data.val=", "reconstruction.perceptual=0"]
+    autoencoder.run("emoji_autoencoder", [*words, "run.keep_every=2", f"run.out={tmp_path / 'run'}"])
+    first, last = (
+        load_file(tmp_path / "run" / "checkpoints" / f"step-0000000{n}" / "model.safetensors") for n in (2, 4)
+    )
+    for name, tensor in first.items():
+        if name.startswith("discriminator"):
+            assert torch.equal(tensor, last[name])
