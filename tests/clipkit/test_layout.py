@@ -101,6 +101,7 @@ def test_an_install_adds_one_name_and_types(installed):
     assert {n for n in names if not n.endswith(".dist-info")} == {"clipkit"}
     assert (target / "clipkit" / "py.typed").is_file()
     assert (target / "clipkit" / "train" / "recipes").is_dir()
+    assert list((target / "clipkit" / "data" / "clipkit-tiny").rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize(
