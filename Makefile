@@ -15,7 +15,7 @@ test: .venv/installed lint
 faults: .venv/installed
 	$(BIN)/python -m pytest tests/faults tests/clipkit/test_remote.py --nightly
 
-# docs/guidance.md's table, on the demo's runs: half an hour on 2 CPU cores, and the demo's quarter.
+# Every kind of guidance over scales and steps, on the demo's runs: half an hour on 2 CPU cores, and the demo's quarter.
 guidance-study: demo
 	$(BIN)/python benchmarks/guidance_study.py --runs runs/demo --out runs/study
 
