@@ -15,11 +15,11 @@ test: .venv/installed lint
 faults: .venv/installed
 	$(BIN)/python -m pytest tests/faults tests/clipkit/test_remote.py --nightly
 
-# Every kind of guidance over scales and steps, on the demo's runs: half an hour on 2 CPU cores, and the demo's quarter.
+# Every kind of guidance over scales and steps, on the demo's runs.
 guidance-study: demo
 	$(BIN)/python benchmarks/guidance_study.py --runs runs/demo --out runs/study
 
-# clipkit-tiny, from DATA (tiny-imagenet-32/ and noto-emoji/ in it): some three hours on 2 CPU cores. Each part goes on where
+# clipkit-tiny, from DATA (tiny-imagenet-32/ and noto-emoji/ in it): some three and a half hours on 2 CPU cores. Each part goes on where
 # it was stopped.
 DATA ?= ../shared/data
 weights: .venv/installed

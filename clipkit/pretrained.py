@@ -31,7 +31,7 @@ class Pretrained:
     preprocess: Callable[[Image.Image], Tensor]
 
 
-def _folder(name: str | Path) -> Path:
+def folder_of(name: str | Path) -> Path:
     """Where a model of ours is: a folder of this name, or the one that comes with the package."""
     if str(name) == DEFAULT_MODEL and not Path(name).exists():
         return Path(__file__).resolve().parent / "data" / DEFAULT_MODEL
@@ -44,7 +44,7 @@ def find(path: str | Path, kind: str) -> Checkpoint:
     `path` is the run's folder, or a folder that holds runs named after their kinds, or "clipkit-tiny".
     Raises CheckpointError saying what was found instead.
     """
-    folder = _folder(path)
+    folder = folder_of(path)
     for candidate in (folder, folder / kind):
         found = checkpoint.latest(candidate) if (candidate / "checkpoints").is_dir() else None
         if found is not None and found.state.get("kind") == kind:
@@ -59,13 +59,13 @@ def load(name: str | Path = DEFAULT_MODEL, device: str = "auto") -> Pretrained:
     """A CLIP with its tokenizer and preprocessing, from whoever trained it.
 
     `name` is "clipkit-tiny", which comes with the package; the folder of one of our runs (its averaged weights are
-    taken); a folder with an open_clip_config.json, or
-    with the config.json of transformers' CLIP or SigLIP; a file of OpenAI's, state dict or TorchScript archive;
-    "architecture/pretraining" as open_clip calls it, or "hf-hub:organisation/name", which are fetched from the hub.
+    taken); a folder with an open_clip_config.json, or with the config.json of transformers' CLIP or SigLIP; a file of
+    OpenAI's, state dict or TorchScript archive; "architecture/pretraining" as open_clip calls it, or
+    "hf-hub:organisation/name", which are fetched from the hub.
     Nothing that lies in these files is run. Raises CheckpointError when `name` is none of this, its files are damaged,
     or its architecture is one that clipkit does not have.
     """
-    path, quick_gelu = _folder(name), None
+    path, quick_gelu = folder_of(name), None
     if not path.exists() and (published := hub.find(str(name))) is not None:
         path, quick_gelu = hub.fetch(published), published.quick_gelu
     if path.is_file() or any((path / config).is_file() for config in _CONFIGS):

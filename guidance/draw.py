@@ -123,11 +123,7 @@ class Studio:
                     "with model.autoencoder as the denoiser's latent.autoencoder"
                 )
             guide.model.to(where)
-        autoencoder = None
-        if denoiser.latent_channels:
-            autoencoder = load_autoencoder(path)
-            assert autoencoder is not None
-            autoencoder.to(where)
+        autoencoder = load_autoencoder(path).to(where) if denoiser.latent_channels else None
         return cls(denoiser, guide, load(path, device), autoencoder)
 
     def draw(

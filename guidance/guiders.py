@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipkit.errors import UsageError
-from clipkit.guidance.denoiser import Denoise, Prediction, from_x0, moved
+from clipkit.guidance.denoiser import Denoise, Prediction, moved
 from clipkit.guidance.schedule import alpha, expand, sigma
 
 LogProb = Callable[[Tensor, Tensor], Tensor]
@@ -154,14 +154,18 @@ def contrast(other: Denoise, scale: Scale, rescale: float = 0.0, renoise: bool =
 
 
 def mixed(denoisers: Mapping[Denoise, float]) -> Denoise:
-    """The mean of what several denoisers say, by their weights (Liu et al. 2022, arXiv 2206.01714, equation 11)."""
+    """The mean of what several denoisers say, by their weights (Liu et al. 2022, arXiv 2206.01714, equation 11).
+
+    Where they have learned a variance, it is the first one's.
+    """
     total = sum(denoisers.values())
     if total == 0:
         raise UsageError("the weights of the prompts add up to 0; give them others")
 
     def said(x: Tensor, lam: Tensor) -> Prediction:
-        x0 = torch.stack([denoise(x, lam).x0 * (weight / total) for denoise, weight in denoisers.items()]).sum(dim=0)
-        return from_x0(x, x0, lam.to(x).expand(len(x)))
+        all_said = [(denoise(x, lam), weight / total) for denoise, weight in denoisers.items()]
+        x0 = torch.stack([prediction.x0 * share for prediction, share in all_said]).sum(dim=0)
+        return moved(all_said[0][0], x, x0, lam.to(x).expand(len(x)))
 
     return next(iter(denoisers)) if len(denoisers) == 1 else said
 

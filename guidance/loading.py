@@ -21,7 +21,7 @@ from clipkit.guidance.dit import DiTConfig
 from clipkit.guidance.noisy_clip import NoisyCLIP
 from clipkit.guidance.unet import UNetConfig
 from clipkit.model import CLIP, CLIPConfig
-from clipkit.pretrained import find, load_weights
+from clipkit.pretrained import find, folder_of, load_weights
 from clipkit.tokenizer import Tokenizer
 
 
@@ -66,15 +66,14 @@ def _towers(found: Checkpoint) -> tuple[CLIP, Tokenizer]:
     return CLIP(config, tokenizer.vocab_size, tokenizer.end_id), tokenizer
 
 
-def load_autoencoder(path: str | Path) -> Autoencoder | None:
-    """Averaged weights of an autoencoder run, or of a folder of diffusers', on the CPU; None for "".
+def load_autoencoder(path: str | Path) -> Autoencoder:
+    """Averaged weights of an autoencoder run, or a folder of diffusers' AutoencoderKL, in evaluation mode on the CPU.
 
-    Raises CheckpointError.
+    `path` is that folder, or one that holds it as `autoencoder`. Raises CheckpointError.
     """
-    if not str(path):
-        return None
-    if (Path(path) / "diffusion_pytorch_model.safetensors").is_file():
-        return from_diffusers(Path(path))
+    for folder in (folder_of(path), folder_of(path) / "autoencoder"):
+        if (folder / "diffusion_pytorch_model.safetensors").is_file():
+            return from_diffusers(folder)
     found = find(path, "autoencoder")
     model = Autoencoder(from_dict(AutoencoderConfig, found.state["recipe"]["autoencoder"]))
     prefix = "autoencoder."
@@ -111,4 +110,4 @@ def load_classifier(path: str | Path) -> tuple[NoisyClassifier, list[list[str]]]
 
 def has_guide(path: str | Path) -> bool:
     """Is there a noisy_clip run in the folder `path`, whole or not?"""
-    return (Path(path) / "noisy_clip" / "checkpoints").is_dir()
+    return (folder_of(path) / "noisy_clip" / "checkpoints").is_dir()

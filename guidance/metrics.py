@@ -13,7 +13,8 @@ from torch import Tensor
 
 from clipkit.errors import DataError, UsageError
 
-_ROWS = 2048
+_ROWS = 512
+"""Points whose distances to all others are held at a time."""
 
 
 @dataclass

@@ -70,15 +70,16 @@ class Denoising(Task):
 
     def __init__(self, recipe: DenoiserRecipe, shards: Shards) -> None:
         super().__init__()
-        self.condition, self.autoencoder = recipe.condition, load_autoencoder(recipe.latent.autoencoder)
+        self.condition, where = recipe.condition, recipe.latent.autoencoder
+        self.autoencoder = load_autoencoder(where) if where else None
         self.image_size, channels = recipe.network.image_size, 0
         if self.autoencoder is not None:
             shape = self.autoencoder.config
             self.image_size, channels = shape.image_size, shape.latent_channels
             if recipe.network.image_size != shape.latent_size:
                 raise RecipeError(
-                    f"the network's image_size is {recipe.network.image_size}; the latents of "
-                    f"{recipe.latent.autoencoder} have a side of {shape.latent_size}"
+                    f"the network's image_size is {recipe.network.image_size}; the latents of {where} have a side of "
+                    f"{shape.latent_size}"
                 )
         self.model: Denoiser = Denoiser(recipe.network, recipe.diffusion, _conditioner(recipe, shards), channels)
 
@@ -117,11 +118,9 @@ class Denoising(Task):
     def texts(self) -> Mapping[str, str]:
         """What descriptions and latents need beside the weights."""
         found = dict(self.model.conditioner.texts()) if self.model.conditioner is not None else {}
-        return (
-            found
-            if self.autoencoder is None
-            else {**found, "latent.json": json.dumps({"channels": self.model.latent_channels})}
-        )
+        if self.autoencoder is not None:
+            found["latent.json"] = json.dumps({"channels": self.model.latent_channels})
+        return found
 
     def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over the images of all ranks."""

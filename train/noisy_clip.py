@@ -57,7 +57,8 @@ class NoisyPretraining(Task):
         super().__init__()
         clean = load(recipe.model.clip, "cpu")
         self.recipe, self.tokenizer, self.image_size = recipe, clean.tokenizer, clean.model.config.image_size
-        clip, self.autoencoder = clean.model, load_autoencoder(recipe.model.autoencoder)
+        clip, where = clean.model, recipe.model.autoencoder
+        self.autoencoder = load_autoencoder(where) if where else None
         if self.autoencoder is not None:
             shape = self.autoencoder.config
             self.image_size = shape.image_size
@@ -104,7 +105,7 @@ class NoisyPretraining(Task):
         head = class_head(self.model.clip, self.tokenizer, shards.classes, shards.templates)
         samples = [shards.read(i) for i in np.linspace(0, len(shards) - 1, min(_EVALUATED, len(shards))).astype(int)]
         images = [preprocess(decode(s.image), self.image_size) for s in samples]
-        x0 = torch.cat([self._seen(torch.stack(part).to(device)) for part in _chunks(images, 100)])
+        x0 = torch.cat([self._seen(part.to(device)) for part in torch.split(torch.stack(images), 100)])
         labels = torch.tensor([s.label for s in samples], device=device)
         encode = noise_aware(self.model)
         return {f"top1_at_{level:g}": accuracy_at(encode, head, x0, labels, level) for level in _LEVELS}
@@ -117,10 +118,6 @@ class NoisyPretraining(Task):
             "bank.json": json.dumps(self.bank, ensure_ascii=False),
             "clip.json": json.dumps(shape),
         }
-
-
-def _chunks(images: list[Tensor], size: int) -> list[list[Tensor]]:
-    return [images[i : i + size] for i in range(0, len(images), size)]
 
 
 def caption_bank(packs: Sequence[Shards], size: int, seed: int) -> list[str]:

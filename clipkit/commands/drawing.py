@@ -15,6 +15,8 @@ from clipkit.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from clipkit.guidance.draw import Drawn
+
 _SAMPLERS = ["dpmpp-2m", "dpmpp-2m-sde", "dpmpp-2s", "heun", "unipc", "ddim", "ddpm"]
 _SPACINGS = ["karras", "linspace", "leading", "trailing"]
 
@@ -109,10 +111,17 @@ def guided_sample(
     save_grid(drawn.images, drawn.about, out)
     if gif is not None:
         save_gif(drawn.trajectory, gif)
+    _say(drawn, prompts, out, as_json)
+
+
+def _say(drawn: Drawn, prompts: tuple[str, ...], out: Path, as_json: bool) -> None:
+    """What was drawn, and each picture's CLIP score."""
+    about = drawn.about
     if as_json:
-        click.echo(json.dumps({**drawn.about, "out": str(out), "clip_scores": drawn.scores}))
+        click.echo(json.dumps({**about, "out": str(out), "clip_scores": drawn.scores}))
         return
-    click.echo(f"{out}: {n} x {', '.join(map(repr, prompts))}, guidance scale {drawn.about['scale']:g}, seed {seed}")
+    wanted = ", ".join(map(repr, prompts))
+    click.echo(f"{out}: {about['n']} x {wanted}, guidance scale {about['scale']:g}, seed {about['seed']}")
     click.echo("CLIP scores: " + " ".join(f"{s:.3f}" for s in drawn.scores))
 
 
@@ -153,7 +162,7 @@ def noise_curve(model: str, shards: str, n: int, out: Path | None, device: str, 
     from clipkit.commands.pictures import save_figure
     from clipkit.guidance import curve
     from clipkit.guidance.loading import load_guide
-    from clipkit.images import decode, preprocess
+    from clipkit.images import decode, preprocessing
     from clipkit.pretrained import load
     from clipkit.records import progress
     from clipkit.shards import Shards
@@ -176,7 +185,8 @@ def noise_curve(model: str, shards: str, n: int, out: Path | None, device: str, 
             head = class_head(towers, tokenizer, pack.classes, pack.templates)
         else:
             head = embed_texts(towers, tokenizer, [sample.captions[0] for sample in samples])
-        x0 = torch.stack([preprocess(p, towers.config.image_size) for p in pictures]).to(where).float() / 127.5 - 1
+        seen = preprocessing(towers.config)
+        x0 = torch.stack([seen(picture) for picture in pictures]).to(where).float() / 127.5 - 1
         levels = progress(curve.LEVELS, len(curve.LEVELS), name)
         found[name] = [curve.accuracy_at(encode, head, x0, wanted, level) for level in levels]
         targets = len(head)

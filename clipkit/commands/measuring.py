@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,7 +61,10 @@ def metrics(
         _pairs(extractor, reference, samples) if pairs else _collections(extractor, reference, samples, train, prompt)
     )
     if as_json:
-        click.echo(json.dumps({"extractor": extractor.name, "weights": extractor.weights, **numbers}))
+        finite = {
+            k: v if math.isfinite(v) else None for k, v in numbers.items()
+        }  # JSON has no infinity: equal pictures' PSNR
+        click.echo(json.dumps({"extractor": extractor.name, "weights": extractor.weights, **finite}))
         return
     click.echo(f"features of {extractor.name}, weights {extractor.weights}")
     for name, value in numbers.items():

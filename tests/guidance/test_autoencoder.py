@@ -68,6 +68,22 @@ def test_a_folder_of_diffusers_gives_equal_outputs(tmp_path):
         from_diffusers(tmp_path)
 
 
+def test_a_denoiser_of_their_latents_draws(chain, packs, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    from clipkit.train import denoiser
+
+    theirs = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=24,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+    )  # fmt: skip
+    theirs.save_pretrained(tmp_path / "autoencoder")
+    words = [*TINY, f"data.shards={packs / 'train'}", f"latent.autoencoder={tmp_path / 'autoencoder'}"]
+    words += ["unet.image_size=12", "unet.patch_size=1", "unet.multipliers=[1,2]", "condition.kind=class"]
+    denoiser.run("drawings_denoiser", [*words, f"run.out={tmp_path / 'denoiser'}"])
+    (tmp_path / "clip").symlink_to(chain / "clip")
+    assert Studio.open(tmp_path, "cpu").draw("red car", n=1, steps=2).images.shape == (1, 3, 24, 24)
+
+
 def test_the_kl_term_is_that_of_normal_distributions():
     model = Autoencoder(SMALL)
     images = torch.rand(3, 3, 16, 16)

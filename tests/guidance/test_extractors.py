@@ -90,6 +90,9 @@ def test_the_command_on_pairs(chain, folders, capsys):
     table = metrics(capsys, folders / "one", folders / "one", "--pairs", "--model", chain).out
     assert "weights" in table.splitlines()[0]
     assert "ssim                  1" in table
+    assert "psnr                  inf" in table
+    same = json.loads(metrics(capsys, folders / "one", folders / "one", "--pairs", "--model", chain, "--json").out)
+    assert same["psnr"] is None  # JSON has no infinity
 
 
 def test_what_cannot_be_read_is_skipped_and_said(chain, folders, tmp_path, capsys):

@@ -47,6 +47,18 @@ def test_guided_sampling_is_conditional_sampling():
     assert distance(run(samplers.dpmpp_2m, karras(-9.0, 9.0, 50))) < 1.5 * floor()
 
 
+def test_25_guided_steps_are_within_half_as_much_again_of_the_floor():
+    """Means over six pairs of samples, as a single floor varies by a fifth."""
+    world, lambdas = Mixture(), karras(-9.0, 9.0, 25)
+
+    def exact(seed):
+        return world.sample(1, N, torch.Generator().manual_seed(seed))
+
+    drawn = [sliced_w2(run(samplers.dpmpp_2m, lambdas, seed=seed), exact(1000 + seed)) for seed in range(6)]
+    floors = [sliced_w2(exact(2000 + seed), exact(1000 + seed)) for seed in range(6)]
+    assert sum(drawn) < 1.5 * sum(floors)
+
+
 def test_ddim_gets_there_with_more_steps():
     few, many = (distance(run(samplers.ddim, karras(-9.0, 9.0, n))) for n in (10, 100))
     assert many < few / 2
@@ -287,5 +299,10 @@ def test_several_denoisers_mix_by_their_weights():
     torch.testing.assert_close(both.x0, 0.75 * conditional(0)(x, lam).x0 + 0.25 * conditional(1)(x, lam).x0)
     one = conditional(0)
     assert mixed({one: 2.0}) is one
+
+    def with_variance(x, lam):
+        return conditional(0)(x, lam)._replace(fraction=torch.full_like(x, 0.3))
+
+    assert (mixed({with_variance: 1.0, conditional(1): 1.0})(x, lam).fraction == 0.3).all()
     with pytest.raises(UsageError, match="add up to 0"):
         mixed({conditional(0): 1.0, conditional(1): -1.0})
