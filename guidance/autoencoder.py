@@ -298,6 +298,11 @@ _NAMES = (
     (r"(en|de)coder\.mid_block\.attentions\.0\.group_norm\.", r"\1coder.middle.1.norm."),
     (r"(en|de)coder\.mid_block\.attentions\.0\.to_([qkv])\.", r"\1coder.middle.1.\2."),
     (r"(en|de)coder\.mid_block\.attentions\.0\.to_out\.0\.", r"\1coder.middle.1.out."),
+    # As diffusers once wrote them.
+    (r"(en|de)coder\.mid_block\.attentions\.0\.(q)uery\.", r"\1coder.middle.1.\2."),
+    (r"(en|de)coder\.mid_block\.attentions\.0\.(k)ey\.", r"\1coder.middle.1.\2."),
+    (r"(en|de)coder\.mid_block\.attentions\.0\.(v)alue\.", r"\1coder.middle.1.\2."),
+    (r"(en|de)coder\.mid_block\.attentions\.0\.proj_attn\.", r"\1coder.middle.1.out."),
     (r"(en|de)coder\.mid_block\.resnets\.1\.", r"\1coder.middle.2."),
     (r"(en|de)coder\.(?:down|up)_blocks\.(\d+)\.resnets\.(\d+)\.", r"\1coder.levels.\2.\3."),
 )
@@ -308,27 +313,41 @@ def from_diffusers(folder: Path) -> Autoencoder:
     about = read_object(folder / "config.json")
     if about.get("_class_name") != "AutoencoderKL":
         raise CheckpointError(f"{folder} holds a {about.get('_class_name')}; an AutoencoderKL is needed")
-    widths = about["block_out_channels"]
-    config = AutoencoderConfig(
-        image_size=int(about.get("sample_size", 64)),
-        channels=widths[0],
-        multipliers=tuple(width // widths[0] for width in widths),
-        blocks=about.get("layers_per_block", 1),
-        latent_channels=about["latent_channels"],
-        groups=about.get("norm_num_groups", 32),
-    )
-    file = folder / "diffusion_pytorch_model.safetensors"
-    tensors = {_renamed(name, config): tensor for name, tensor in archives.read(file).tensors.items()}
-    model = Autoencoder(config)
+    config, file = _from_config(about, folder), folder / "diffusion_pytorch_model.safetensors"
+    model, tensors = Autoencoder(config), {}
+    for name, tensor in archives.read(file).tensors.items():
+        own = _renamed(name, config)
+        # Older files have the attention's products as 1x1 convolutions.
+        tensors[own] = tensor.flatten(1) if ".middle.1." in own and tensor.ndim > 1 else tensor
     tensors["spread"] = torch.tensor(1 / float(about.get("scaling_factor", 1.0)))
-    for name in [n for n in tensors if re.search(r"middle\.1\.(q|k|v|out)\.weight$", n)]:
-        tensors[name] = tensors[name].flatten(1)  # older files have 1x1 convolutions
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()[:120]
         raise CheckpointError(f"{file} holds another architecture: {first}") from None
     return model.eval().requires_grad_(False)
+
+
+_ASSUMED = {"act_fn": "silu", "shift_factor": None, "mid_block_add_attention": True}
+"""What these layers have built in."""
+
+
+def _from_config(about: Mapping[str, Any], folder: Path) -> AutoencoderConfig:
+    for key, known in _ASSUMED.items():
+        if about.get(key, known) != known:
+            raise CheckpointError(f"{folder}: {key} is {about[key]!r}; clipkit has autoencoders with {known!r} only")
+    try:
+        widths = about["block_out_channels"]
+        return AutoencoderConfig(
+            image_size=int(about.get("sample_size", 64)),
+            channels=widths[0],
+            multipliers=tuple(width // widths[0] for width in widths),
+            blocks=about.get("layers_per_block", 1),
+            latent_channels=about["latent_channels"],
+            groups=about.get("norm_num_groups", 32),
+        )
+    except (KeyError, TypeError, IndexError, RecipeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} describes no autoencoder that clipkit has: {error}") from None
 
 
 def _renamed(name: str, config: AutoencoderConfig) -> str:

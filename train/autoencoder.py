@@ -132,7 +132,10 @@ class Reconstruction(Task):
         return apart + self.weights.perceptual * lpips(*(activations(self.tower, view) for view in views))
 
     def _balance(self, hidden: Tensor, x: Tensor) -> Tensor:
-        """Gradient of the distance over that of the score, at the last layer: the adaptive weight (equation 7)."""
+        """Gradient of the distance over that of the score, at the last layer: the adaptive weight (equation 7).
+
+        It is that of the pictures at hand: of one rank, and of one of its micro-batches.
+        """
         head = self.model.autoencoder.decoder.head
         bias = head.bias.detach() if head.bias is not None else None
         with torch.enable_grad():

@@ -58,6 +58,28 @@ def test_a_folder_of_diffusers_gives_equal_outputs(tmp_path):
         torch.testing.assert_close(ours.encode(images), mean * 0.3, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(ours.decode(mean * 0.3), theirs.decode(mean).sample, rtol=1e-5, atol=1e-5)
     tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    former = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
+    old = {}
+    for name, tensor in tensors.items():
+        for now, then in former.items():
+            name = name.replace(now, then)
+        products = "attentions" in name and tensor.ndim == 2
+        old[name] = tensor[..., None, None].contiguous() if products else tensor
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text((tmp_path / "config.json").read_text())
+    save_file(old, tmp_path / "old" / "diffusion_pytorch_model.safetensors")
+    with torch.no_grad():
+        assert torch.equal(from_diffusers(tmp_path / "old").encode(images), ours.encode(images))
+    about = json.loads((tmp_path / "config.json").read_text())
+    for wrong, message in (
+        ({"shift_factor": 0.1}, "shift_factor is 0.1"),
+        ({"act_fn": "gelu"}, "act_fn is 'gelu'"),
+        ({"block_out_channels": []}, "describes no autoencoder"),
+        ({"norm_num_groups": 5}, "must be a multiple of groups"),
+    ):
+        (tmp_path / "old" / "config.json").write_text(json.dumps({**about, **wrong}))
+        with pytest.raises(CheckpointError, match=message):
+            from_diffusers(tmp_path / "old")
     save_file(
         {n: t for n, t in tensors.items() if "conv_in" not in n}, tmp_path / "diffusion_pytorch_model.safetensors"
     )
