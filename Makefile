@@ -44,7 +44,7 @@ lint: .venv/installed
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check -q -e ".[test,plot,parity,track]"
+	$(BIN)/pip install --disable-pip-version-check -q -e ".[test,app,plot,parity,track]"
 	touch $@
 
 clean:

@@ -10,7 +10,7 @@ from typing import NoReturn
 import click
 
 from clipkit._version import __version__
-from clipkit.commands import drawing, evaluation, measuring, models, packs, pictures, training
+from clipkit.commands import drawing, evaluation, measuring, models, packs, pictures, serving, training
 from clipkit.errors import ClipkitError, UsageError
 
 
@@ -23,6 +23,7 @@ def cli() -> None:
     Start with:
       clipkit guided-sample "a rocket"                with the small model that comes along
       clipkit classify photo.jpg --labels "dog,cat"
+      clipkit app                                     both, in the browser
       clipkit demo                                    the whole chain on drawings, some minutes
       clipkit pack photos/ packs/photos               your own images
       clipkit pretrain drawings_clip.toml
@@ -44,7 +45,7 @@ for command in (
     *(models.models, models.export, models.release),
     *(evaluation.zeroshot, evaluation.retrieval, evaluation.probe),
     *(pictures.similarity, pictures.classify, pictures.index, pictures.embed, pictures.search),
-    *(drawing.guided_sample, drawing.noise_curve, measuring.metrics),
+    *(drawing.guided_sample, drawing.noise_curve, measuring.metrics, serving.app),
 ):
     cli.add_command(command)
 

@@ -96,8 +96,7 @@ def _members(source: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
 def class_source(source: Path, classes: dict[str, list[str]] | None, templates: Sequence[str], seed: int) -> Source:
     """Images in `<class>/<image>`: captions are templates filled with names drawn from the class's list.
 
-    `classes` maps a directory's name to its names; without it the directory's own name is the only one. The class's
-    main (first) name is in half of the captions, its synonyms share the others.
+    `classes` maps a directory's name to its names; without it the directory's own name is the only one.
     """
     if classes is None:
         found = sorted({path.parent.name for path in image_names(source)})
@@ -112,9 +111,8 @@ def class_source(source: Path, classes: dict[str, list[str]] | None, templates: 
             if path.parent.name not in label:
                 yield SampleError("unknown class", path.parent.name)
                 continue
-            names = classes[path.parent.name]
-            chosen = [_draw_caption(names, templates, rng) for _ in range(CAPTIONS_PER_IMAGE)]
-            yield RawSample(data, tuple(chosen), label[path.parent.name])
+            chosen = draw_captions(classes[path.parent.name], templates, rng)
+            yield RawSample(data, chosen, label[path.parent.name])
 
     identity = repr((str(source.resolve()), classes, list(templates), seed))
     return Source(samples(), partial(_count, source), identity, list(classes.values()), list(templates))
@@ -122,6 +120,11 @@ def class_source(source: Path, classes: dict[str, list[str]] | None, templates: 
 
 def _count(source: Path) -> int:
     return sum(1 for _ in image_names(source))
+
+
+def draw_captions(names: Sequence[str], templates: Sequence[str], rng: np.random.Generator) -> tuple[str, ...]:
+    """CAPTIONS_PER_IMAGE templates filled with names: half of them with the first, its synonyms share the others."""
+    return tuple(_draw_caption(names, templates, rng) for _ in range(CAPTIONS_PER_IMAGE))
 
 
 def _draw_caption(names: Sequence[str], templates: Sequence[str], rng: np.random.Generator) -> str:

@@ -26,7 +26,8 @@ class BasicBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.first, self.second = _conv(inputs, outputs, 3, stride), _conv(outputs, outputs, 3)
-        pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        # An odd side is halved upwards, as the strided convolution does it.
+        pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False) if stride > 1 else nn.Identity()
         same = inputs == outputs and stride == 1
         self.shortcut = nn.Identity() if same else nn.Sequential(pool, _conv(inputs, outputs, 1))
         nn.init.zeros_(self.second[1].weight)  # type: ignore[arg-type]
@@ -39,7 +40,7 @@ class BasicBlock(nn.Module):
 class SmallResNet(nn.Module):
     """Pixels [B, 3, S, S] -> [B, channels[-1]]: a stem at S / 2, stages of BasicBlocks, each at half the last's side.
 
-    S must divide by 2 ** len(channels). `in_chans` (timm's name) is not 3 for latents.
+    `in_chans` (timm's name) is not 3 for latents.
     """
 
     def __init__(

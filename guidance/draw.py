@@ -139,14 +139,17 @@ class Studio:
         start: Start | None = None,
         reference: Tensor | None = None,
         steering: Steering | None = None,
+        watch: Callable[[Tensor], None] | None = None,
     ) -> Drawn:
         """Draw `n` pictures of `prompt`, a text or several with their weights, in `steps` steps.
 
         The guide maximises log p(prompt | x_t) among the caption bank, and log p(none of `negative` | x_t), each times
         `scale`: 10, or 0 if the denoiser takes descriptions. `reference` [1, 3, S, S] in [-1, 1] gives the coarse
-        shape. `spacing` of the steps is by default "karras", "linspace" for ddim and ddpm. Raises UsageError for an
-        empty prompt, n or steps below 1, more steps than the schedule has levels, an unknown sampler or spacing, or
-        guidance that this model does not have.
+        shape. `spacing` of the steps is by default "karras", "linspace" for ddim and ddpm. `watch` is called with what
+        the pictures are taken for, [n, 3, S, S] in [-1, 1], at each step; what it raises ends the drawing.
+
+        Raises UsageError for an empty prompt, n or steps below 1, more steps than the schedule has levels, an unknown
+        sampler or spacing, or guidance that this model does not have.
         """
         prompts, steering = {prompt: 1.0} if isinstance(prompt, str) else dict(prompt), steering or Steering()
         if not prompts or not all(text.strip() for text in [*prompts, *negative]):
@@ -170,7 +173,7 @@ class Studio:
             denoise = clipped(denoise)
         if start is not None and start.mask is not None:
             denoise = inpaint(start.image, start.mask)(denoise)
-        images, trajectory = self._sample(denoise, n, lambdas, sampler, seed, start)
+        images, trajectory = self._sample(denoise, n, lambdas, sampler, seed, start, watch)
         about: dict[str, Any] = {"prompt": prompt if isinstance(prompt, str) else prompts, "negative": list(negative)}
         about |= {"scale": scale, "seed": seed, "n": n, "steps": steps, "sampler": sampler, "spacing": spacing}
         about |= {"objective": steering.objective, "shift": steering.shift, "clipkit": __version__}
@@ -237,7 +240,14 @@ class Studio:
 
     @torch.no_grad()
     def _sample(
-        self, denoise: Denoise, n: int, lambdas: Tensor, sampler: str, seed: int, start: Start | None
+        self,
+        denoise: Denoise,
+        n: int,
+        lambdas: Tensor,
+        sampler: str,
+        seed: int,
+        start: Start | None,
+        watch: Callable[[Tensor], None] | None,
     ) -> tuple[Tensor, list[Tensor]]:
         generator = torch.Generator().manual_seed(seed)
         size = self.denoiser.image_size
@@ -249,11 +259,13 @@ class Studio:
         trajectory: list[Tensor] = []
         bar = iter(progress(range(len(lambdas)), len(lambdas), "drawing"))
 
-        def watch(x0: Tensor) -> None:
+        def note(x0: Tensor) -> None:
             trajectory.append(x0.cpu())
             next(bar, None)
+            if watch is not None:
+                watch(self._shown(x0))
 
-        images = self._shown(SAMPLERS[sampler](denoise, x, lambdas, generator, watch))
+        images = self._shown(SAMPLERS[sampler](denoise, x, lambdas, generator, note))
         next(bar, None)
         return images, trajectory
 

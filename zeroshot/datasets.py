@@ -16,12 +16,21 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from clipkit.errors import DataError, SampleError, ShardError, UsageError, did_you_mean
 from clipkit.images import SUFFIXES, decode
 from clipkit.shards import Shards, StrictTarInfo
-from clipkit.sources import DEFAULT_TEMPLATES, image_files, images_of
+from clipkit.sources import (
+    DEFAULT_TEMPLATES,
+    RawSample,
+    Source,
+    draw_captions,
+    encode_png,
+    image_files,
+    images_of,
+)
 from clipkit.zeroshot.heads import ensembles
 
 KINDS = ("folder", "tar", "csv", "shards", "wds")
@@ -57,11 +66,12 @@ def _data(name: str) -> Any:
     return json.loads(files("clipkit.zeroshot").joinpath(f"data/{name}").read_text(encoding="utf-8"))
 
 
-def open_set(name: str, data_dir: Path, download: bool = False) -> ImageSet:
+def open_set(name: str, data_dir: Path, download: bool = False, training: bool = False) -> ImageSet:
     """A data set by its name in the registry, or folder:DIR, tar:FILE, csv:FILE, shards:DIR or wds:DIR.
 
-    Named sets are looked for in `data_dir` and fetched there only with `download`.
-    Raises UsageError for an unknown name, DataError (saying how to get it) for missing or unreadable data.
+    Named sets are looked for in `data_dir` and fetched there only with `download`; they are what is tested on, or with
+    `training` what is trained on. Raises UsageError for an unknown name or one without training part, DataError (saying
+    how to get it) for missing or unreadable data.
     """
     kind, colon, where = name.partition(":")
     if colon and kind in KINDS:
@@ -74,9 +84,27 @@ def open_set(name: str, data_dir: Path, download: bool = False) -> ImageSet:
             f"unknown data set {name!r}; {did_you_mean(name, known())} (or KIND:PLACE, KIND one of {', '.join(KINDS)})"
         )
     entry = known()[name]
+    if training and "training" not in entry:
+        raise UsageError(f"{name} has no training part that clipkit knows; give its files as folder:DIR")
     if "folders" in entry:
         return _from_imagenet(name, entry, data_dir)
-    return _from_torchvision(name, entry, data_dir, download)
+    arguments = {**entry["arguments"], **(entry["training"] if training else {})}
+    return _from_torchvision(name, f"{name}:train" if training else name, arguments, data_dir, download)
+
+
+def as_source(images: ImageSet, seed: int) -> Source:
+    """A data set to be packed, as PNG, its captions from its own templates. Raises UsageError for a multi-label one."""
+    if images.multilabel:
+        raise UsageError(f"{images.name} has pictures of several labels; pack it with --csv and captions")
+
+    def samples() -> Iterator[RawSample | SampleError]:
+        rng = np.random.default_rng(seed)
+        for i in range(len(images)):
+            image, (label,) = images[i]
+            yield RawSample(encode_png(image), draw_captions(images.classes[label], images.templates, rng), label)
+
+    identity = repr((images.name, len(images), [list(c) for c in images.classes], list(images.templates), seed))
+    return Source(samples(), lambda: len(images), identity, [list(c) for c in images.classes], list(images.templates))
 
 
 def _from_folder(name: str, folder: Path) -> ImageSet:
@@ -231,12 +259,13 @@ def _decode(data: bytes, where: str) -> Image.Image:
         raise DataError(f"{where}: {error}; remove it or replace it") from None
 
 
-def _from_torchvision(name: str, entry: Mapping[str, Any], data_dir: Path, download: bool) -> ImageSet:
+def _from_torchvision(name: str, shown: str, arguments: Mapping[str, Any], data_dir: Path, download: bool) -> ImageSet:
     from torchvision import datasets
 
+    entry = known()[name]
     kind = getattr(datasets, entry["torchvision"])
     try:
-        data = kind(str(data_dir), **entry["arguments"], download=download)
+        data = kind(str(data_dir), **arguments, download=download)
         classes = [[c] if isinstance(c, str) else list(c) for c in _class_names(entry, data)]
     except (ImportError, RuntimeError) as error:
         if "scipy" in str(error).lower():
@@ -252,7 +281,7 @@ def _from_torchvision(name: str, entry: Mapping[str, Any], data_dir: Path, downl
         image, label = data[i]
         return image, (int(label),)
 
-    return ImageSet(name, classes, entry["templates"], len(data), get)
+    return ImageSet(shown, classes, entry["templates"], len(data), get)
 
 
 def _class_names(entry: Mapping[str, Any], data: Any) -> Sequence[str | Sequence[str]]:

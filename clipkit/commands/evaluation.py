@@ -118,7 +118,7 @@ def retrieval(model: str, shards: str, device: str, as_json: bool) -> None:
 
 @click.command()
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help=MODEL_HELP)
-@click.option("--train", required=True, help="A data set as zeroshot takes it: folder:DIR, shards:DIR ...")
+@click.option("--train", required=True, help="As zeroshot takes it: folder:DIR ...; of a NAME, its training part.")
 @click.option("--test", required=True, help="The same, to count on.")
 @click.option("--shots", type=click.IntRange(min=0), default=0, show_default=True, help="Images a class; 0 is all.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws the shots.")
@@ -136,17 +136,17 @@ def probe(model: str, train: str, test: str, shots: int, seed: int, workers: int
 
     from clipkit.pretrained import load
     from clipkit.zeroshot import probe as room
-    from clipkit.zeroshot.datasets import open_set
+    from clipkit.zeroshot.datasets import known, open_set
     from clipkit.zeroshot.heads import CACHE
 
-    sets = [open_set(name, Path("data")) for name in (train, test)]
+    sets = [open_set(train, Path("data"), training=train in known()), open_set(test, Path("data"))]
     if list(sets[0].classes) != list(sets[1].classes):
         counts = f"{len(sets[0].classes)} and {len(sets[1].classes)}"
         raise UsageError(f"{train} and {test} must have the same classes; they have {counts}")
     clip = load(model, device)
     cache = CACHE / "features"
-    known, unknown = (room.features(clip.model, images, workers=workers, cache=cache) for images in sets)
-    found = room.probe(known, unknown, len(sets[0].classes), shots, seed)
+    fitted, counted = (room.features(clip.model, images, workers=workers, cache=cache) for images in sets)
+    found = room.probe(fitted, counted, len(sets[0].classes), shots, seed)
     if as_json:
         click.echo(json.dumps({"model": model, **dataclasses.asdict(found)}))
         return

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from clipkit.commands.given import read_class_names, read_lines
-from clipkit.errors import UsageError
+from clipkit.errors import UsageError, did_you_mean
 
 
 @click.command()
@@ -26,9 +26,13 @@ from clipkit.errors import UsageError
 @click.option("--encode", type=click.Choice(["jpeg", "png", "webp"]), help="Encode the images anew.")
 @click.option("--quality", type=click.IntRange(1, 100), default=90, show_default=True, help="Of new JPEG and WebP.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides captions and drawings.")
-@click.option("--split", default="train", show_default=True, help="drawings: train, val or heldout.")
+@click.option("--split", default="train", show_default=True, help="train, val or heldout drawings; NAME: train, test.")
 @click.option("--count", type=int, default=12_000, show_default=True, help="drawings: how many.")
 @click.option("--size", type=click.IntRange(min=8), default=24, show_default=True, help="drawings: pixels.")
+@click.option(
+    "--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True, help="NAME: place."
+)
+@click.option("--download", is_flag=True, help="NAME: fetch it into --data-dir if it is not there.")
 def pack(
     source: str,
     out: Path,
@@ -44,27 +48,38 @@ def pack(
     split: str,
     count: int,
     size: int,
+    data_dir: Path,
+    download: bool,
 ) -> None:
     """Pack captioned images into webdataset shards with an index.
 
     SOURCE is a folder or tar laid out <class>/<image>, or a folder or tar of images with --csv, or the word
-    "drawings" for the embedded data set. Images are kept byte for byte unless --resize or --encode says otherwise.
-    Interrupted, the same command goes on after the last whole shard.
+    "drawings" for the embedded data set, or a NAME that zeroshot knows (fashion-mnist, cifar100 ...). Images are kept
+    byte for byte unless --resize or --encode says otherwise. Interrupted, the same command goes on after the last whole
+    shard.
 
     \b
     Examples:
       clipkit pack photos/ packs/photos --classnames names.json
       clipkit pack emoji.tar.xz packs/emoji --csv captions.csv --holdout 500
       clipkit pack drawings packs/drawings --count 20000
+      clipkit pack fashion-mnist packs/fashion-mnist --download
     """
     from clipkit import sources
     from clipkit.pack import Encoding
     from clipkit.pack import pack as write
+    from clipkit.zeroshot.datasets import as_source, known, open_set
 
     if source == "drawings":
         data = sources.drawings_source(split, count, size, seed)
+    elif source in known() and not Path(source).exists():
+        if split not in ("train", "test"):
+            raise UsageError(f"--split is {split!r}; {source} has train and test")
+        data = as_source(open_set(source, data_dir, download, training=split == "train"), seed)
     elif not Path(source).exists():
-        raise UsageError(f'no folder or tar at {source} (the embedded data set is called "drawings")')
+        raise UsageError(
+            f"no folder or tar at {source}, nor a data set; {did_you_mean(source, ['drawings', *known()])}"
+        )
     elif table is not None:
         data = sources.csv_source(table, Path(source))
     else:

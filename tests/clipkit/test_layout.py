@@ -102,6 +102,7 @@ def test_an_install_adds_one_name_and_types(installed):
     assert (target / "clipkit" / "py.typed").is_file()
     assert (target / "clipkit" / "train" / "recipes").is_dir()
     assert list((target / "clipkit" / "data" / "clipkit-tiny").rglob("*.safetensors"))
+    assert (target / "clipkit" / "data" / "app" / "index.html").is_file()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
-"""Models of other libraries with random weights, written as those libraries write them."""
+"""What other people write: models with random weights, and data sets, in their own formats."""
 
 import json
+import struct
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -74,3 +76,13 @@ def written(folder, config, model, **seen):
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": seen}))
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
     return folder
+
+
+def write_fashion_mnist(folder: Path, train, test) -> None:
+    """idx files as torchvision unpacks them: (bytes [N, 28, 28], labels) of both parts."""
+    raw = folder / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split, (pixels, labels) in (("train", train), ("t10k", test)):
+        head = struct.pack(">iiii", 2051, len(pixels), 28, 28)
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(head + pixels.tobytes())
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 2049, len(labels)) + bytes(labels))

@@ -8,10 +8,13 @@ import tarfile
 
 import numpy as np
 import pytest
+from foreign import write_fashion_mnist
 from PIL import Image
 
 from clipkit.errors import DataError, UsageError
-from clipkit.zeroshot.datasets import known, open_set
+from clipkit.images import decode
+from clipkit.shards import Shards
+from clipkit.zeroshot.datasets import ImageSet, as_source, known, open_set
 
 
 @pytest.fixture
@@ -107,16 +110,61 @@ def test_cifar_in_its_own_format(name, tmp_path, monkeypatch):
 
 
 def test_fashion_mnist_in_its_own_format(tmp_path):
-    folder = tmp_path / "FashionMNIST" / "raw"
-    folder.mkdir(parents=True)
     pixels = np.arange(2 * 784, dtype=np.uint8).reshape(2, 28, 28)
-    for split in ("train", "t10k"):
-        (folder / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">iiii", 2051, 2, 28, 28) + pixels.tobytes())
-        (folder / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 2049, 2) + bytes([9, 4]))
+    write_fashion_mnist(tmp_path, (255 - pixels, [3, 3]), (pixels, [9, 4]))
     images = open_set("fashion-mnist", tmp_path)
     assert [images[i][1] for i in range(2)] == [(9,), (4,)]
     assert images.classes[9] == ["ankle boot"]
     assert np.array_equal(np.asarray(images[1][0]), pixels[1])
+    trained_on = open_set("fashion-mnist", tmp_path, training=True)
+    assert [trained_on[i][1] for i in range(2)] == [(3,), (3,)]
+
+
+def test_named_sets_are_packed_as_they_are(tmp_path, command):
+    chance = np.random.default_rng(0)
+    pixels = chance.integers(0, 256, (8, 28, 28), dtype=np.uint8)
+    write_fashion_mnist(tmp_path, (pixels[:5], [0, 1, 2, 3, 9]), (pixels[5:], [7, 8, 9]))
+    for split, first, labels in (("train", 0, [0, 1, 2, 3, 9]), ("test", 5, [7, 8, 9])):
+        words = ("fashion-mnist", tmp_path / split, "--split", split, "--data-dir", tmp_path)
+        assert command("pack", *words)[0] == 0
+        shards = Shards(str(tmp_path / split))
+        samples = [shards.read(i) for i in range(len(shards))]
+        assert [sample.label for sample in samples] == labels
+        for i, sample in enumerate(samples):
+            grey = np.repeat(pixels[first + i][..., None], 3, axis=2)
+            assert np.array_equal(np.asarray(decode(sample.image)), grey)
+            templates = [t.format(shards.classes[sample.label][0]) for t in known()["fashion-mnist"]["templates"]]
+            assert set(sample.captions) <= set(templates)
+        assert command("pack", *words)[0] == 2  # what is there is not written over
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("fashion-mnist", "out"), 1, "fashion-mnist is not in data; download it with --download"),
+        (("fashion-mnist", "out", "--split", "heldout"), 2, "--split is 'heldout'; fashion-mnist has train and test"),
+        (("eurosat", "out"), 2, "eurosat has no training part that clipkit knows"),
+        (
+            ("fashion-mnits", "out"),
+            2,
+            "no folder or tar at fashion-mnits, nor a data set; did you mean 'fashion-mnist'?",
+        ),
+    ],
+)
+def test_named_sets_that_cannot_be_packed(words, code, message, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found, _, err = command("pack", *words)
+    assert found == code
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_sets_of_several_labels_are_not_packed():
+    images = ImageSet(
+        "csv:a.csv", [["a"], ["b"]], ["{}"], 1, lambda i: (Image.new("L", (2, 2)), (0, 1)), multilabel=True
+    )
+    with pytest.raises(UsageError, match="several labels"):
+        as_source(images, seed=0)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # urllib leaves a 404's socket open

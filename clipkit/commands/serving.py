@@ -1,0 +1,33 @@
+"""app: a page in the browser."""
+
+from __future__ import annotations
+
+import click
+
+from clipkit import DEFAULT_MODEL
+from clipkit.commands.given import MODEL_HELP
+from clipkit.errors import UsageError
+
+
+@click.command()
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help=MODEL_HELP)
+@click.option("--images", help="A folder of pictures, or a pack, to search in.  [default: drawings]")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; there is no password.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 is any that is free.")
+@click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
+def app(model: str, images: str | None, host: str, port: int, device: str) -> None:
+    """Open a page with four tabs: classify a picture, search a folder, draw, compare pictures with texts.
+
+    It answers this machine alone, and keeps nothing of what is sent. Drawing needs a model with a denoiser. Needs
+    the [app] extra.
+
+    \b
+    Examples:
+      clipkit app
+      clipkit app --images photos/ --model ViT-B-32/laion2b_s34b_b79k
+    """
+    try:
+        from clipkit import app as room
+    except ModuleNotFoundError as error:
+        raise UsageError(f'the page needs {error.name}: pip install "clipkit[app]"') from None
+    room.serve(room.Rooms.open(model, images, device), host, port)
