@@ -26,6 +26,7 @@ from clipkit.model import CLIP, CLIPConfig
 from clipkit.train.optim import make_optimizer
 
 VOCABULARY, END = 49408, 49407
+SETTINGS = OptimConfig(lr=5e-4, weight_decay=0.2)
 SHAPES = {
     "vit_b_32": {"tower": "vit_base_patch32_224", "embed": 512, "width": 512, "layers": 12, "heads": 8},
     "vit_tiny": {"tower": "vit_tiny_patch16_224", "embed": 256, "width": 256, "layers": 4, "heads": 4},
@@ -43,7 +44,7 @@ def ours(shape: dict[str, object], precision: str) -> Callable[[Tensor, Tensor],
         text_heads=shape["heads"],  # type: ignore[arg-type]
     )
     model = CLIP(config, VOCABULARY, END).train()
-    optimizer = make_optimizer(model, OptimConfig(lr=5e-4, weight_decay=0.2))
+    optimizer = make_optimizer(model, SETTINGS)
 
     def step(images: Tensor, ids: Tensor) -> float:
         optimizer.zero_grad()
@@ -59,8 +60,8 @@ def ours(shape: dict[str, object], precision: str) -> Callable[[Tensor, Tensor],
     return step
 
 
-def theirs(shape: dict[str, object], precision: str) -> Callable[[Tensor, Tensor], float]:
-    """open_clip's step as its training script does it: float images, ids padded to 77."""
+def open_clip_model(shape: dict[str, object], image_size: int) -> nn.Module:
+    """open_clip's CLIP with timm's tower and a text transformer of this shape, in training mode."""
     import open_clip
 
     config = {
@@ -70,7 +71,7 @@ def theirs(shape: dict[str, object], precision: str) -> Callable[[Tensor, Tensor
             "timm_model_pretrained": False,
             "timm_pool": "",
             "timm_proj": "linear",
-            "image_size": 224,
+            "image_size": image_size,
         },
         "text_cfg": {
             "context_length": 77,
@@ -84,11 +85,24 @@ def theirs(shape: dict[str, object], precision: str) -> Callable[[Tensor, Tensor
         (Path(folder) / "clipkit-benchmark.json").write_text(json.dumps(config))
         open_clip.add_model_config(folder)
         model: nn.Module = open_clip.create_model("clipkit-benchmark", output_dict=True).train()
-    loss_function = open_clip.ClipLoss(cache_labels=True)
+    return model
+
+
+def open_clip_optimizer(model: nn.Module, lr: float, config: OptimConfig) -> torch.optim.Optimizer:
+    """As its training script makes it."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     spared = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": spared, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.2}]
-    optimizer = torch.optim.AdamW(groups, lr=5e-4, betas=(0.9, 0.98), eps=1e-6)
+    groups = [{"params": spared, "weight_decay": 0.0}, {"params": decayed, "weight_decay": config.weight_decay}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(config.beta1, config.beta2), eps=1e-6)
+
+
+def theirs(shape: dict[str, object], precision: str) -> Callable[[Tensor, Tensor], float]:
+    """open_clip's step as its training script does it: float images, ids padded to 77."""
+    import open_clip
+
+    model = open_clip_model(shape, 224)
+    loss_function = open_clip.ClipLoss(cache_labels=True)
+    optimizer = open_clip_optimizer(model, SETTINGS.lr, SETTINGS)
     mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
     std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(1, 3, 1, 1)
 

@@ -32,6 +32,39 @@ def test_train_step():
 
 
 @pytest.mark.slow
+def test_paired_training(packs):
+    words = ["--shards", str(packs / "train"), "--val", str(packs / "heldout"), "--batch", "16"]
+    found = run("paired_training.py", *words, "--steps", "4", "--turn", "2")
+    assert found["ratio"] > 0
+    for side in ("clipkit", "open_clip"):
+        assert found[side]["images_per_s"] > 0
+        assert 0 < found[side]["loss"] < 6
+        assert 0 <= found[side]["top1"] <= 1
+
+
+def test_learning_curves(chain, tmp_path):
+    runs = [str(chain / name) for name in ("clip", "denoiser")]
+    found = run("learning_curves.py", *runs)
+    assert {name: len(lines) for name, lines in found.items()} == {
+        "loss": 2,
+        "logit_scale": 1,
+        "zeroshot_top1": 1,
+        "samples_per_s": 2,
+    }
+    assert [step for step, _ in found["loss"][f"{chain.name}/denoiser"]] == [2, 4]
+    drawn = subprocess.run(
+        [sys.executable, BENCHMARKS / "learning_curves.py", *runs, "--out", tmp_path / "curves.png"], check=True
+    )
+    assert drawn.returncode == 0
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    wrong = subprocess.run(
+        [sys.executable, BENCHMARKS / "learning_curves.py", tmp_path], capture_output=True, text=True
+    )
+    assert wrong.returncode == 2
+    assert "has no log.jsonl" in wrong.stderr
+
+
+@pytest.mark.slow
 def test_loader():
     row = run("loader.py", "--samples", "256", "--rounds", "1")
     assert row["clipkit_samples_per_s"] > 0
