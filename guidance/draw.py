@@ -122,6 +122,12 @@ class Studio:
                     f"the noise-aware CLIP of {path} sees {seen} channels, the denoiser {denoiser.channels}; train it "
                     "with model.autoencoder as the denoiser's latent.autoencoder"
                 )
+            size = guide.model.clip.config.image_size
+            if size != denoiser.image_size:
+                raise CheckpointError(
+                    f"the noise-aware CLIP of {path} sees {size} pixels, the denoiser draws {denoiser.image_size}; "
+                    f"train it with model.image_size={denoiser.image_size}"
+                )
             guide.model.to(where)
         autoencoder = load_autoencoder(path).to(where) if denoiser.latent_channels else None
         return cls(denoiser, guide, load(path, device), autoencoder)

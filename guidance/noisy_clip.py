@@ -35,6 +35,8 @@ class NoisyCLIPConfig:
     """Also train the text tower, which is otherwise left as it is."""
     bank: int = 256
     """Captions kept beside the weights as the alternatives of a prompt."""
+    image_size: int = 0
+    """Pixels of the denoiser's pictures; 0: the clean CLIP's."""
     autoencoder: str = ""
     """Run of an autoencoder: the tower then sees noised latents, and is a new one, as pixels' does not fit them."""
     image_tower: str = "clipkit_resnet"

@@ -30,6 +30,7 @@ from clipkit.shards import Shards
 from clipkit.stream import Batch, cache_of
 from clipkit.train.launch import launch
 from clipkit.train.step import Features, Task
+from clipkit.train.tune import resized
 from clipkit.zeroshot.heads import class_head
 
 _LEVELS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, float("inf"))
@@ -63,6 +64,9 @@ class NoisyPretraining(Task):
             shape = self.autoencoder.config
             self.image_size = shape.image_size
             clip = for_latents(clip, recipe.model, shape.latent_channels, shape.latent_size)
+        elif recipe.model.image_size not in (0, self.image_size):
+            self.image_size = recipe.model.image_size
+            clip = resized(clip, self.image_size)
         self.model: NoisyCLIP = NoisyCLIP(clip, recipe.model.width)
         self.model.clip.text.requires_grad_(recipe.model.train_text)
         packs = [shards, *(Shards(folder, verify=False, cache=cache_of(recipe.data)) for folder in recipe.data.mix)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -108,6 +108,13 @@ def initialise(clip: CLIP, config: TuneConfig) -> None:
             f"{found.path} does not fit this model: it {what}; give tune.init_from a run with these towers"
         )
     clip.load_state_dict(there, strict=False)
+
+
+def resized(clip: CLIP, image_size: int) -> CLIP:
+    """The same CLIP for images of another size; a ViT's positions are interpolated."""
+    made = CLIP(replace(clip.config, image_size=image_size), clip.text.tokens.num_embeddings, clip.text.end_id)
+    made.load_state_dict({n: _positions(n, t, made.image.trunk) for n, t in clip.state_dict().items()})
+    return made
 
 
 def _shape(tensor: Tensor) -> str:

@@ -1,7 +1,18 @@
 """What a noise-aware CLIP is trained with, beside the loop."""
 
+import shutil
+
+import pytest
+import torch
+from worlds import TINY
+
+from clipkit.errors import CheckpointError
+from clipkit.guidance.draw import Studio
+from clipkit.model import CLIP, CLIPConfig
 from clipkit.shards import Shards
+from clipkit.train import noisy_clip, pretrain
 from clipkit.train.noisy_clip import caption_bank
+from clipkit.train.tune import resized
 
 
 def captions(shards):
@@ -21,3 +32,33 @@ def test_the_bank_has_as_many_captions_of_every_pack(packs):
 def test_a_small_pack_gives_what_it_has(packs):
     shards = Shards(packs / "heldout")
     assert set(caption_bank([shards], 10_000, seed=0)) == captions(shards)
+
+
+def test_it_learns_at_the_denoisers_size(packs, chain, tmp_path):
+    """A guide must see what the denoiser draws: of another size it is refused, trained for it it is not."""
+    for name in ("clip", "denoiser"):
+        shutil.copytree(chain / name, tmp_path / name)
+    words = [*TINY, f"data.shards={packs / 'train'}", "data.val=", f"model.clip={chain / 'clip'}"]
+    wide = noisy_clip.run("drawings_noisy_clip", [*words, f"run.out={tmp_path / 'wide'}", "model.image_size=48"])
+    wide.rename(tmp_path / "noisy_clip")
+    with pytest.raises(
+        CheckpointError, match=r"sees 48 pixels, the denoiser draws 24; train it with model\.image_size=24"
+    ):
+        Studio.open(tmp_path, "cpu")
+    shutil.rmtree(tmp_path / "noisy_clip")
+    clip48 = pretrain.run("drawings_clip", [*words[:-1], f"run.out={tmp_path / 'clip48'}", "model.image_size=48"])
+    fitting = [f"model.clip={clip48}", f"run.out={tmp_path / 'noisy_clip'}", "model.image_size=24"]
+    noisy_clip.run("drawings_noisy_clip", [*words[:-1], *fitting])
+    assert Studio.open(tmp_path, "cpu").draw("a rocket", n=1, steps=2).images.shape == (1, 3, 24, 24)
+
+
+def test_a_resized_vit_keeps_its_features_but_for_positions():
+    config = CLIPConfig("vit_tiny_patch16_224", 32, embed_dim=16, text_width=32, text_layers=1, text_heads=2)
+    torch.manual_seed(0)
+    clip = CLIP(config, 100, 99).eval()
+    same, large = resized(clip, 32).eval(), resized(clip, 64).eval()
+    pixels = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(same.image(pixels), clip.image(pixels))
+    assert large.image.trunk.pos_embed.shape[1] == 1 + 16
+    assert large.image(torch.rand(1, 3, 64, 64)).shape == (1, 16)
+    torch.testing.assert_close(large.text.state_dict(), clip.text.state_dict())
