@@ -5,14 +5,16 @@
 
 The drawings' denoiser, told and untold; sixteen prompts, "a rocket" and so on, `--each` pictures of each. Per cell: the
 share that the judge (another seed's CLIP) names right among the sixteen objects, its CLIP score, the Frechet distance
-of the pictures to drawings of the training's kind in its features, and seconds a picture. Trains the classifier and the
-told denoiser into `--runs` if they are not there. Writes study.json, study.md, study.png (pictures) and scales.png.
+of the pictures to drawings of the training's kind in its features, and the cost in unguided steps, all kinds timed in
+turns. Trains the classifier into `--runs` if it is not there. Writes study.json, study.md, study.png (pictures),
+scales.png and costs.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,7 +37,6 @@ from clipkit.guidance.metrics import Moments, clip_score, frechet_distance
 from clipkit.guidance.schedule import karras
 from clipkit.guidance.sheet import grid
 from clipkit.images import to_image
-from clipkit.train import denoiser as denoiser_training
 from clipkit.train import noisy_classifier
 
 OBJECTS = list(drawings.OBJECTS)
@@ -48,14 +49,9 @@ Make = Callable[[int, float, Tensor], Denoise]
 
 
 def prepare(runs: Path, words: Sequence[str]) -> None:
-    """Train what the demo does not: a told denoiser and a classifier."""
-    data = [f"data.shards={runs / 'packs' / 'train'}", *words]
-    clip = runs / "clip"
-    told = ["condition.kind=text", f"condition.clip={clip}", f"run.out={runs / 'told'}"]
-    denoiser_training.run("drawings_denoiser", [*data, *told])
-    noisy_classifier.run(
-        "drawings_noisy_classifier", [*data, f"model.clip={clip}", f"run.out={runs / 'noisy_classifier'}"]
-    )
+    """Train what the demo does not: a classifier."""
+    places = [f"data.shards={runs / 'packs' / 'train'}", f"model.clip={runs / 'clip'}"]
+    noisy_classifier.run("drawings_noisy_classifier", [*places, *words, f"run.out={runs / 'noisy_classifier'}"])
 
 
 def clean_log_prob(studio: Studio, number: int) -> Callable[[Tensor], Tensor]:
@@ -90,8 +86,8 @@ def prompt_of(number: int) -> str:
 
 def methods(runs: Path) -> dict[str, tuple[Make, Sequence[float]]]:
     """Name -> how the guided denoiser is made, and at which scales."""
-    studio, told, classifier = Studio.open(runs), load_denoiser(runs / "told"), object_log_prob(runs)
-    plain = studio.denoiser
+    studio, classifier = Studio.open(runs), object_log_prob(runs)
+    plain = studio.denoiser  # untold
 
     def noise_aware(denoise: Denoise, **how: Any) -> Make:
         def make(number: int, scale: float, lambdas: Tensor) -> Denoise:
@@ -104,7 +100,7 @@ def methods(runs: Path) -> dict[str, tuple[Make, Sequence[float]]]:
         return score_shift(lambda x, lam: log_p(x), scale)(plain)
 
     def free(number: int, scale: float, lambdas: Tensor) -> Denoise:
-        return contrast(told.given(""), scale)(told.given(prompt_of(number)))
+        return contrast(plain, scale)(plain.given(prompt_of(number)))
 
     def free_and_noise_aware(number: int, scale: float, lambdas: Tensor) -> Denoise:
         return noise_aware(free(number, 2.0, lambdas))(number, scale, lambdas)
@@ -120,6 +116,21 @@ def methods(runs: Path) -> dict[str, tuple[Make, Sequence[float]]]:
         "classifier-free": (free, CFG_SCALES),
         "classifier-free (2) + noise-aware CLIP": (free_and_noise_aware, SCALES),
     }
+
+
+@torch.no_grad()
+def costs(kinds: dict[str, tuple[Make, Sequence[float]]], size: int, rounds: int = 7) -> dict[str, float]:
+    """What a step of each kind takes, in unguided ones: medians of turns, so that other work on the machine cancels."""
+    x, lambdas = torch.randn(16, 3, size, size), karras(-4.0, 4.0, 3)
+    made = {name: clipped(make(0, scales[-1], lambdas)) for name, (make, scales) in kinds.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in made}
+    for _ in range(rounds):
+        for name, denoise in made.items():
+            began = time.perf_counter()
+            denoise(x, lambdas[1])
+            seconds[name].append(time.perf_counter() - began)
+    plain = seconds["none"][1:]
+    return {n: statistics.median(a / b for a, b in zip(s[1:], plain, strict=True)) for n, s in seconds.items()}
 
 
 @torch.no_grad()
@@ -151,21 +162,20 @@ def study(runs: Path, steps: Sequence[int], each: int, few: bool) -> tuple[list[
     )
     rows: list[dict[str, Any]] = []
     best: dict[str, tuple[float, Tensor]] = {}
+    cost = costs(kinds, size)
     cells = [
         (name, scale, n) for n in steps for name, (_, scales) in kinds.items() for scale in scales[: 1 if few else 9]
     ]
     with torch.no_grad():
         prompts = judge.model.encode_text(judge.tokenizer([prompt_of(n) for n in range(len(OBJECTS))]))
     for name, scale, n in records.progress(cells, len(cells), "cells"):
-        began = time.perf_counter()
         images = sample(kinds[name][0], scale, n, each, size, load_denoiser(runs).range())
-        seconds = time.perf_counter() - began
         found, seen = named(judge, images), features(extractor, images)
         right = sum(a == b for a, b in zip(found, [o for o in OBJECTS for _ in range(each)], strict=True))
         row = {"guidance": name, "scale": scale, "steps": n, "named right": right / len(images)}
         row["CLIP score"] = clip_score(seen, prompts.repeat_interleave(each, dim=0))
         row["Frechet"] = frechet_distance(known, Moments.of(seen))
-        row["s a picture"] = seconds / len(images)
+        row["cost"] = n * cost[name]
         rows.append(row)
         records.say(json.dumps(row))
         if name not in best or row["named right"] > best[name][0]:
@@ -174,24 +184,29 @@ def study(runs: Path, steps: Sequence[int], each: int, few: bool) -> tuple[list[
     return rows, {name: images for name, (_, images) in best.items()}
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The best scale of each method for each number of steps, as Markdown."""
+def best_scales(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each method and number of steps the row with most named right."""
     chosen: dict[tuple[str, int], dict[str, Any]] = {}
     for row in rows:
         key = (row["guidance"], row.get("steps", 0))
         if key not in chosen or row.get("named right", 0) > chosen[key].get("named right", 0):
             chosen[key] = row
+    return list(chosen.values())
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The best scale of each method for each number of steps, as Markdown."""
     lines = [
-        "| guidance | steps | best scale | named right | CLIP score | Frechet | s a picture |",
+        "| guidance | steps | cost, unguided steps | best scale | named right | CLIP score | Frechet |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in chosen.values():
+    for row in best_scales(rows):
         if "steps" not in row:
-            lines.append(f"| {row['guidance']} | | | | | {row['Frechet']:.4f} | |")
+            lines.append(f"| {row['guidance']} | | | | | | {row['Frechet']:.3f} |")
             continue
         lines.append(
-            f"| {row['guidance']} | {row['steps']} | {row['scale']:g} | {row['named right']:.1%} | "
-            f"{row['CLIP score']:.1f} | {row['Frechet']:.4f} | {row['s a picture']:.3f} |"
+            f"| {row['guidance']} | {row['steps']} | {row['cost']:.0f} | {row['scale']:g} | {row['named right']:.1%} | "
+            f"{row['CLIP score']:.1f} | {row['Frechet']:.3f} |"
         )
     return "\n".join(lines)
 
@@ -208,19 +223,19 @@ def pictures(best: dict[str, Tensor], each: int) -> Image.Image:
     return sheet
 
 
-def curves(rows: Sequence[dict[str, Any]], steps: int) -> Any:
-    """Share named right over the scale, at the largest number of steps."""
+def curves(rows: Sequence[dict[str, Any]], over: str, label: str) -> Any:
+    """Share named right over the column `over`, a line for each kind of guidance with several values."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7.6, 4.2), layout="constrained")
     axes = figure.subplots()
-    for name in dict.fromkeys(row["guidance"] for row in rows if row.get("steps") == steps):
-        own = [row for row in rows if row["guidance"] == name and row["steps"] == steps]
+    for name in dict.fromkeys(row["guidance"] for row in rows if over in row):
+        own = sorted((row for row in rows if row["guidance"] == name), key=lambda row: float(row[over]))
         if len(own) > 1:
-            axes.plot([r["scale"] for r in own], [100 * r["named right"] for r in own], marker="o", label=name)
+            axes.plot([r[over] for r in own], [100 * r["named right"] for r in own], marker="o", label=name)
     axes.axhline(100 / len(OBJECTS), color="grey", linestyle=":", linewidth=0.8)
-    axes.set(xscale="log", xlabel="scale", ylabel=f"named right, %, {steps} steps", ylim=(0, 100))
-    axes.legend(frameon=False, fontsize=8)
+    axes.set(xscale="log", xlabel=label, ylabel="named right, %", ylim=(0, 102))
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 
@@ -229,7 +244,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/demo"))
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--each", type=int, default=8, help="pictures of each object")
-    parser.add_argument("--steps", type=int, nargs="+", default=[10, 25])
+    parser.add_argument("--steps", type=int, nargs="+", default=[10, 25, 50])
     parser.add_argument("--few", action="store_true", help="the first scale of each alone")
     parser.add_argument("--train", nargs="*", default=[], help="overrides for what is trained")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON instead of a table")
@@ -240,7 +255,11 @@ def main() -> None:
     (options.out / "study.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     (options.out / "study.md").write_text(table(rows) + "\n", encoding="utf-8")
     pictures(best, options.each).save(options.out / "study.png")
-    curves(rows, max(options.steps)).savefig(options.out / "scales.png", dpi=110)
+    most = max(options.steps)
+    long = [row for row in rows if row.get("steps") == most]
+    curves(long, "scale", f"scale, {most} steps").savefig(options.out / "scales.png", dpi=110)
+    label = "cost in unguided steps, best scale"
+    curves(best_scales(rows), "cost", label).savefig(options.out / "costs.png", dpi=110)
     print(json.dumps(rows) if options.json else table(rows))
 
 

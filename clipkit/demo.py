@@ -24,6 +24,8 @@ _PARTS = (  # run, module of clipkit.train, recipe
     ("denoiser", "denoiser", "denoiser"),
     ("noisy_clip", "noisy_clip", "noisy_clip"),
 )
+# Told captions, but for a quarter of the pictures: so that it also draws untold, for the CLIP alone to steer.
+_TOLD = ("condition.kind=text", "condition.drop=0.25", "run.steps=1200")
 _QUICK = ("run.steps=4", "run.batch_size=32", "optim.warmup=1", "run.log_every=2", "data.workers=0")
 
 
@@ -38,6 +40,7 @@ def run(out: Path, seed: int = 0, quick: bool = False) -> dict[str, Any]:
         words = [f"run.out={out / name}", f"run.seed={seed + (name == 'judge')}", f"data.shards={packs['train']}"]
         words += [f"data.val={packs['heldout']}"] if recipe != "denoiser" else []
         words += [f"model.clip={out / 'clip'}"] if recipe == "noisy_clip" else []
+        words += [*_TOLD, f"condition.clip={out / 'clip'}"] if recipe == "denoiser" else []
         train = import_module(f"clipkit.train.{module}").run
         train(f"drawings_{recipe}.toml", [*words, *(_QUICK if quick else ())])
     metrics = {"seed": seed, **_score_clip(out, packs["heldout"]), **_draw(out, seed, quick)}
@@ -74,21 +77,26 @@ def _score_clip(out: Path, heldout: Path) -> dict[str, float]:
 
 def _draw(out: Path, seed: int, quick: bool) -> dict[str, float]:
     """Draw every object and the four prompts, unguided and guided, and let the judge name what it sees."""
-    from clipkit.guidance.draw import Studio
+    from clipkit.guidance.draw import DEFAULT_CFG_SCALE, DEFAULT_SCALE, Steering, Studio
 
     studio, judge, steps = Studio.open(out), load(out / "judge"), 3 if quick else 25
     objects, each = list(drawings.OBJECTS), 1 if quick else 8
-    right = {"unguided": 0, "guided": 0}
-    blind = studio.draw("a rocket", n=each * len(objects), steps=steps, scale=0, seed=seed).images
-    for i, name in enumerate(records.progress(objects, len(objects), "objects")):
-        guided = studio.draw(f"a {name}", n=each, steps=steps, seed=seed + i).images
-        right["guided"] += named(judge, guided).count(name)
-        right["unguided"] += named(judge, blind[i * each : (i + 1) * each]).count(name)
-    rows = []
-    for scale in (0.0, None):
+    kinds = {  # the noise-aware CLIP's scale, the denoiser's own
+        "unguided": (0.0, 0.0),
+        "guided": (DEFAULT_SCALE, 0.0),
+        "told": (DEFAULT_SCALE, DEFAULT_CFG_SCALE),
+    }
+    right = dict.fromkeys(kinds, 0)
+    strips: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
+    for kind, (scale, cfg_scale) in kinds.items():
+        how = Steering(cfg_scale)
+        for i, name in enumerate(records.progress(objects, len(objects), kind)):
+            drawn = studio.draw(f"a {name}", n=each, steps=steps, scale=scale, seed=seed + i, steering=how)
+            right[kind] += named(judge, drawn.images).count(name)
         for prompt in PROMPTS:
-            rows.append(studio.draw(prompt, n=4, steps=steps, scale=scale, seed=seed).images)
-    _comparison(rows).save(out / "grid.png")
+            drawn = studio.draw(prompt, n=3, steps=steps, scale=scale, seed=seed, steering=how)
+            strips[kind].append(drawn.images)
+    _comparison(strips).save(out / "grid.png")
     return {f"judge_names_{kind}": round(n / (each * len(objects)), 4) for kind, n in right.items()}
 
 
@@ -104,20 +112,20 @@ def named(judge: Pretrained, images: Tensor) -> list[str]:
     return [objects[i] for i in (judge.model.encode_image(pixels) @ head.T).argmax(dim=1).tolist()]
 
 
-def _comparison(rows: list[Tensor]) -> Image.Image:
-    """One row per prompt: its words, four unguided pictures, four guided ones."""
+def _comparison(strips: dict[str, list[Tensor]]) -> Image.Image:
+    """One row per prompt: its words, and the pictures of each kind."""
     from clipkit.guidance.sheet import grid
 
-    pairs = list(zip(rows[: len(PROMPTS)], rows[len(PROMPTS) :], strict=True))
-    strips = [grid(torch.cat([unguided, guided]), columns=8) for unguided, guided in pairs]
-    width, height, margin = strips[0].width, strips[0].height, 96
-    sheet = Image.new("RGB", (margin + width, 18 + height * len(strips)), (255, 255, 255))
+    rows = [grid(torch.cat(of_prompt), columns=3 * len(strips)) for of_prompt in zip(*strips.values(), strict=True)]
+    width, height, margin = rows[0].width, rows[0].height, 96
+    sheet = Image.new("RGB", (margin + width, 18 + height * len(rows)), (255, 255, 255))
     pen = ImageDraw.Draw(sheet)
-    pen.text((margin + width // 4 - 24, 3), "unguided", fill=(0, 0, 0))
-    pen.text((margin + 3 * width // 4 - 20, 3), "guided", fill=(0, 0, 0))
-    for i, (prompt, strip) in enumerate(zip(PROMPTS, strips, strict=True)):
+    heads = ("unguided", "guided by the noise-aware CLIP", "and told the prompt")
+    for i, head in enumerate(heads):
+        pen.text((margin + (2 * i + 1) * width // (2 * len(heads)), 3), head, fill=(0, 0, 0), anchor="ma")
+    for i, (prompt, row) in enumerate(zip(PROMPTS, rows, strict=True)):
         pen.text((4, 18 + i * height + height // 2 - 6), prompt, fill=(0, 0, 0))
-        sheet.paste(strip, (margin, 18 + i * height))
+        sheet.paste(row, (margin, 18 + i * height))
     return sheet
 
 
@@ -143,7 +151,8 @@ def _report(out: Path, metrics: dict[str, Any]) -> None:
     records.say(
         f"\nDone in {metrics['minutes']:.1f} minutes on {device}:\n"
         f"  zero-shot on pairs never seen: {metrics['clip_heldout_top1']:.1%} (chance {1 / len(drawings.PAIRS):.1%})\n"
-        f"  the judge names the object in {metrics['judge_names_guided']:.1%} of guided pictures, "
+        f"  the judge names the object in {metrics['judge_names_guided']:.1%} of what the noise-aware CLIP guided,\n"
+        f"  in {metrics['judge_names_told']:.1%} where the denoiser was told the prompt too, in "
         f"{metrics['judge_names_unguided']:.1%} of unguided ones (chance {1 / len(drawings.OBJECTS):.1%})\n"
         f"  look at {out / 'grid.png'} and {out / 'loss.png'}; more with\n"
         f'  clipkit guided-sample "a green cat" --model {out}'

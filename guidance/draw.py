@@ -39,7 +39,7 @@ SAMPLERS: dict[str, samplers.Sampler] = {
 }
 SPACINGS = ("karras", "linspace", "leading", "trailing")
 DEFAULT_SCALE = 10.0
-DEFAULT_CFG_SCALE = 3.0
+DEFAULT_CFG_SCALE = 2.0
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Steering:
     """How pictures are led to their prompts, beyond the scale of the noise-aware CLIP."""
 
     cfg_scale: float | None = None
-    """Classifier-free guidance, for denoisers that were trained with descriptions; 3 for those, if not given."""
+    """Classifier-free guidance, for denoisers that were trained with descriptions; 2 for those, if not given."""
     objective: Literal["softmax", "dot"] = "softmax"
     """What the noise-aware CLIP maximises: log p of the prompt among captions, or 100 times the cosine (GLIDE)."""
     shift: Literal["score", "mean"] = "score"

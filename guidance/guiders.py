@@ -122,7 +122,7 @@ def _cutout(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def contrast(other: Denoise, scale: Scale, rescale: float = 0.0, renoise: bool = False) -> Guider:
-    """Away from what `other` says: x0' = other + scale (x0 - other); scale 1 returns the denoiser itself.
+    """Away from what `other` says: x0' = other + scale (x0 - other); scale 1 is the denoiser itself, scale 0 `other`.
 
     Classifier-free guidance when `other` is the same network without its condition (Ho & Salimans 2022, arXiv
     2207.12598), autoguidance when it is a weaker one (Karras et al. 2024, arXiv 2406.02507). `rescale` in [0, 1] brings
@@ -132,8 +132,8 @@ def contrast(other: Denoise, scale: Scale, rescale: float = 0.0, renoise: bool =
     """
 
     def guider(denoise: Denoise) -> Denoise:
-        if scale == 1 and not renoise:
-            return denoise
+        if scale in (0, 1) and not renoise and not (scale == 0 and rescale):
+            return denoise if scale else other
 
         def guided(x: Tensor, lam: Tensor) -> Prediction:
             strength = _at(scale, lam)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from worlds import TINY
 
+from clipkit.train import denoiser
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
@@ -109,15 +111,19 @@ def test_sampling(chain):
 @pytest.mark.slow
 def test_guidance_study(chain, packs, tmp_path):
     pytest.importorskip("matplotlib")
-    for name, folder in (("clip", "clip"), ("judge", "clip"), ("denoiser", "denoiser"), ("noisy_clip", "noisy_clip")):
+    for name, folder in (("clip", "clip"), ("judge", "clip"), ("noisy_clip", "noisy_clip")):
         (tmp_path / name).symlink_to(chain / folder)
     (tmp_path / "packs").symlink_to(packs)
+    told = [f"run.out={tmp_path / 'denoiser'}", "condition.kind=text", f"condition.clip={chain / 'clip'}"]
+    denoiser.run("drawings_denoiser", [*TINY, f"data.shards={packs / 'train'}", *told])
     words = ["--runs", str(tmp_path), "--out", str(tmp_path / "study"), "--each", "2", "--steps", "2"]
     words += ["--few", "--train", *TINY]
     rows = run("guidance_study.py", *words)
     assert len({row["guidance"] for row in rows}) == 10
     assert all(0 <= row["named right"] <= 1 for row in rows if "named right" in row)
-    assert {"study.json", "study.md", "study.png", "scales.png"} <= {p.name for p in (tmp_path / "study").iterdir()}
+    assert {"study.json", "study.md", "study.png", "scales.png", "costs.png"} <= {
+        p.name for p in (tmp_path / "study").iterdir()
+    }
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ _SPACINGS = ["karras", "linspace", "leading", "trailing"]
 @click.option("--n", type=click.IntRange(min=1), default=16, show_default=True, help="Pictures.")
 @click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True, help="Sampler steps.")
 @click.option("--scale", type=float, help="Of the noise-aware CLIP; 0 is unguided.  [default: 10; 0 with descriptions]")
-@click.option("--cfg-scale", type=float, help="Classifier-free, for denoisers trained with descriptions.  [default: 3]")
+@click.option("--cfg-scale", type=float, help="Classifier-free, for denoisers trained with descriptions.  [default: 2]")
 @click.option("--sampler", type=click.Choice(_SAMPLERS), default="dpmpp-2m", show_default=True)
 @click.option("--spacing", type=click.Choice(_SPACINGS), help="Of the steps.  [default: karras; ddim, ddpm: linspace]")
 @click.option("--objective", type=click.Choice(["softmax", "dot"]), default="softmax", show_default=True)

@@ -112,7 +112,7 @@ def test_a_told_denoiser_draws_without_a_guide(told, kind, prompt):
     studio = Studio.open(told / kind, "cpu")
     assert studio.guide is None
     drawn = studio.draw(prompt, n=2, steps=3)
-    assert drawn.about["cfg_scale"] == 3
+    assert drawn.about["cfg_scale"] == 2
     assert drawn.about["scale"] == 0
     strong = studio.draw(prompt, n=2, steps=3, steering=Steering(cfg_scale=8.0))
     assert not torch.equal(drawn.images, strong.images)

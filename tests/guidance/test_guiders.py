@@ -138,6 +138,9 @@ def test_classifier_free_guidance_is_guidance_by_the_exact_classifier():
     free = contrast(world.denoise, 1.8)(conditional(2))(x, lam)
     torch.testing.assert_close(free.x0, score_shift(world.log_prob(2), 1.8)(world.denoise)(x, lam).x0)
     assert contrast(world.denoise, 1.0)(world.denoise) == world.denoise
+    plain = conditional(2)
+    assert contrast(world.denoise, 0.0)(plain) == world.denoise
+    assert contrast(world.denoise, 1.0)(plain) is plain
 
 
 def test_rescaling_keeps_the_spread():
