@@ -36,7 +36,7 @@ from torch import Tensor
 from clipkit import drawings
 from clipkit._version import __version__
 from clipkit.errors import CheckpointError, ClipkitError, DataError, UsageError
-from clipkit.guidance.draw import DEFAULT_SCALE, Studio
+from clipkit.guidance.draw import Steering, Studio
 from clipkit.guidance.sheet import grid
 from clipkit.images import decode
 from clipkit.pretrained import Pretrained, fingerprint, load
@@ -174,7 +174,8 @@ class Wanted(BaseModel):
     negative: str = Field("", max_length=MAX_TEXT)
     n: int = Field(8, ge=1, le=MAX_PICTURES)
     steps: int = Field(25, ge=1, le=MAX_STEPS)
-    scale: float = Field(DEFAULT_SCALE, ge=0, le=100)
+    scale: float | None = Field(None, ge=0, le=100)
+    cfg_scale: float | None = Field(None, ge=0, le=100)
     seed: int = Field(0, ge=0, lt=2**53)
 
 
@@ -237,6 +238,7 @@ class Easel:
                     scale=wanted.scale,
                     negative=[wanted.negative] if wanted.negative else [],
                     seed=wanted.seed,
+                    steering=Steering(wanted.cfg_scale),
                     watch=watch,
                 )
             tell({"picture": _data_url(drawn.images), "scores": drawn.scores, "about": drawn.about})
@@ -281,13 +283,12 @@ def make_app(rooms: Rooms, hosts: Sequence[str] = LOCAL) -> FastAPI:
 
     @app.get("/api/about")
     def about() -> dict[str, Any]:
-        return {
-            "version": __version__,
-            "model": rooms.model,
-            "pictures": len(rooms.index),
-            "source": rooms.source,
-            "cannot_draw": rooms.studio if isinstance(rooms.studio, str) else None,
-        }
+        found = {"version": __version__, "model": rooms.model, "pictures": len(rooms.index), "source": rooms.source}
+        if isinstance(rooms.studio, str):
+            return {**found, "cannot_draw": rooms.studio}
+        scale, cfg_scale = rooms.studio.scales
+        has_guide, is_told = rooms.studio.guide is not None, rooms.studio.denoiser.conditioner is not None
+        return {**found, "scale": scale if has_guide else None, "cfg_scale": cfg_scale if is_told else None}
 
     @app.post("/api/classify")
     def say_what(picture: Picture, labels: Text, template: Text) -> dict[str, Any]:

@@ -132,6 +132,11 @@ class Studio:
         autoencoder = load_autoencoder(path).to(where) if denoiser.latent_channels else None
         return cls(denoiser, guide, load(path, device), autoencoder)
 
+    @property
+    def scales(self) -> tuple[float, float]:
+        """What is taken where nothing is said: the noise-aware CLIP's scale, and the classifier-free one."""
+        return (DEFAULT_SCALE, 1.0) if self.denoiser.conditioner is None else (0.0, DEFAULT_CFG_SCALE)
+
     def draw(
         self,
         prompt: str | Mapping[str, float],
@@ -165,9 +170,9 @@ class Studio:
         if sampler not in SAMPLERS:
             raise UsageError(f"unknown sampler {sampler!r}; {did_you_mean(sampler, SAMPLERS)}")
         spacing = spacing or ("linspace" if sampler in ("ddim", "ddpm") else "karras")
-        told = self.denoiser.conditioner is not None
-        scale = (0.0 if told else DEFAULT_SCALE) if scale is None else scale
-        cfg_scale = (DEFAULT_CFG_SCALE if told else 1.0) if steering.cfg_scale is None else steering.cfg_scale
+        usual, usual_cfg = self.scales
+        scale = usual if scale is None else scale
+        cfg_scale = usual_cfg if steering.cfg_scale is None else steering.cfg_scale
         lambdas = self._lambdas(steps, spacing)
         if start is not None:
             start = Start(self._seen(start.image), start.strength, self._coarser(start.mask))
@@ -183,7 +188,7 @@ class Studio:
         about: dict[str, Any] = {"prompt": prompt if isinstance(prompt, str) else prompts, "negative": list(negative)}
         about |= {"scale": scale, "seed": seed, "n": n, "steps": steps, "sampler": sampler, "spacing": spacing}
         about |= {"objective": steering.objective, "shift": steering.shift, "clipkit": __version__}
-        about |= {"cfg_scale": cfg_scale} if told else {}
+        about |= {"cfg_scale": cfg_scale} if self.denoiser.conditioner is not None else {}
         return Drawn(images, self.score(images, prompts), about, trajectory, self._shown)
 
     def told(self, prompts: Mapping[str, float], negative: Sequence[str], cfg_scale: float) -> Denoise:

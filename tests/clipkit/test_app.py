@@ -82,7 +82,7 @@ def test_draw_tells_each_step_and_ends_as_the_studio_does(client, rooms):
     with client.stream("POST", "/api/draw", json=wanted) as answer:
         events = [json.loads(line) for line in answer.iter_lines()]
     assert [event.get("step") for event in events] == [1, 2, 3, 4, None]
-    drawn = rooms.studio.draw("a red rocket", n=2, steps=4, seed=3, scale=10.0, negative=["a tree"])
+    drawn = rooms.studio.draw("a red rocket", n=2, steps=4, seed=3, negative=["a tree"])
     last = events[-1]
     assert last["scores"] == drawn.scores
     shown = Image.open(io.BytesIO(base64.b64decode(last["picture"].partition(",")[2])))

@@ -133,9 +133,14 @@ if (about.cannot_draw) {
   say($("#draw"), about.cannot_draw, true);
   $("#draw button:not([type])").disabled = true;
 }
+for (const name of ["scale", "cfg_scale"]) { // a model may know one, the other, or both
+  const field = $(`#draw [name=${name}]`);
+  field.disabled = field.parentElement.hidden = about[name] == null;
+  field.value = about[name] ?? "";
+}
 answer("draw", async (form, data) => {
   const wanted = Object.fromEntries(data);
-  for (const name of ["n", "steps", "scale", "seed"]) wanted[name] = Number(wanted[name]);
+  for (const name in wanted) if ($(`[name=${name}]`, form).type === "number") wanted[name] = Number(wanted[name]);
   const bar = $("progress", form), stop = $(".stop", form), image = $("img", form);
   drawing = new AbortController();
   stop.disabled = bar.hidden = false;
