@@ -24,8 +24,8 @@ _PARTS = (  # run, module of clipkit.train, recipe
     ("denoiser", "denoiser", "denoiser"),
     ("noisy_clip", "noisy_clip", "noisy_clip"),
 )
-# Told captions, but for a quarter of the pictures: so that it also draws untold, for the CLIP alone to steer.
-_TOLD = ("condition.kind=text", "condition.drop=0.25", "run.steps=1200")
+# Told captions, but for two pictures of five: so that it also draws untold, for the CLIP alone to steer.
+_TOLD = ("condition.kind=text", "condition.drop=0.4", "run.steps=1300")
 _QUICK = ("run.steps=4", "run.batch_size=32", "optim.warmup=1", "run.log_every=2", "data.workers=0")
 
 
@@ -77,15 +77,12 @@ def _score_clip(out: Path, heldout: Path) -> dict[str, float]:
 
 def _draw(out: Path, seed: int, quick: bool) -> dict[str, float]:
     """Draw every object and the four prompts, unguided and guided, and let the judge name what it sees."""
-    from clipkit.guidance.draw import DEFAULT_CFG_SCALE, DEFAULT_SCALE, Steering, Studio
+    from clipkit.guidance.draw import DEFAULT_SCALE, Steering, Studio
 
     studio, judge, steps = Studio.open(out), load(out / "judge"), 3 if quick else 25
     objects, each = list(drawings.OBJECTS), 1 if quick else 8
-    kinds = {  # the noise-aware CLIP's scale, the denoiser's own
-        "unguided": (0.0, 0.0),
-        "guided": (DEFAULT_SCALE, 0.0),
-        "told": (DEFAULT_SCALE, DEFAULT_CFG_SCALE),
-    }
+    # The noise-aware CLIP's scale, and 1 if the denoiser is told the prompt.
+    kinds = {"unguided": (0.0, 0.0), "guided": (DEFAULT_SCALE, 0.0), "told": (DEFAULT_SCALE, 1.0)}
     right = dict.fromkeys(kinds, 0)
     strips: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
     for kind, (scale, cfg_scale) in kinds.items():
