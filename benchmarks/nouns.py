@@ -1,7 +1,7 @@
 """Common nouns drawn by a model and named by another: `python benchmarks/nouns.py --judge RUN [--model RUNS]`.
 
-`--each` guided pictures of "a rocket" and fifteen others, and as many unguided ones; the judge is a CLIP that was never
-used for guiding, and picks among the sixteen. Prints the share that it names right, per noun and in all, and the
+`--each` guided pictures of "a rocket" and nineteen others, and as many unguided ones; the judge is a CLIP that was
+never used for guiding, and picks among the twenty. Prints the share that it names right, per noun and in all, and the
 seconds that sixteen pictures take.
 """
 
@@ -18,10 +18,10 @@ import clipkit
 from clipkit import DEFAULT_MODEL
 from clipkit.demo import named
 from clipkit.drawings import OBJECTS
-from clipkit.guidance.draw import Studio
+from clipkit.guidance.draw import Steering, Studio
 from clipkit.guidance.sheet import grid
 
-NOUNS = tuple(OBJECTS)
+NOUNS = (*OBJECTS, "clock", "crown", "camera", "pizza")
 
 
 def main() -> None:
@@ -30,7 +30,8 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--each", type=int, default=16)
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--scale", type=float, default=None)
+    parser.add_argument("--scale", type=float)
+    parser.add_argument("--cfg-scale", type=float)
     parser.add_argument("--out", type=Path, help="also write a sheet of four pictures of each noun")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     options = parser.parse_args()
@@ -38,12 +39,14 @@ def main() -> None:
     right, seconds, shown = {}, 0.0, []
     for i, noun in enumerate(NOUNS):
         began = time.perf_counter()
-        images = studio.draw(f"a {noun}", options.each, options.steps, scale=options.scale, seed=i).images
+        how = Steering(options.cfg_scale)
+        images = studio.draw(f"a {noun}", options.each, options.steps, options.scale, seed=i, steering=how).images
         seconds += time.perf_counter() - began
-        right[noun] = named(judge, images).count(noun) / options.each
+        right[noun] = named(judge, images, NOUNS).count(noun) / options.each
         shown.append(images[:4])
-    blind = studio.draw("a rocket", options.each * len(NOUNS), options.steps, scale=0).images
-    chance = [name == NOUNS[i // options.each] for i, name in enumerate(named(judge, blind))]
+    untold = Steering(None if studio.denoiser.conditioner is None else 0.0)
+    blind = studio.draw("a rocket", options.each * len(NOUNS), options.steps, scale=0, steering=untold).images
+    chance = [name == NOUNS[i // options.each] for i, name in enumerate(named(judge, blind, NOUNS))]
     result = {
         **right,
         "guided": sum(right.values()) / len(NOUNS),

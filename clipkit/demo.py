@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -98,15 +99,14 @@ def _draw(out: Path, seed: int, quick: bool) -> dict[str, float]:
 
 
 @torch.no_grad()
-def named(judge: Pretrained, images: Tensor) -> list[str]:
-    """The object that the judge sees in each picture, among all objects."""
+def named(judge: Pretrained, images: Tensor, names: Sequence[str] = tuple(drawings.OBJECTS)) -> list[str]:
+    """Which of `names` (the drawings' objects) the judge sees in each picture."""
     from clipkit.images import to_image
     from clipkit.zeroshot.heads import class_head
 
-    objects = list(drawings.OBJECTS)
-    head = class_head(judge.model, judge.tokenizer, objects, drawings.TEMPLATES)
+    head = class_head(judge.model, judge.tokenizer, names, drawings.TEMPLATES)
     pixels = torch.stack([judge.preprocess(to_image(image)) for image in images]).to(head.device)
-    return [objects[i] for i in (judge.model.encode_image(pixels) @ head.T).argmax(dim=1).tolist()]
+    return [names[i] for i in (judge.model.encode_image(pixels) @ head.T).argmax(dim=1).tolist()]
 
 
 def _comparison(strips: dict[str, list[Tensor]]) -> Image.Image:
