@@ -10,7 +10,7 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
@@ -196,9 +196,45 @@ def gather_rows(local: Tensor, sizes: list[int]) -> Tensor:
     return torch.cat([piece[:n] for piece, n in zip(pieces, sizes, strict=True)])
 
 
-def scatter_rows(everyone: Tensor, sizes: list[int]) -> Tensor:
-    """The adjoint of `gather_rows`: [sum b_r, ...] of each rank -> the sum over ranks of this rank's own rows."""
-    return torch.split(sum_over_ranks(everyone), sizes)[rank()]
+def blocks(local: Tensor, sizes: list[int], gathered: bool) -> Iterator[tuple[slice, Tensor, Callable[..., Tensor]]]:
+    """The rows [b_r, ...] of all ranks: at once, or one rank's after the other's.
+
+    With each block come its place among all rows, and a function that takes what this rank has to add to the block's
+    rows and returns the sum of what others have for this rank's own. One rank's after the other's go round a ring:
+    rank r begins with its own, and has those of r + 1 on the way while they are used.
+    """
+    if gathered or len(sizes) == 1:
+        yield (
+            slice(0, sum(sizes)),
+            gather_rows(local, sizes),
+            lambda sums: torch.split(sum_over_ranks(sums), sizes)[rank()],
+        )
+        return
+    block = local
+    for k in range(len(sizes)):
+        owner, following = (rank() + k) % len(sizes), (rank() + k + 1) % len(sizes)
+        arrived = _exchange(local, k + 1, sizes[following])
+        start = sum(sizes[:owner])
+        yield slice(start, start + len(block)), block, lambda sums, k=k: _exchange(sums, -k, len(local))()
+        block = arrived()
+
+
+def _exchange(values: Tensor, by: int, rows: int) -> Callable[[], Tensor]:
+    """Send `values` to the rank `by` places back; what is returned waits for `rows` rows of that `by` places on."""
+    if by % world_size() == 0:
+        return lambda: values
+    found = values.new_empty(rows, *values.shape[1:])
+    to, source = (rank() - by) % world_size(), (rank() + by) % world_size()
+    messages = [dist.P2POp(dist.isend, values.contiguous(), to)] if values.numel() else []
+    messages += [dist.P2POp(dist.irecv, found, source)] if found.numel() else []
+    under_way = dist.batch_isend_irecv(messages) if messages else []
+
+    def arrived() -> Tensor:
+        for message in under_way:
+            message.wait()
+        return found
+
+    return arrived
 
 
 def logsumexp_over_ranks(values: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ InfoNCE (van den Oord et al. 2018, arXiv 1807.03748, eq. 4), symmetric over imag
 positives per row (UniCL, Yang et al. 2022, arXiv 2204.03610, eq. 3-5).
 
 The logits of B images against B texts exist only in strips of a few rows, made once in the forward pass and again in
-the backward pass. Every rank makes the strips of its own images; what it learns about all texts is summed over ranks.
+the backward pass. Every rank makes the strips of its own images, against the texts of all ranks: gathered while they
+are small, else one rank's after the other's as they go round a ring. What it learns about all texts is summed over
+ranks.
 """
 
 from __future__ import annotations
@@ -23,6 +25,10 @@ from clipkit import distributed
 
 _STRIP = 128
 """Images whose logits are held at a time: a strip of B = 2,048 takes 1 MiB, one of B = 32,768 16 MiB."""
+
+GATHERED = 64 * 2**20
+"""Bytes up to which the text features of all ranks are gathered, in one message; beyond, no rank ever holds more than
+its own and two others'."""
 
 
 @dataclass(frozen=True)
@@ -77,20 +83,27 @@ class _Pairs:
         if groups is None:  # each pair is a group of its own
             groups = torch.arange(start, start + rows, device=device)
         self.own, self.everyone = groups, distributed.gather_rows(groups, self.sizes)
+        self.mine = slice(start, start + rows)
+        in_order = self.everyone.sort().values
+        first, last = (torch.searchsorted(in_order, self.own, right=right) for right in (False, True))
+        self.positives = last - first  # [b]
 
     @property
     def total(self) -> int:
         """B: pairs on all ranks."""
         return sum(self.sizes)
 
-    def same(self, rows: slice) -> Tensor:
-        """bool [rows, B]."""
-        return self.own[rows, None] == self.everyone[None, :]
+    def same(self, rows: slice, columns: slice) -> Tensor:
+        """bool [rows, columns]."""
+        return self.own[rows, None] == self.everyone[None, columns]
 
-    def targets(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """[rows, B]: an equal share for each positive; a group has as many images as texts, so columns share alike."""
-        same = self.same(rows).to(dtype)
-        return same.div_(same.sum(dim=1, keepdim=True))
+    def targets(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
+        """[rows, columns]: an equal share for each positive; of a group's images and texts there are as many."""
+        return self.same(rows, columns).to(dtype).div_(self.positives[rows, None])
+
+
+_Strip = tuple[slice, slice, Tensor]
+"""Rows, columns, and what is there [rows, columns]."""
 
 
 class _Objective(ABC):
@@ -100,47 +113,47 @@ class _Objective(ABC):
         self.pairs = pairs
 
     @abstractmethod
-    def value(self, strips: Iterator[tuple[slice, Tensor]]) -> Tensor:
-        """The sum over this rank's rows; may keep what `slope` needs. Strips may be overwritten."""
+    def value(self, strips: Iterator[_Strip], like: Tensor) -> Tensor:
+        """The sum over this rank's rows, in the kind of numbers that `like` is; may keep what `slope` needs."""
 
     @abstractmethod
-    def slope(self, rows: slice, logits: Tensor) -> Tensor:
-        """Derivative of the sum over all ranks by these logits [rows, B]."""
+    def slope(self, rows: slice, columns: slice, logits: Tensor) -> Tensor:
+        """Derivative of the sum over all ranks by these logits."""
 
 
 class _InfoNCE(_Objective):
     row: Tensor  # [b]: log-sum-exp over texts
     column: Tensor  # [B]: log-sum-exp over the images of all ranks
 
-    def value(self, strips: Iterator[tuple[slice, Tensor]]) -> Tensor:
-        rows, positives, column = [], [], None
-        for where, logits in strips:
-            rows.append(logits.logsumexp(dim=1))
-            inside = logits.logsumexp(dim=0)
-            column = inside if column is None else torch.logaddexp(column, inside)
-            positives.append((logits * self.pairs.targets(where, logits.dtype)).sum(dim=1))
-        assert column is not None
-        self.row, self.column = torch.cat(rows), distributed.logsumexp_over_ranks(column)
-        start = sum(self.pairs.sizes[: distributed.rank()])
-        own = self.column[start : start + len(self.row)]
-        return (self.row + own).sum() / 2 - torch.cat(positives).sum()
+    def value(self, strips: Iterator[_Strip], like: Tensor) -> Tensor:
+        self.row = like.new_full((len(self.pairs.own),), -torch.inf)
+        column, positives = like.new_full((self.pairs.total,), -torch.inf), like.new_zeros(())
+        for rows, columns, logits in strips:
+            self.row[rows] = torch.logaddexp(self.row[rows], logits.logsumexp(dim=1))
+            column[columns] = torch.logaddexp(column[columns], logits.logsumexp(dim=0))
+            positives += logits.mul_(self.pairs.targets(rows, columns, logits.dtype)).sum()
+        self.column = distributed.logsumexp_over_ranks(column)
+        return (self.row + self.column[self.pairs.mine]).sum() / 2 - positives
 
-    def slope(self, rows: slice, logits: Tensor) -> Tensor:
+    def slope(self, rows: slice, columns: slice, logits: Tensor) -> Tensor:
         slope = (logits - self.row[rows, None]).exp_()
-        slope += (logits - self.column).exp_()
-        return slope.div_(2).sub_(self.pairs.targets(rows, logits.dtype))
+        slope += (logits - self.column[columns]).exp_()
+        return slope.div_(2).sub_(self.pairs.targets(rows, columns, logits.dtype))
 
 
 class _Sigmoid(_Objective):
-    def value(self, strips: Iterator[tuple[slice, Tensor]]) -> Tensor:
-        return torch.stack([F.softplus(-logits * self._sign(rows)).sum() for rows, logits in strips]).sum()
+    def value(self, strips: Iterator[_Strip], like: Tensor) -> Tensor:
+        total = like.new_zeros(())
+        for rows, columns, logits in strips:
+            total += F.softplus(-logits * self._sign(rows, columns)).sum()
+        return total
 
-    def slope(self, rows: slice, logits: Tensor) -> Tensor:
-        sign = self._sign(rows)
+    def slope(self, rows: slice, columns: slice, logits: Tensor) -> Tensor:
+        sign = self._sign(rows, columns)
         return -sign * torch.sigmoid(-logits * sign)
 
-    def _sign(self, rows: slice) -> Tensor:
-        return self.pairs.same(rows).to(torch.int8).mul_(2).sub_(1)  # 1 for positives, -1 for the rest
+    def _sign(self, rows: slice, columns: slice) -> Tensor:
+        return self.pairs.same(rows, columns).to(torch.int8).mul_(2).sub_(1)  # 1 for positives, -1 for the rest
 
 
 class _Strips(torch.autograd.Function):
@@ -157,31 +170,37 @@ class _Strips(torch.autograd.Function):
         kind: type[_Objective],
     ) -> Tensor:
         pairs = _Pairs(len(image), groups, image.device)
-        texts = distributed.gather_rows(text, pairs.sizes)  # [B, D]
-        ctx.objective = kind(pairs)
-        ctx.save_for_backward(image, texts, scale, bias)
+        ctx.objective, ctx.gathered = kind(pairs), pairs.total * text[:1].nbytes <= GATHERED
+        ctx.save_for_backward(image, text, scale, bias)
         strips = (
-            (rows, cosines.mul_(scale[rows, None]).add_(bias[rows, None])) for rows, cosines in _cosines(image, texts)
+            (rows, columns, cosines.mul_(scale[rows, None]).add_(bias[rows, None]))
+            for columns, texts, _ in distributed.blocks(text, pairs.sizes, ctx.gathered)
+            for rows, cosines in _cosines(image, texts)
         )
         # Ranks may hold different numbers of rows: the mean over ranks of W / B * their sum is the mean over all rows.
-        value: Tensor = ctx.objective.value(strips) * (len(pairs.sizes) / pairs.total)
+        value: Tensor = ctx.objective.value(strips, image) * (len(pairs.sizes) / pairs.total)
         return value
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        image, texts, scale, bias = ctx.saved_tensors
+        image, text, scale, bias = ctx.saved_tensors
         pairs = ctx.objective.pairs
         weight = gradients[0] * (len(pairs.sizes) / pairs.total)
-        d_image, d_texts = torch.empty_like(image), torch.zeros_like(texts)
-        d_scale, d_bias = torch.empty_like(scale), torch.empty_like(bias)
-        for rows, cosines in _cosines(image, texts):
-            logits = cosines * scale[rows, None] + bias[rows, None]
-            slope = ctx.objective.slope(rows, logits).mul_(weight)  # [rows, B]
-            d_scale[rows], d_bias[rows] = (slope * cosines).sum(dim=1), slope.sum(dim=1)
-            slope *= scale[rows, None]
-            torch.mm(slope, texts, out=d_image[rows])
-            d_texts.addmm_(slope.T, image[rows])
-        return d_image, distributed.scatter_rows(d_texts, pairs.sizes), d_scale, d_bias, None, None
+        d_image, d_scale, d_bias = (torch.zeros_like(x) for x in (image, scale, bias))
+        d_text: Tensor | None = None
+        for columns, texts, home in distributed.blocks(text, pairs.sizes, ctx.gathered):
+            d_texts = torch.zeros_like(texts)
+            for rows, cosines in _cosines(image, texts):
+                logits = cosines * scale[rows, None] + bias[rows, None]
+                slope = ctx.objective.slope(rows, columns, logits).mul_(weight)  # [rows, columns]
+                d_scale[rows] += (slope * cosines).sum(dim=1)
+                d_bias[rows] += slope.sum(dim=1)
+                slope *= scale[rows, None]
+                d_image[rows].addmm_(slope, texts)
+                d_texts.addmm_(slope.T, image[rows])
+            brought = home(d_texts)
+            d_text = brought if d_text is None else d_text.add_(brought)
+        return d_image, d_text, d_scale, d_bias, None, None
 
 
 def _cosines(image: Tensor, texts: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -15,10 +15,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipkit.errors import UsageError
+from clipkit.losses import GATHERED
 from clipkit.model import CLIP
 from clipkit.train.pretrain import PretrainRecipe
 
 CLIP_VOCABULARY = 49408
+_MESSAGE = 20e-6
+"""Seconds that a message takes beside its bytes."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,11 @@ class Plan:
     gradients_s: float
     """Averaging gradients: over the network a ring of 2 (W - 1) / W times their bytes."""
     contrast_s: float
-    """Text features of all ranks to each, and their gradients back."""
+    """Text features of all ranks to each, and their gradients back: gathered or by a ring, as the loss does it."""
+    contrast_gathered_s: float
+    """Of the two ways the one: features gathered, gradients summed."""
     contrast_ring_s: float
-    """The same by a ring in which features, sums and gradients travel; for comparison, clipkit gathers."""
+    """The other: features travel once forward and once backward, gradients once, each in W - 1 messages."""
     step_s: float
     samples_per_s: float
     weights_bytes: int
@@ -102,11 +107,15 @@ def plan(recipe: PretrainRecipe, ranks: int, device: Device, per_node: int = 8, 
     optimizer = 7 * weights / cut / device.memory  # gradient, weight and moments read; weight, moments, average written
     share = (ranks - 1) / ranks
     gradients = (2 if cut == 1 else 3) * share * weights / link
-    contrast, ring = 3 * share * rows / link, 3.5 * share * rows / link
+    gathered = 3 * share * rows / link
+    ring = gathered + 3 * (ranks - 1) * _MESSAGE
+    turns = rows > GATHERED and ranks > 1
+    contrast = ring if turns else gathered
     hidden = 0.0 if device.bytes == 0 else 0.8 * min(gradients, compute / 2)  # behind the backward pass
     step = compute + optimizer + gradients - hidden + contrast
     state, activations = 5 * weights // cut, int(kept * half * -(-batch // run.micro_batches))
-    loss = 5 * 4 * 128 * run.batch_size + 4 * rows  # strips; features and gradients of all ranks, and this rank's own
+    columns, blocks = (batch, 6 * rows // ranks) if turns else (run.batch_size, 4 * rows)
+    loss = 5 * 4 * 128 * columns + blocks  # strips; features and gradients of all ranks or of one other, and one's own
     return Plan(
         ranks=ranks,
         batch_per_rank=batch,
@@ -116,6 +125,7 @@ def plan(recipe: PretrainRecipe, ranks: int, device: Device, per_node: int = 8, 
         optimizer_s=optimizer,
         gradients_s=gradients,
         contrast_s=contrast,
+        contrast_gathered_s=gathered,
         contrast_ring_s=ring,
         step_s=step,
         samples_per_s=run.batch_size / step,

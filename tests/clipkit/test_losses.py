@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from ranks import on_ranks
 
-from clipkit import distributed
+from clipkit import distributed, losses
 from clipkit.losses import info_nce, sigmoid_loss
 
 
@@ -112,33 +112,58 @@ def test_strips_change_nothing(monkeypatch, strip, loss, grouped):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
+class _Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+    """How many elements each tensor has that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        made = out if isinstance(out, tuple) else (out,)
+        self.made.extend(t.numel() for t in made if isinstance(t, torch.Tensor))
+        return out
+
+
 def test_no_matrix_of_logits_is_held():
     """Nothing of B x B elements is ever allocated, forward or backward; strips of the batch are all there is."""
     image, text = (F.normalize(torch.randn(1024, 8), dim=1).requires_grad_() for _ in range(2))
-    sizes = []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            sizes.extend(t.numel() for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, torch.Tensor))
-            return out
-
-    with Watch():
+    with _Sizes() as sizes:
         info_nce(image, text, torch.tensor(10.0)).backward()
-    assert max(sizes) == 128 * 1024
+    assert max(sizes.made) == 128 * 1024
 
 
-def _rank_share(loss, tensors, groups, bounds):
+def _largest_tensor(gathered):
+    losses.GATHERED = gathered
+    image, text = (F.normalize(torch.randn(256, 256), dim=1).requires_grad_() for _ in range(2))
+    with _Sizes() as sizes:
+        info_nce(image, text, torch.tensor(10.0)).backward()
+    return torch.tensor(max(sizes.made))
+
+
+def test_round_a_ring_no_rank_holds_all_features():
+    """Two ranks of 256 x 256 features: a gather makes a tensor of both, the ring none larger than a rank's own."""
+    assert [int(n) for n in on_ranks(2, _largest_tensor, 1 << 30)] == [2 * 256 * 256] * 2
+    assert [int(n) for n in on_ranks(2, _largest_tensor, 0)] == [256 * 256] * 2
+
+
+def _rank_share(loss, tensors, groups, bounds, gathered):
     """One rank's part of the batch -> its loss and gradients, as DDP would average them."""
+    losses.GATHERED = gathered
     start, stop = bounds[distributed.rank()], bounds[distributed.rank() + 1]
     own = leaves(*(t[start:stop] if t.ndim else t for t in tensors))
     value = loss(*own, None if groups is None else groups[start:stop])
     return [g.detach() for g in gradients(value, *own)]
 
 
-@pytest.mark.parametrize(("bounds", "grouped"), [([0, 6, 12], False), ([0, 5, 12], True), ([0, 4, 8, 12], True)])
+@pytest.mark.parametrize("gathered", [1 << 30, 0], ids=["gathered", "ring"])
+@pytest.mark.parametrize(
+    ("bounds", "grouped"),
+    [([0, 6, 12], False), ([0, 5, 12], True), ([0, 4, 8, 12], True), ([0, 2, 7, 8, 12], True)],
+)
 @pytest.mark.parametrize("loss", [info_nce, sigmoid_loss])
-def test_ranks_give_the_gradients_of_one_process(bounds, grouped, loss):
+def test_ranks_give_the_gradients_of_one_process(bounds, grouped, loss, gathered):
     """Uneven shares too; towers, logit scale and bias alike, to 1e-5 in fp32."""
     image, text, groups = make()
     tensors = [image.float(), text.float(), torch.tensor(9.0), torch.tensor(-4.0)][: 3 + (loss is sigmoid_loss)]
@@ -146,7 +171,7 @@ def test_ranks_give_the_gradients_of_one_process(bounds, grouped, loss):
     world = len(bounds) - 1
     whole = leaves(*tensors)
     expected = gradients(loss(*whole, groups), *whole)
-    shares = on_ranks(world, _rank_share, loss, tensors, groups, bounds)
+    shares = on_ranks(world, _rank_share, loss, tensors, groups, bounds, gathered)
     for k in (0, *range(3, len(expected))):  # the loss, and the gradients of what every rank has
         mean = torch.stack([s[k] for s in shares]).mean()
         torch.testing.assert_close(mean, expected[k].detach(), rtol=1e-5, atol=1e-7)

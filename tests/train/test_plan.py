@@ -5,6 +5,7 @@ import pytest
 
 from clipkit.config import load_recipe
 from clipkit.errors import UsageError
+from clipkit.losses import GATHERED
 from clipkit.train.plan import DEVICES, plan
 from clipkit.train.pretrain import PretrainRecipe
 
@@ -53,6 +54,14 @@ def test_ranks_share_the_work_and_pay_for_talking():
     assert node.compute_s == pytest.approx(alone.compute_s / 8)
     assert two.contrast_s > 5 * node.contrast_s  # over the network now
     assert alone.samples_per_s < node.samples_per_s < two.samples_per_s
+
+
+def test_features_that_are_too_many_to_gather_go_round_a_ring():
+    width = 128  # drawings_clip's embed_dim
+    small, large = (planned(f"run.batch_size={n}", ranks=8) for n in (GATHERED // 4 // width, GATHERED // 2 // width))
+    assert small.contrast_s == small.contrast_gathered_s < small.contrast_ring_s
+    assert large.contrast_s == large.contrast_ring_s > large.contrast_gathered_s
+    assert large.loss_bytes < small.loss_bytes
 
 
 def test_ranks_must_divide_the_batch():
