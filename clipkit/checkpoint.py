@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipkit.errors import CheckpointError
-from clipkit.records import write_atomically
-from clipkit.shards import sha256
+from clipkit.records import sha256, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING
 
 from clipkit._version import __version__
 from clipkit.errors import CheckpointError, UsageError
-from clipkit.records import write_atomically
-from clipkit.shards import sha256
+from clipkit.records import sha256, write_atomically
 
 if TYPE_CHECKING:
-    from clipkit.pretrained import Pretrained
+    from clipkit.model import CLIP
 
 PREFIX = "hf-hub:"
 WEIGHTS = (
@@ -150,10 +149,10 @@ def _check(weights: Path) -> None:
         )
 
 
-def card(clip: Pretrained, name: str) -> str:
+def card(model: CLIP, name: str) -> str:
     """A model card: what it is, how it is used, and what is not known of it is left for its author to say."""
-    config = clip.model.config
-    parameters = sum(p.numel() for p in clip.model.parameters())
+    config = model.config
+    parameters = sum(p.numel() for p in model.parameters())
     return f"""---
 library_name: open_clip
 tags: [clip, clipkit, zero-shot-image-classification]
@@ -169,7 +168,7 @@ A CLIP of {parameters / 1e6:.1f} million parameters, exported by clipkit {__vers
 | text tower | {config.text_layers} layers, width {config.text_width}, {config.context_length} tokens |
 | embedding | {config.embed_dim} |
 | activation of the text tower | {config.conventions.text_activation} |
-| logit scale | {float(clip.model.logit_scale.detach()):.2f} |
+| logit scale | {float(model.logit_scale.detach()):.2f} |
 
 ```python
 import clipkit
@@ -181,7 +180,7 @@ Trained on, evaluated on, licence, intended use and limits: to be written by who
 """
 
 
-def push(clip: Pretrained, folder: Path, name: str) -> str:
+def push(model: CLIP, folder: Path, name: str) -> str:
     """Write the model card into `folder` and upload it as hub repository `name` -> its address.
 
     Raises CheckpointError without a network or a login.
@@ -189,7 +188,7 @@ def push(clip: Pretrained, folder: Path, name: str) -> str:
     from huggingface_hub import HfApi
 
     if not (folder / "README.md").is_file():
-        write_atomically(folder / "README.md", card(clip, name))
+        write_atomically(folder / "README.md", card(model, name))
     try:
         api = HfApi()
         api.create_repo(name, exist_ok=True)

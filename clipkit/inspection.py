@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from clipkit.errors import SampleError, ShardError, UsageError
 from clipkit.images import decode
-from clipkit.records import progress
+from clipkit.records import progress, sha256
 from clipkit.remote import Cache, open_store
-from clipkit.shards import Shards, load_index, scan, sha256
+from clipkit.shards import Shards, load_index, scan
 
 _TILE, _MARGIN, _LINE, _LINES = 160, 8, 13, 4
 

@@ -1,7 +1,8 @@
-"""What a run writes down while it goes: log.jsonl always, TensorBoard if asked, a progress bar on a terminal."""
+"""What a run writes down while it goes: log.jsonl always, TensorBoard if asked, a progress bar; and files as a whole."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -30,6 +31,15 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} must be a JSON object; it is a {type(found).__name__}")
     return found
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def progress(things: Iterable[T], total: int | None, what: str) -> Iterable[T]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 from clipkit.errors import ShardError, UsageError
+from clipkit.records import sha256
 
 ATTEMPTS = 3
 """Attempts in a row without progress after which a file is given up."""
@@ -161,8 +162,6 @@ def fetch(url: str, path: Path, size: int | None = None, digest: str | None = No
 
 
 def _check(part: Path, size: int | None, digest: str | None) -> None:
-    from clipkit.shards import sha256
-
     found = part.stat().st_size
     if size is not None and found < size:
         raise _Failure(f"{found} bytes came, {size} expected")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import hashlib
 import json
 import os
 import tarfile
@@ -28,7 +27,7 @@ import numpy.typing as npt
 
 from clipkit.errors import SampleError, ShardError
 from clipkit.images import SUFFIXES
-from clipkit.records import write_atomically
+from clipkit.records import sha256, write_atomically
 from clipkit.remote import Cache, Store, open_store
 
 FORMAT = 1
@@ -151,15 +150,6 @@ def write_index(folder: Path, extra: dict[str, Any] | None = None) -> dict[str, 
     index = {"format": FORMAT, "samples": sum(int(s["samples"]) for s in shards), **extra, "shards": shards}
     write_atomically(folder / "index.json", json.dumps(index, indent=1, ensure_ascii=False))
     return index
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def load_index(store: Store) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from clipkit import archives, distributed
 from clipkit.errors import CheckpointError, DataError, SampleError
 from clipkit.images import decode, preprocess
 from clipkit.pretrained import Pretrained, fingerprint
-from clipkit.records import progress, say
+from clipkit.records import progress, say, sha256
 from clipkit.towers import residual_blocks
 
 
@@ -89,8 +89,6 @@ def inception_extractor(file: Path, device: str = "auto") -> Extractor:
     Pictures are resized to 299 with an antialiased bicubic, as clean-fid does (Parmar et al. 2022, arXiv 2104.11222):
     numbers made with TensorFlow's resize differ. Raises CheckpointError for weights of something else.
     """
-    from clipkit.shards import sha256
-
     if not file.is_file():
         raise CheckpointError(f"no file at {file}; the FID's weights are pt_inception-2015-12-05-6726825d.pth")
     where = distributed.choose_device(device)

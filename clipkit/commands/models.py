@@ -68,7 +68,7 @@ def export(model: str, out: Path, form: str, push: str | None) -> None:
     for path in room.export(clip, out, form):
         click.echo(f"{path}")
     if push is not None:
-        click.echo(hub.push(clip, out, push))
+        click.echo(hub.push(clip.model, out, push))
 
 
 @click.command()

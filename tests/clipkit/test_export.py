@@ -194,7 +194,7 @@ def test_pushing_asks_the_hub_for_what_it_offers(tmp_path, monkeypatch):
             return call
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    assert hub.push(own(), tmp_path, "me/mine") == "https://hub/me/mine"
+    assert hub.push(own().model, tmp_path, "me/mine") == "https://hub/me/mine"
     assert (asked["create_repo"]["repo_id"], asked["create_repo"]["exist_ok"]) == ("me/mine", True)
     assert (asked["upload_folder"]["repo_id"], asked["upload_folder"]["folder_path"]) == ("me/mine", tmp_path)
     assert (tmp_path / "README.md").is_file()

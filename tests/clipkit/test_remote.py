@@ -8,8 +8,9 @@ from clipkit import remote
 from clipkit.config import DataConfig
 from clipkit.errors import DataError, ShardError, UsageError
 from clipkit.inspection import verify
+from clipkit.records import sha256
 from clipkit.remote import Cache
-from clipkit.shards import Shards, sha256
+from clipkit.shards import Shards
 from clipkit.stream import Stream
 
 

@@ -55,7 +55,7 @@ def test_a_pickle_under_the_name_of_a_checkpoints_file(tmp_path, flag, name):
     if name.endswith("safetensors"):  # and with a manifest that vouches for it
         import json
 
-        from clipkit.shards import sha256
+        from clipkit.records import sha256
 
         manifest = json.loads((path / "manifest.json").read_text())
         manifest[name] = {"bytes": len(data), "sha256": sha256(path / name)}
