@@ -1,4 +1,4 @@
-"""What a run writes down while it goes: log.jsonl always, TensorBoard if asked, a progress bar; and files as a whole."""
+"""What a run writes down while it goes: log.jsonl always, TensorBoard if asked, a progress bar; and whole files."""
 
 from __future__ import annotations
 
