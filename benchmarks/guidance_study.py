@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/demo"))
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--each", type=int, default=8, help="pictures of each object")
-    parser.add_argument("--steps", type=int, nargs="+", default=[10, 25, 50])
+    parser.add_argument("--steps", type=int, nargs="+", default=[10, 25])
     parser.add_argument("--few", action="store_true", help="the first scale of each alone")
     parser.add_argument("--train", nargs="*", default=[], help="overrides for what is trained")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON instead of a table")
