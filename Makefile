@@ -19,7 +19,7 @@ faults: .venv/installed
 guidance-study: demo
 	$(BIN)/python benchmarks/guidance_study.py --runs runs/demo --out runs/study
 
-# clipkit-tiny, from DATA (tiny-imagenet-32/ and noto-emoji/ in it): some five hours on 2 CPU cores. Each part goes on where
+# clipkit-tiny, from DATA (tiny-imagenet-32/ and noto-emoji/ in it): some three and a half hours on 2 CPU cores. Each part goes on where
 # it was stopped.
 DATA ?= ../shared/data
 weights: .venv/installed
@@ -27,13 +27,13 @@ weights: .venv/installed
 	$(BIN)/clipkit pack $(DATA)/tiny-imagenet-32/val.tar.xz packs/tiny-imagenet-val --classnames train/recipes/tiny_imagenet_names.json
 	$(BIN)/clipkit pack $(DATA)/noto-emoji/images.tar.xz packs/emoji --csv $(DATA)/noto-emoji/captions.csv --holdout 500
 	$(BIN)/clipkit pack drawings packs/drawings --count 20000
-	$(BIN)/clipkit pack drawings packs/drawings-heldout --split heldout --count 1600
 	$(BIN)/clipkit pretrain tiny_imagenet_clip.toml
 	$(BIN)/clipkit pretrain clipkit_tiny_clip.toml
+	$(BIN)/clipkit demo --out runs/demo
 	$(BIN)/clipkit denoiser clipkit_tiny_denoiser.toml
-	$(BIN)/clipkit noisy-clip clipkit_tiny_noisy_clip.toml
 	rm -rf clipkit/data/clipkit-tiny/clip clipkit/data/clipkit-tiny/denoiser clipkit/data/clipkit-tiny/noisy_clip
 	$(BIN)/clipkit release runs/clipkit-tiny clipkit/data/clipkit-tiny
+	$(BIN)/clipkit release runs/demo/noisy_clip clipkit/data/clipkit-tiny
 
 lint: .venv/installed
 	$(BIN)/ruff check .
