@@ -106,7 +106,7 @@ def meet(wish: int) -> int:
     return int(wishes)
 
 
-def explain(error: RuntimeError, step: int, timeout_minutes: float) -> Exception:
+def explain(error: Exception, step: int, timeout_minutes: float) -> Exception:
     """A RankError that names the ranks which do not answer, if that is what `error` is about."""
     if not active() or not any(word in str(error) for word in _LOST):
         return error

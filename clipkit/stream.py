@@ -263,14 +263,21 @@ class Stream:
         if self._damage is not None:
             raise self._damage
 
-    def explain(self, error: RuntimeError) -> Exception:
-        """A DataError that names the shard which a dead loader process was reading; any other error as it is."""
-        if "DataLoader worker" not in str(error):
+    def explain(self, error: Exception) -> Exception:
+        """A DataError that names the shard which a dead loader process was reading; any other error as it is.
+
+        torch says which process died, unless it meets the end of its pipe before it hears of its death.
+        """
+        alive = {child.pid for child in multiprocessing.active_children()}
+        places = [(pid, at) for pid, at in self.samples.whereabouts.tolist() if pid > 0 and at >= 0]
+        cut = [(pid, at) for pid, at in places if pid not in alive] if isinstance(error, (OSError, EOFError)) else []
+        if "DataLoader worker" not in str(error) and not cut:
             return error
-        reading = [(pid, at) for pid, at in self.samples.whereabouts.tolist() if str(pid) in str(error) and at >= 0]
+        reading = cut or [(pid, at) for pid, at in places if str(pid) in str(error)]
         where = self.samples.name(reading[0][1]) if reading else "its first batch"
+        what = (str(error) or type(error).__name__).splitlines()[0]
         return DataError(
-            f"a loader process died while reading {where}: {str(error).splitlines()[0]}; the same command goes on from "
+            f"a loader process died while reading {where}: {what}; the same command goes on from "
             "the last checkpoint. If it was killed for memory, lower data.workers"
         )
 

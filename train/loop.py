@@ -124,9 +124,11 @@ class _Loop:
                     records.bar.update(1)
                     self.record(stream, step + 1, meter, records)
                 next(batches, None)  # the last word on the shards' hashes
-            except RuntimeError as error:
-                explained = distributed.explain(error, step, run.timeout_minutes)
-                raise explained if explained is not error else stream.explain(error) from error
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                explained = stream.explain(error)
+                raise (
+                    explained if explained is not error else distributed.explain(error, step, run.timeout_minutes)
+                ) from error
 
     def meet(self, step: int, interruption: _Interruption) -> None:
         """Before a step, agree with the other ranks on whether to save or stop."""

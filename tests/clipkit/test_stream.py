@@ -1,8 +1,10 @@
 import os
+import subprocess
 from itertools import accumulate
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -147,3 +149,18 @@ def test_resumed_by_other_ranks_after_any_stop_the_global_order_goes_on(sizes, w
     n = starts[-1]
     for epoch in range(len(together) // n):
         assert sorted(together[epoch * n : (epoch + 1) * n]) == list(range(n))
+
+
+def test_a_pipe_that_ends_before_its_loaders_death_is_known(packs):
+    """Then torch lets the pipe's own error through; what the user hears is the same."""
+    stream = make(packs, workers=1)
+    ended, cut = subprocess.Popen(["true"]), ConnectionResetError("reset by peer")
+    ended.wait()
+    assert stream.explain(cut) is cut  # no loader has begun
+    stream.samples.whereabouts[0] = torch.tensor([ended.pid, 3])
+    found = stream.explain(cut)
+    assert isinstance(found, DataError)
+    assert f"died while reading {stream.samples.name(3)}: reset by peer; the same" in str(found)
+    assert "EOFError; the same" in str(stream.explain(EOFError()))
+    other = RuntimeError("out of memory")
+    assert stream.explain(other) is other
