@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -50,11 +51,20 @@ for command in (
     cli.add_command(command)
 
 
+TURN = 5.0
+"""Seconds for which ranks leave the word to rank 0, where all have the same to say."""
+
+
 def _complain(message: str, every_rank: bool) -> None:
-    """One line on stderr. What was asked for is wrong on all ranks alike; what happens to one may not to the others."""
+    """One line on stderr. What was asked for is wrong on all ranks alike; what happens to one may not to the others.
+
+    torchrun ends all ranks as soon as one has failed: were the others quicker than rank 0, nobody would have spoken.
+    A rank that is still there afterwards was alone with its complaint.
+    """
     rank = os.environ.get("RANK", "0")
-    if every_rank or rank == "0":
-        click.echo(f"clipkit: {message}" + (f" [rank {rank}]" if rank != "0" else ""), err=True)
+    if rank != "0" and not every_rank:
+        time.sleep(TURN)
+    click.echo(f"clipkit: {message}" + (f" [rank {rank}]" if rank != "0" else ""), err=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

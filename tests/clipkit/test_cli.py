@@ -9,7 +9,7 @@ import click
 import pytest
 from PIL import Image
 
-from clipkit.cli import cli
+from clipkit.cli import TURN, cli
 
 
 def one_line(err, *parts):
@@ -80,14 +80,24 @@ def test_guided_sample_writes_what_it_says(command, chain, tmp_path):
         assert sheet.text["prompt"] == "a red rocket"
 
 
-def test_ranks_do_not_repeat_what_is_wrong_on_all_of_them(command, monkeypatch, tmp_path):
-    for rank, lines in ((0, 1), (1, 0)):
-        monkeypatch.setenv("RANK", str(rank))
+def test_what_is_wrong_on_all_ranks_is_for_rank_0_to_say(command, monkeypatch, tmp_path):
+    """The others wait for torchrun to end them; one that it does not end was alone with its complaint."""
+    waited = []
+    monkeypatch.setattr("clipkit.cli.time.sleep", waited.append)
+    for rank, waits in (("0", []), ("1", [TURN])):
+        monkeypatch.setenv("RANK", rank)
         code, _, err = command("pretrain", "drawings_clip", "run.stesp=1")
-        assert (code, len(err.splitlines())) == (2, lines)
-        code, _, err = command("pretrain", "drawings_clip", f"run.out={tmp_path}", f"data.shards={tmp_path / 'none'}")
-        assert (code, len(err.splitlines())) == (1, 1)
-    assert err.rstrip().endswith("[rank 1]")
+        assert (code, waited) == (2, waits)
+        one_line(err, "run.stesp")
+        assert err.rstrip().endswith("[rank 1]") == (rank == "1")
+
+
+def test_what_happens_to_one_rank_it_says_at_once(command, monkeypatch, tmp_path):
+    monkeypatch.setattr("clipkit.cli.time.sleep", None)
+    monkeypatch.setenv("RANK", "1")
+    code, _, err = command("pretrain", "drawings_clip", f"run.out={tmp_path}", f"data.shards={tmp_path / 'none'}")
+    assert code == 1
+    one_line(err, "[rank 1]")
 
 
 @pytest.mark.parametrize("name", ["pretrain", "denoiser", "noisy-clip"])
