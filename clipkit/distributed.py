@@ -196,26 +196,22 @@ def gather_rows(local: Tensor, sizes: list[int]) -> Tensor:
     return torch.cat([piece[:n] for piece, n in zip(pieces, sizes, strict=True)])
 
 
-def blocks(local: Tensor, sizes: list[int], gathered: bool) -> Iterator[tuple[slice, Tensor, Callable[..., Tensor]]]:
-    """The rows [b_r, ...] of all ranks: at once, or one rank's after the other's.
+def blocks(held: Tensor, sizes: list[int], gathered: bool) -> Iterator[tuple[slice, Tensor, Callable[..., Tensor]]]:
+    """The rows of all ranks: at once, if `held` is what `gather_rows` gave, else one rank's after the other's.
 
     With each block come its place among all rows, and a function that takes what this rank has to add to the block's
     rows and returns the sum of what others have for this rank's own. One rank's after the other's go round a ring:
-    rank r begins with its own, and has those of r + 1 on the way while they are used.
+    rank r begins with its own, which it holds, and has those of r + 1 on the way while they are used.
     """
-    if gathered or len(sizes) == 1:
-        yield (
-            slice(0, sum(sizes)),
-            gather_rows(local, sizes),
-            lambda sums: torch.split(sum_over_ranks(sums), sizes)[rank()],
-        )
+    if gathered:
+        yield slice(0, len(held)), held, lambda sums: torch.split(sum_over_ranks(sums), sizes)[rank()]
         return
-    block = local
+    block = held
     for k in range(len(sizes)):
         owner, following = (rank() + k) % len(sizes), (rank() + k + 1) % len(sizes)
-        arrived = _exchange(local, k + 1, sizes[following])
+        arrived = _exchange(held, k + 1, sizes[following])
         start = sum(sizes[:owner])
-        yield slice(start, start + len(block)), block, lambda sums, k=k: _exchange(sums, -k, len(local))()
+        yield slice(start, start + len(block)), block, lambda sums, k=k: _exchange(sums, -k, len(held))()
         block = arrived()
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -84,14 +85,18 @@ class _Pairs:
             groups = torch.arange(start, start + rows, device=device)
         self.own, self.everyone = groups, distributed.gather_rows(groups, self.sizes)
         self.mine = slice(start, start + rows)
-        in_order = self.everyone.sort().values
-        first, last = (torch.searchsorted(in_order, self.own, right=right) for right in (False, True))
-        self.positives = last - first  # [b]
 
     @property
     def total(self) -> int:
         """B: pairs on all ranks."""
         return sum(self.sizes)
+
+    @cached_property
+    def positives(self) -> Tensor:
+        """int64 [b]: how many of all texts are positives of each image."""
+        in_order = self.everyone.sort().values
+        first, last = (torch.searchsorted(in_order, self.own, right=right) for right in (False, True))
+        return last - first
 
     def same(self, rows: slice, columns: slice) -> Tensor:
         """bool [rows, columns]."""
@@ -171,10 +176,11 @@ class _Strips(torch.autograd.Function):
     ) -> Tensor:
         pairs = _Pairs(len(image), groups, image.device)
         ctx.objective, ctx.gathered = kind(pairs), pairs.total * text[:1].nbytes <= GATHERED
-        ctx.save_for_backward(image, text, scale, bias)
+        held = distributed.gather_rows(text, pairs.sizes) if ctx.gathered else text
+        ctx.save_for_backward(image, held, scale, bias)
         strips = (
             (rows, columns, cosines.mul_(scale[rows, None]).add_(bias[rows, None]))
-            for columns, texts, _ in distributed.blocks(text, pairs.sizes, ctx.gathered)
+            for columns, texts, _ in distributed.blocks(held, pairs.sizes, ctx.gathered)
             for rows, cosines in _cosines(image, texts)
         )
         # Ranks may hold different numbers of rows: the mean over ranks of W / B * their sum is the mean over all rows.
@@ -183,12 +189,12 @@ class _Strips(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        image, text, scale, bias = ctx.saved_tensors
+        image, held, scale, bias = ctx.saved_tensors
         pairs = ctx.objective.pairs
         weight = gradients[0] * (len(pairs.sizes) / pairs.total)
         d_image, d_scale, d_bias = (torch.zeros_like(x) for x in (image, scale, bias))
         d_text: Tensor | None = None
-        for columns, texts, home in distributed.blocks(text, pairs.sizes, ctx.gathered):
+        for columns, texts, home in distributed.blocks(held, pairs.sizes, ctx.gathered):
             d_texts = torch.zeros_like(texts)
             for rows, cosines in _cosines(image, texts):
                 logits = cosines * scale[rows, None] + bias[rows, None]

@@ -142,6 +142,24 @@ def _largest_tensor(gathered):
     return torch.tensor(max(sizes.made))
 
 
+def _gathers():
+    """How often features were gathered for a loss and its gradients."""
+    gathered, gather = [], distributed.gather_rows
+
+    def counted(local, sizes):
+        gathered.append(local.is_floating_point())
+        return gather(local, sizes)
+
+    distributed.gather_rows = counted
+    image, text = (F.normalize(torch.randn(6, 8), dim=1).requires_grad_() for _ in range(2))
+    info_nce(image, text, torch.tensor(10.0)).backward()
+    return torch.tensor(sum(gathered))
+
+
+def test_features_are_gathered_once():
+    assert [int(n) for n in on_ranks(2, _gathers)] == [1, 1]
+
+
 def test_round_a_ring_no_rank_holds_all_features():
     """Two ranks of 256 x 256 features: a gather makes a tensor of both, the ring none larger than a rank's own."""
     assert [int(n) for n in on_ranks(2, _largest_tensor, 1 << 30)] == [2 * 256 * 256] * 2
