@@ -136,17 +136,17 @@ def probe(model: str, train: str, test: str, shots: int, seed: int, workers: int
 
     from clipkit.pretrained import load
     from clipkit.zeroshot import probe as room
-    from clipkit.zeroshot.datasets import known, open_set
+    from clipkit.zeroshot.datasets import open_set
     from clipkit.zeroshot.heads import CACHE
 
-    sets = [open_set(train, Path("data"), training=train in known()), open_set(test, Path("data"))]
+    sets = [open_set(train, Path("data"), training=True), open_set(test, Path("data"))]
     if list(sets[0].classes) != list(sets[1].classes):
         counts = f"{len(sets[0].classes)} and {len(sets[1].classes)}"
         raise UsageError(f"{train} and {test} must have the same classes; they have {counts}")
     clip = load(model, device)
     cache = CACHE / "features"
-    fitted, counted = (room.features(clip.model, images, workers=workers, cache=cache) for images in sets)
-    found = room.probe(fitted, counted, len(sets[0].classes), shots, seed)
+    known, unknown = (room.features(clip.model, images, workers=workers, cache=cache) for images in sets)
+    found = room.probe(known, unknown, len(sets[0].classes), shots, seed)
     if as_json:
         click.echo(json.dumps({"model": model, **dataclasses.asdict(found)}))
         return

@@ -1,6 +1,9 @@
+import json
+
 import numpy as np
 import pytest
 import torch
+from foreign import write_fashion_mnist
 from PIL import Image
 
 import clipkit
@@ -68,6 +71,17 @@ def test_a_probe_of_images(chain, tmp_path, capsys):
     Image.new("RGB", (24, 24), "green").save(tmp_path / "test" / "green" / "0.png")
     with pytest.raises(UsageError, match="must have the same classes; they have 2 and 3"):
         cli.main([*words, "--test", f"folder:{tmp_path / 'test'}"], standalone_mode=False)
+
+
+def test_a_named_set_is_trained_on_its_training_part(chain, tmp_path, monkeypatch, capsys):
+    chance = np.random.default_rng(0)
+    parts = [(chance.integers(0, 256, (n, 28, 28), dtype=np.uint8), [i % 10 for i in range(n)]) for n in (40, 20)]
+    write_fashion_mnist(tmp_path / "data", *parts)
+    monkeypatch.chdir(tmp_path)
+    words = ["probe", "--model", str(chain), "--train", "fashion-mnist", "--test", "fashion-mnist", "--json"]
+    cli.main(words, standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["train"], found["test"]) == (40, 20)
 
 
 def test_features_are_encoded_once(chain, tmp_path, monkeypatch):
