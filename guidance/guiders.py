@@ -132,8 +132,10 @@ def contrast(other: Denoise, scale: Scale, rescale: float = 0.0, renoise: bool =
     """
 
     def guider(denoise: Denoise) -> Denoise:
-        if scale in (0, 1) and not renoise and not (scale == 0 and rescale):
-            return denoise if scale else other
+        if scale == 1 and not renoise:
+            return denoise
+        if scale == 0 and not (renoise or rescale):
+            return other
 
         def guided(x: Tensor, lam: Tensor) -> Prediction:
             strength = _at(scale, lam)

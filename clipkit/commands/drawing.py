@@ -15,7 +15,7 @@ from clipkit.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from clipkit.guidance.draw import Drawn
+    from clipkit.guidance.draw import Drawn, Start
 
 _SAMPLERS = ["dpmpp-2m", "dpmpp-2m-sde", "dpmpp-2s", "heun", "unipc", "ddim", "ddpm"]
 _SPACINGS = ["karras", "linspace", "leading", "trailing"]
@@ -83,20 +83,13 @@ def guided_sample(
       clipkit guided-sample "a rocket" --model runs/drawings --init sketch.png --strength 0.7
       clipkit guided-sample "a cat" "something red:0.5" --negative "a dog"
     """
-    from clipkit.guidance.draw import Start, Steering, Studio, picture
+    from clipkit.guidance.draw import Steering, Studio
     from clipkit.guidance.sheet import save_gif, save_grid
-    from clipkit.zeroshot.similarity import read_images
 
-    if mask is not None and init is None:
-        raise UsageError("--mask says what of --init is drawn anew; give --init too")
-    studio, wanted = Studio.open(model, device), _weighted(prompts)
-    size = studio.image_size
-    begin, where, shape, look = (
-        picture(read_images([path])[0], size) if path is not None else None
-        for path in (init, mask, reference, image_prompt)
-    )
+    studio = Studio.open(model, device)
+    shape, look = (_picture(path, studio.image_size) for path in (reference, image_prompt))
     drawn = studio.draw(
-        wanted,
+        _weighted(prompts),
         n=n,
         steps=steps,
         scale=scale,
@@ -104,7 +97,7 @@ def guided_sample(
         negative=negative,
         seed=seed,
         spacing=spacing or "",
-        start=None if begin is None else Start(begin, strength, None if where is None else _white(where)),
+        start=_start(init, strength, mask, studio.image_size),
         reference=shape,
         steering=Steering(cfg_scale, objective, shift, interval or (-math.inf, math.inf), look),
     )
@@ -112,6 +105,24 @@ def guided_sample(
     if gif is not None:
         save_gif(drawn.trajectory, gif)
     _say(drawn, prompts, out, as_json)
+
+
+def _picture(path: Path | None, size: int) -> Tensor | None:
+    """A file as the denoiser sees it, if there is one."""
+    from clipkit.guidance.draw import picture
+    from clipkit.zeroshot.similarity import read_images
+
+    return None if path is None else picture(read_images([path])[0], size)
+
+
+def _start(init: Path | None, strength: float, mask: Path | None, size: int) -> Start | None:
+    """The picture to begin with, and where it is drawn anew."""
+    from clipkit.guidance.draw import Start
+
+    if mask is not None and init is None:
+        raise UsageError("--mask says what of --init is drawn anew; give --init too")
+    begin, where = _picture(init, size), _picture(mask, size)
+    return None if begin is None else Start(begin, strength, None if where is None else _white(where))
 
 
 def _say(drawn: Drawn, prompts: tuple[str, ...], out: Path, as_json: bool) -> None:
