@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import python_multipart  # noqa: F401 - FastAPI reads forms with it, and says so late
 import torch
 import uvicorn
-from fastapi import FastAPI, File, Form, HTTPException, Request
+from fastapi import APIRouter, FastAPI, File, Form, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
@@ -263,49 +263,63 @@ def _data_url(pictures: Tensor) -> str:
 
 def make_app(rooms: Rooms, hosts: Sequence[str] = LOCAL) -> FastAPI:
     """The page and what it asks for, for requests that name one of `hosts` ("*": any)."""
-    app = FastAPI(title="clipkit", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    complaints = {ClipkitError: _complain, RequestValidationError: _refuse, HTTPException: _explain}
+    app = FastAPI(
+        title="clipkit",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        exception_handlers=complaints,  # type: ignore[arg-type]  # each takes its own exception, not any
+    )
     app.add_middleware(Guard, rate=Rate(REQUESTS_PER_MINUTE))
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
-    easel = Easel(rooms.studio)
+    for tab in (_looking(rooms.clip), _finding(rooms), _drawing(rooms)):
+        app.include_router(tab, prefix="/api")
+    app.mount("/", StaticFiles(directory=_PAGE, html=True))
+    return app
 
-    @app.exception_handler(ClipkitError)
-    async def complain(_: Request, error: ClipkitError) -> JSONResponse:
-        return _error(400, str(error))
 
-    @app.exception_handler(RequestValidationError)
-    async def refuse(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        return _error(422, f"{first['loc'][-1]}: {first['msg'][:1].lower()}{first['msg'][1:]}")
+async def _complain(_: Request, error: ClipkitError) -> JSONResponse:
+    return _error(400, str(error))
 
-    @app.exception_handler(HTTPException)
-    async def explain(_: Request, error: HTTPException) -> JSONResponse:
-        return _error(error.status_code, str(error.detail))
 
-    @app.get("/api/about")
-    def about() -> dict[str, Any]:
-        found = {"version": __version__, "model": rooms.model, "pictures": len(rooms.index), "source": rooms.source}
-        if isinstance(rooms.studio, str):
-            return {**found, "cannot_draw": rooms.studio}
-        scale, cfg_scale = rooms.studio.scales
-        has_guide, is_told = rooms.studio.guide is not None, rooms.studio.denoiser.conditioner is not None
-        return {**found, "scale": scale if has_guide else None, "cfg_scale": cfg_scale if is_told else None}
+async def _refuse(_: Request, error: RequestValidationError) -> JSONResponse:
+    first = error.errors()[0]
+    return _error(422, f"{first['loc'][-1]}: {first['msg'][:1].lower()}{first['msg'][1:]}")
 
-    @app.post("/api/classify")
+
+async def _explain(_: Request, error: HTTPException) -> JSONResponse:
+    return _error(error.status_code, str(error.detail))
+
+
+def _looking(clip: Pretrained) -> APIRouter:
+    """Pictures that are sent, named and compared."""
+    tab = APIRouter()
+
+    @tab.post("/classify")
     def say_what(picture: Picture, labels: Text, template: Text) -> dict[str, Any]:
-        found = classify(rooms.clip, [decode(picture)], _lines(labels, ","), [template])[0]
+        found = classify(clip, [decode(picture)], _lines(labels, ","), [template])[0]
         return {"guesses": [asdict(guess) for guess in found]}
 
-    @app.post("/api/similarity")
+    @tab.post("/similarity")
     def compare(pictures: Annotated[list[bytes], File()], texts: Text) -> dict[str, Any]:
         if len(pictures) > MAX_PICTURES:
             raise UsageError(f"{len(pictures)} pictures were sent; at most {MAX_PICTURES} are compared")
         lines = _lines(texts, "\n")
         # One at a time: a small file may be many pixels.
-        images = torch.cat([embed_images(rooms.clip, [decode(picture)]) for picture in pictures])
-        cosines = embed_texts(rooms.clip.model, rooms.clip.tokenizer, lines) @ images.T
+        images = torch.cat([embed_images(clip, [decode(picture)]) for picture in pictures])
+        cosines = embed_texts(clip.model, clip.tokenizer, lines) @ images.T
         return {"texts": lines, "cosines": cosines.tolist()}
 
-    @app.post("/api/search")
+    return tab
+
+
+def _finding(rooms: Rooms) -> APIRouter:
+    """The gallery: what is like a text or a picture, and small pictures of it."""
+    tab = APIRouter()
+
+    @tab.post("/search")
     def find(text: Annotated[str, Form(max_length=MAX_TEXT)] = "", picture: Picture = b"") -> dict[str, Any]:
         if not text.strip() and not picture:
             raise UsageError("describe a picture, or give one")
@@ -316,7 +330,7 @@ def make_app(rooms: Rooms, hosts: Sequence[str] = LOCAL) -> FastAPI:
         hits: list[Hit] = rooms.index.search(query, k=24)[0]
         return {"hits": [asdict(hit) for hit in hits]}
 
-    @app.get("/api/picture/{row}")
+    @tab.get("/picture/{row}")
     def picture_of(row: int) -> Response:
         if not 0 <= row < len(rooms.gallery):
             raise HTTPException(404, f"there is no picture {row}")
@@ -329,12 +343,27 @@ def make_app(rooms: Rooms, hosts: Sequence[str] = LOCAL) -> FastAPI:
         image.save(buffer, "PNG")
         return Response(buffer.getvalue(), media_type="image/png")
 
-    @app.post("/api/draw")
+    return tab
+
+
+def _drawing(rooms: Rooms) -> APIRouter:
+    """Whether and how the model draws, and its drawing."""
+    tab, easel = APIRouter(), Easel(rooms.studio)
+
+    @tab.get("/about")
+    def about() -> dict[str, Any]:
+        found = {"version": __version__, "model": rooms.model, "pictures": len(rooms.index), "source": rooms.source}
+        if isinstance(rooms.studio, str):
+            return {**found, "cannot_draw": rooms.studio}
+        scale, cfg_scale = rooms.studio.scales
+        has_guide, is_told = rooms.studio.guide is not None, rooms.studio.denoiser.conditioner is not None
+        return {**found, "scale": scale if has_guide else None, "cfg_scale": cfg_scale if is_told else None}
+
+    @tab.post("/draw")
     async def draw(wanted: Wanted) -> StreamingResponse:
         return StreamingResponse(easel.draw(wanted), media_type="application/x-ndjson")
 
-    app.mount("/", StaticFiles(directory=_PAGE, html=True))
-    return app
+    return tab
 
 
 def _lines(text: str, between: str) -> list[str]:

@@ -303,7 +303,7 @@ def test_the_four_tabs_in_a_browser(page, tmp_path):
     _, data = picture(size=96)
     (tmp_path / "rocket.png").write_bytes(data)
 
-    page.wait_for_function("document.querySelector('#about').textContent.includes('clipkit-tiny')")
+    page.wait_for_selector("#about:has-text('clipkit-tiny')")
     page.click("#classify button:text-is('Classify')")
     page.wait_for_selector("#classify output.wrong:text-is('choose a picture first')")
     page.set_input_files("#classify input[name=picture]", tmp_path / "rocket.png")
@@ -347,7 +347,7 @@ def test_the_four_tabs_in_a_browser(page, tmp_path):
 
 
 def test_what_comes_back_is_text_not_markup(page):
-    page.wait_for_function("document.querySelector('#about').textContent.includes('clipkit-tiny')")
+    page.wait_for_selector("#about:has-text('clipkit-tiny')")
     page.click("#classify .example")
     page.wait_for_selector("#classify .drop img:visible")
     page.fill("#classify [name=labels]", "<b>bold</b>, plain")
