@@ -18,6 +18,7 @@ from clipkit._version import __version__
 from clipkit.errors import CheckpointError, UsageError, did_you_mean
 from clipkit.guidance import samplers
 from clipkit.guidance.autoencoder import Autoencoder
+from clipkit.guidance.condition import TextCondition
 from clipkit.guidance.denoiser import Denoise, Denoiser, clipped
 from clipkit.guidance.guiders import between, contrast, inpaint, like, mean_shift, mixed, score_shift
 from clipkit.guidance.loading import Guide, has_guide, load_autoencoder, load_denoiser, load_guide
@@ -189,7 +190,13 @@ class Studio:
         about |= {"scale": scale, "seed": seed, "n": n, "steps": steps, "sampler": sampler, "spacing": spacing}
         about |= {"objective": steering.objective, "shift": steering.shift, "clipkit": __version__}
         about |= {"cfg_scale": cfg_scale} if self.denoiser.conditioner is not None else {}
+        about |= {"unknown_words": self.unknown_words([*prompts, *negative])}
         return Drawn(images, self.score(images, prompts), about, trajectory, self._shown)
+
+    def unknown_words(self, texts: Sequence[str]) -> list[str]:
+        """Words of prompts that those who lead the drawing hardly know, since they are no token of their vocabulary."""
+        reader = self.denoiser.conditioner if isinstance(self.denoiser.conditioner, TextCondition) else self.guide
+        return [] if reader is None else reader.tokenizer.unknown_words(" ".join(texts))
 
     def told(self, prompts: Mapping[str, float], negative: Sequence[str], cfg_scale: float) -> Denoise:
         """The denoiser under classifier-free guidance, away from `negative`, or from what it draws untold."""

@@ -134,6 +134,9 @@ def _say(drawn: Drawn, prompts: tuple[str, ...], out: Path, as_json: bool) -> No
     wanted = ", ".join(map(repr, prompts))
     click.echo(f"{out}: {about['n']} x {wanted}, guidance scale {about['scale']:g}, seed {about['seed']}")
     click.echo("CLIP scores: " + " ".join(f"{s:.3f}" for s in drawn.scores))
+    if unknown := about["unknown_words"]:
+        words = ", ".join(map(repr, unknown))
+        click.echo(f"clipkit: this model has no word for {words}; it may have drawn something else", err=True)
 
 
 def _weighted(prompts: tuple[str, ...]) -> str | dict[str, float]:

@@ -326,6 +326,10 @@ def test_the_four_tabs_in_a_browser(page, tmp_path):
     assert page.locator("#draw figcaption").text_content().startswith("CLIP scores")
     assert page.evaluate("document.querySelector('#draw img').naturalWidth") > 100
 
+    page.fill("#draw [name=prompt]", "a giraffe")
+    page.click("#draw button:text-is('Draw')")
+    page.wait_for_selector("#draw output:has-text('no word for \"giraffe\"')", timeout=60_000)
+
     page.fill("#draw [name=steps]", "100")
     page.click("#draw button:text-is('Draw')")
     page.wait_for_selector("#draw output:has-text('step')")

@@ -162,6 +162,14 @@ def test_an_interval_that_no_step_is_in_is_unguided(studio):
     torch.testing.assert_close(nowhere.images, unguided.images)
 
 
+def test_words_that_it_cannot_know_are_named(studio, chain, tmp_path, command):
+    assert studio.unknown_words(["a red rocket", "a blue fish"]) == []
+    words = ["guided-sample", "a giraffe", "--negative", "a red xylophone", "--model", str(chain)]
+    _, out, err = command(*words, "--n", "1", "--steps", "1", "--out", str(tmp_path / "x.png"))
+    assert "no word for 'giraffe', 'xylophone'" in err
+    assert "CLIP scores" in out
+
+
 def test_the_command_reads_weights(chain, tmp_path, capsys):
     from clipkit.cli import cli
 

@@ -160,7 +160,8 @@ answer("draw", async (form, data) => {
         say(form, `step ${event.step} of ${event.of}`);
       } else {
         $("figcaption", form).textContent = `CLIP scores ${event.scores.map((s) => s.toFixed(3)).join(" ")}`;
-        return "done";
+        const unknown = event.about.unknown_words.map((word) => `"${word}"`).join(", ");
+        return unknown ? `done, though this model has no word for ${unknown}` : "done";
       }
     }
   } finally {
