@@ -2,12 +2,13 @@
 
     make guidance-study                      # clipkit demo first, then this on its runs
     python benchmarks/guidance_study.py --runs runs/demo --out runs/study
+    python benchmarks/guidance_study.py --runs runs/tiny-imagenet --pack packs/tiny-imagenet --names goldfish,lemon,alp
 
-The drawings' denoiser, told and untold; sixteen prompts, "a rocket" and so on, `--each` pictures of each. Per cell: the
-share that the judge (another seed's CLIP) names right among the sixteen objects, its CLIP score, the Frechet distance
-of the pictures to drawings of the training's kind in its features, and the cost in unguided steps, all kinds timed in
-turns. Trains the classifier into `--runs` if it is not there. Writes study.json, study.md, study.png (pictures),
-scales.png and costs.png.
+A denoiser, told and untold; a prompt for each name ("a rocket" and so on), `--each` pictures of each. Per cell: the
+share that the judge (another seed's CLIP) names right among the names, its CLIP score, the Frechet distance of the
+pictures to real ones in its features, and the cost in unguided steps, all kinds timed in turns. `--runs` has clip,
+denoiser, noisy_clip and judge; the classifier is trained into it if it is not there. Writes study.json, study.md,
+study.png (pictures), scales.png and costs.png.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -28,18 +31,19 @@ import clipkit
 from clipkit import drawings, records
 from clipkit.demo import named
 from clipkit.guidance import samplers
-from clipkit.guidance.denoiser import Denoise, clipped
-from clipkit.guidance.draw import Steering, Studio, alternatives
+from clipkit.guidance.denoiser import Denoise, Denoiser, clipped
+from clipkit.guidance.draw import Steering, Studio, alternatives, picture
 from clipkit.guidance.extractors import Extractor, clip_extractor
 from clipkit.guidance.guiders import LogProb, contrast, score_shift, softmax_log_prob, through_x0
 from clipkit.guidance.loading import load_classifier, load_denoiser
 from clipkit.guidance.metrics import Moments, clip_score, frechet_distance
 from clipkit.guidance.schedule import karras
 from clipkit.guidance.sheet import grid
-from clipkit.images import to_image
+from clipkit.images import decode, to_image
+from clipkit.pretrained import Pretrained
+from clipkit.shards import Shards
 from clipkit.train import noisy_classifier
 
-OBJECTS = list(drawings.OBJECTS)
 SCALES = (1.0, 3.0, 10.0, 30.0)
 CFG_SCALES = (1.0, 2.0, 4.0, 8.0)
 """Of classifier-free guidance, whose 1 is none of it."""
@@ -48,59 +52,96 @@ Make = Callable[[int, float, Tensor], Denoise]
 """(number of the object, scale, lambdas) -> the guided denoiser."""
 
 
-def prepare(runs: Path, words: Sequence[str]) -> None:
-    """Train what the demo does not: a classifier."""
-    places = [f"data.shards={runs / 'packs' / 'train'}", f"model.clip={runs / 'clip'}"]
-    noisy_classifier.run("drawings_noisy_classifier", [*places, *words, f"run.out={runs / 'noisy_classifier'}"])
+@dataclass(frozen=True)
+class World:
+    """What is asked for, and real pictures of it."""
+
+    pack: Path
+    names: list[str]
+    templates: Sequence[str]
+    classes: list[list[int]]
+    """The classifier's numbers of each name."""
+    real: list[tuple[Image.Image, str]]
+    """With their names; the last of them, as many as are drawn, stand for what a perfect denoiser would draw."""
+
+    def prompts(self) -> list[str]:
+        """What is asked for, in words."""
+        return [min(self.templates, key=len).format(name) for name in self.names]
 
 
-def clean_log_prob(studio: Studio, number: int) -> Callable[[Tensor], Tensor]:
+def of_drawings(pack: Path, each: int) -> World:
+    """The demo's sixteen objects in all colours."""
+    names = list(drawings.OBJECTS)
+    classes = [[i for i, (object_, _) in enumerate(drawings.PAIRS) if object_ == name] for name in names]
+    drawn = [drawings.draw("train", seed, i) for seed, n in ((9, 250 * each), (10, 16 * each)) for i in range(n)]
+    real = [(drawing.image, drawings.PAIRS[drawing.label][0]) for drawing in drawn]
+    return World(pack, names, drawings.TEMPLATES, classes, real)
+
+
+def of_pack(pack: Path, names: Sequence[str], each: int) -> World:
+    """Some classes of a pack, each by one of its names."""
+    shards = Shards(pack, verify=False)
+    numbers = [next((i for i, known in enumerate(shards.classes) if name in known), -1) for name in names]
+    if -1 in numbers:
+        raise SystemExit(f"{pack} has no class {names[numbers.index(-1)]!r}")
+    found: dict[int, list[tuple[Image.Image, str]]] = {number: [] for number in numbers}
+    order = torch.randperm(len(shards), generator=torch.Generator().manual_seed(0)).tolist()
+    for i in records.progress(order, len(order), "real pictures"):
+        sample = shards.read(i)
+        if sample.label in found and len(found[sample.label]) < 17 * each:
+            found[sample.label].append((decode(sample.image), names[numbers.index(sample.label)]))
+    real = [one for one_of_each in zip(*found.values(), strict=False) for one in one_of_each]
+    if len(real) <= each * len(names):
+        raise SystemExit(f"{pack} has no more than {each} pictures of a class; choose other names, or fewer of each")
+    return World(pack, list(names), shards.templates, [[n] for n in numbers], real)
+
+
+def prepare(runs: Path, pack: Path, words: Sequence[str]) -> None:
+    """Train what may not be there: a classifier."""
+    size = f"model.image_size={load_denoiser(runs).image_size}"
+    words = [f"data.shards={pack}", f"model.clip={runs / 'clip'}", size, *words]
+    noisy_classifier.run("drawings_noisy_classifier", [*words, f"run.out={runs / 'noisy_classifier'}"])
+
+
+def clean_log_prob(studio: Studio, prompt: str) -> Callable[[Tensor], Tensor]:
     """log p(prompt | image) by the clean CLIP, among the same alternatives as the noise-aware one."""
     guide, model = studio.guide, studio.clip.model
     assert guide is not None
-    prompt = prompt_of(number)
+    size = model.config.image_size
     texts = torch.cat([guide.embed([prompt]), guide.embed(alternatives(prompt, guide.bank))])
 
     def log_p(images: Tensor) -> Tensor:
-        features = torch.nn.functional.normalize(model.image((images + 1) / 2).float(), dim=-1)
+        if images.shape[-1] != size:  # at the size that it knows
+            images = F.interpolate(images, (size, size), mode="bilinear")
+        features = F.normalize(model.image((images + 1) / 2).float(), dim=-1)
         return softmax_log_prob(features @ texts.T, model.logit_scale.expand(len(images)), 1)
 
     return log_p
 
 
-def object_log_prob(runs: Path) -> Callable[[int], LogProb]:
-    """log p(object | x_t) by the classifier, whose classes are (object, colour) pairs."""
+def object_log_prob(runs: Path, world: World) -> Callable[[int], LogProb]:
+    """log p(name | x_t) by the classifier, which knows the drawings' names in each colour apart."""
     model, _ = load_classifier(runs / "noisy_classifier")
-
-    def of(number: int) -> LogProb:
-        own = [i for i, (name, _) in enumerate(drawings.PAIRS) if name == OBJECTS[number]]
-        return lambda x, lam: model(x, lam)[:, own].logsumexp(dim=1)
-
-    return of
+    return lambda number: lambda x, lam: model(x, lam)[:, world.classes[number]].logsumexp(dim=1)
 
 
-def prompt_of(number: int) -> str:
-    """What is asked for."""
-    return f"a {OBJECTS[number]}"
-
-
-def methods(runs: Path) -> dict[str, tuple[Make, Sequence[float]]]:
+def methods(runs: Path, world: World) -> dict[str, tuple[Make, Sequence[float]]]:
     """Name -> how the guided denoiser is made, and at which scales."""
-    studio, classifier = Studio.open(runs), object_log_prob(runs)
+    studio, classifier, prompts = Studio.open(runs), object_log_prob(runs, world), world.prompts()
     plain = studio.denoiser  # untold
 
     def noise_aware(denoise: Denoise, **how: Any) -> Make:
         def make(number: int, scale: float, lambdas: Tensor) -> Denoise:
-            return studio.guided(denoise, {prompt_of(number): 1.0}, [], scale, Steering(**how), lambdas)
+            return studio.guided(denoise, {prompts[number]: 1.0}, [], scale, Steering(**how), lambdas)
 
         return make
 
     def on_x_t(number: int, scale: float, lambdas: Tensor) -> Denoise:
-        log_p = clean_log_prob(studio, number)
+        log_p = clean_log_prob(studio, prompts[number])
         return score_shift(lambda x, lam: log_p(x), scale)(plain)
 
     def free(number: int, scale: float, lambdas: Tensor) -> Denoise:
-        return contrast(plain, scale)(plain.given(prompt_of(number)))
+        return contrast(plain, scale)(plain.given(prompts[number]))
 
     def free_and_noise_aware(number: int, scale: float, lambdas: Tensor) -> Denoise:
         return noise_aware(free(number, 2.0, lambdas))(number, scale, lambdas)
@@ -108,7 +149,10 @@ def methods(runs: Path) -> dict[str, tuple[Make, Sequence[float]]]:
     return {
         "none": (lambda number, scale, lambdas: plain, (0.0,)),
         "clean CLIP on x_t": (on_x_t, SCALES),
-        "clean CLIP through x0": (lambda n, scale, _: through_x0(clean_log_prob(studio, n), scale)(plain), SCALES),
+        "clean CLIP through x0": (
+            lambda n, scale, _: through_x0(clean_log_prob(studio, prompts[n]), scale)(plain),
+            SCALES,
+        ),
         "noise-aware CLIP": (noise_aware(plain), SCALES),
         "noise-aware CLIP, dot": (noise_aware(plain, objective="dot"), SCALES),
         "noise-aware CLIP, mean shift": (noise_aware(plain, shift="mean"), SCALES),
@@ -134,53 +178,60 @@ def costs(kinds: dict[str, tuple[Make, Sequence[float]]], size: int, rounds: int
 
 
 @torch.no_grad()
-def sample(make: Make, scale: float, steps: int, each: int, size: int, span: tuple[float, float]) -> Tensor:
-    """`each` pictures of every object, the same noise for all methods: [16 each, 3, S, S]."""
-    lambdas, found = karras(*span, steps), []
-    for number in range(len(OBJECTS)):
+def sample(make: Make, scale: float, steps: int, names: int, each: int, plain: Denoiser) -> Tensor:
+    """`each` pictures of every name, the same noise for all methods: [names each, 3, S, S]."""
+    lambdas, size, found = karras(*plain.range(), steps), plain.image_size, []
+    for number in range(names):
         generator = torch.Generator().manual_seed(number)
         x = torch.randn(each, 3, size, size, generator=generator)
         found.append(samplers.dpmpp_2m(clipped(make(number, scale, lambdas)), x, lambdas))
     return torch.cat(found)
 
 
-def features(extractor: Extractor, images: Tensor) -> Tensor:
-    """Of pictures in [-1, 1]."""
-    return extractor.features(torch.stack([extractor.preprocess(to_image(image)) for image in images]))
+def features(extractor: Extractor, images: Sequence[Image.Image]) -> Tensor:
+    """[len(images), D]."""
+    pixels = torch.stack([extractor.preprocess(image) for image in images])
+    return torch.cat([extractor.features(part) for part in torch.split(pixels, 200)])
 
 
-def study(runs: Path, steps: Sequence[int], each: int, few: bool) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+def named_right(judge: Pretrained, images: Tensor, wanted: Sequence[str], world: World) -> float:
+    """The share of pictures in which the judge sees what was wanted, among all the world's names."""
+    found = named(judge, images, world.names, world.templates)
+    return sum(a == b for a, b in zip(found, wanted, strict=True)) / len(wanted)
+
+
+def study(
+    runs: Path, world: World, steps: Sequence[int], each: int, few: bool
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """A row for each method, scale and number of steps; and the pictures of each method's best row."""
-    judge = clipkit.load(runs / "judge")
-    extractor, kinds, size = clip_extractor(judge, "judge"), methods(runs), load_denoiser(runs).image_size
-    real = torch.stack([extractor.preprocess(drawings.draw("train", 9, i).image) for i in range(250 * each)])
-    known = Moments.of(torch.cat([extractor.features(part) for part in torch.split(real, 200)]))
-    floor = Moments.of(
-        extractor.features(
-            torch.stack([extractor.preprocess(drawings.draw("train", 10, i).image) for i in range(16 * each)])
-        )
-    )
+    judge, denoiser = clipkit.load(runs / "judge"), load_denoiser(runs)
+    extractor, kinds, drawn = clip_extractor(judge, "judge"), methods(runs, world), len(world.names) * each
+    real = [to_image(picture(image, denoiser.image_size)[0]) for image, _ in world.real]  # as coarse as the drawn ones
+    known, floor = (Moments.of(features(extractor, part)) for part in (real[:-drawn], real[-drawn:]))
+    wanted = [name for name in world.names for _ in range(each)]
     rows: list[dict[str, Any]] = []
     best: dict[str, tuple[float, Tensor]] = {}
-    cost = costs(kinds, size)
+    cost = costs(kinds, denoiser.image_size)
     cells = [
         (name, scale, n) for n in steps for name, (_, scales) in kinds.items() for scale in scales[: 1 if few else 9]
     ]
     with torch.no_grad():
-        prompts = judge.model.encode_text(judge.tokenizer([prompt_of(n) for n in range(len(OBJECTS))]))
+        prompts = judge.model.encode_text(judge.tokenizer(world.prompts()))
     for name, scale, n in records.progress(cells, len(cells), "cells"):
-        images = sample(kinds[name][0], scale, n, each, size, load_denoiser(runs).range())
-        found, seen = named(judge, images), features(extractor, images)
-        right = sum(a == b for a, b in zip(found, [o for o in OBJECTS for _ in range(each)], strict=True))
-        row = {"guidance": name, "scale": scale, "steps": n, "named right": right / len(images)}
-        row["CLIP score"] = clip_score(seen, prompts.repeat_interleave(each, dim=0))
-        row["Frechet"] = frechet_distance(known, Moments.of(seen))
+        images = sample(kinds[name][0], scale, n, len(world.names), each, denoiser)
+        looks = features(extractor, [to_image(image) for image in images])
+        right = named_right(judge, images, wanted, world)
+        row: dict[str, Any] = {"guidance": name, "scale": scale, "steps": n, "named right": right}
+        row["CLIP score"] = clip_score(looks, prompts.repeat_interleave(each, dim=0))
+        row["Frechet"] = frechet_distance(known, Moments.of(looks))
         row["cost"] = n * cost[name]
         rows.append(row)
         records.say(json.dumps(row))
-        if name not in best or row["named right"] > best[name][0]:
-            best[name] = (row["named right"], images)
-    rows.append({"guidance": "real drawings", "Frechet": frechet_distance(known, floor)})
+        if name not in best or right > best[name][0]:
+            best[name] = (right, images)
+    last = torch.cat([picture(image, denoiser.image_size) for image in real[-drawn:]])
+    right = named_right(judge, last, [name for _, name in world.real[-drawn:]], world)
+    rows.append({"guidance": "real pictures", "named right": right, "Frechet": frechet_distance(known, floor)})
     return rows, {name: images for name, (_, images) in best.items()}
 
 
@@ -202,7 +253,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     for row in best_scales(rows):
         if "steps" not in row:
-            lines.append(f"| {row['guidance']} | | | | | | {row['Frechet']:.3f} |")
+            lines.append(f"| {row['guidance']} | | | | {row['named right']:.1%} | | {row['Frechet']:.3f} |")
             continue
         lines.append(
             f"| {row['guidance']} | {row['steps']} | {row['cost']:.0f} | {row['scale']:g} | {row['named right']:.1%} | "
@@ -212,8 +263,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def pictures(best: dict[str, Tensor], each: int) -> Image.Image:
-    """A row for each method: one picture of each object."""
-    strips = {name: grid(images[::each], columns=len(OBJECTS), scale=2) for name, images in best.items()}
+    """A row for each method: one picture of each name."""
+    strips = {name: grid(images[::each], columns=len(images) // each, scale=2) for name, images in best.items()}
     margin, height = 230, next(iter(strips.values())).height
     sheet = Image.new("RGB", (margin + next(iter(strips.values())).width, height * len(strips)), (255, 255, 255))
     pen = ImageDraw.Draw(sheet)
@@ -223,7 +274,7 @@ def pictures(best: dict[str, Tensor], each: int) -> Image.Image:
     return sheet
 
 
-def curves(rows: Sequence[dict[str, Any]], over: str, label: str) -> Any:
+def curves(rows: Sequence[dict[str, Any]], over: str, label: str, chance: float) -> Any:
     """Share named right over the column `over`, a line for each kind of guidance with several values."""
     from matplotlib.figure import Figure
 
@@ -233,7 +284,7 @@ def curves(rows: Sequence[dict[str, Any]], over: str, label: str) -> Any:
         own = sorted((row for row in rows if row["guidance"] == name), key=lambda row: float(row[over]))
         if len(own) > 1:
             axes.plot([r[over] for r in own], [100 * r["named right"] for r in own], marker="o", label=name)
-    axes.axhline(100 / len(OBJECTS), color="grey", linestyle=":", linewidth=0.8)
+    axes.axhline(100 * chance, color="grey", linestyle=":", linewidth=0.8)
     axes.set(xscale="log", xlabel=label, ylabel="named right, %", ylim=(0, 102))
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return figure
@@ -243,23 +294,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/demo"))
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
-    parser.add_argument("--each", type=int, default=8, help="pictures of each object")
+    parser.add_argument("--pack", type=Path, help="a classed pack in place of the drawings")
+    parser.add_argument("--names", default="", help="names of its classes, with commas")
+    parser.add_argument("--each", type=int, default=8, help="pictures of each name")
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 25])
     parser.add_argument("--few", action="store_true", help="the first scale of each alone")
     parser.add_argument("--train", nargs="*", default=[], help="overrides for what is trained")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON instead of a table")
     options = parser.parse_args()
-    prepare(options.runs, options.train)
-    rows, best = study(options.runs, options.steps, options.each, options.few)
+    if options.pack:
+        world = of_pack(options.pack, options.names.split(","), options.each)
+    else:
+        world = of_drawings(options.runs / "packs" / "train", options.each)
+    prepare(options.runs, world.pack, options.train)
+    rows, best = study(options.runs, world, options.steps, options.each, options.few)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "study.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     (options.out / "study.md").write_text(table(rows) + "\n", encoding="utf-8")
     pictures(best, options.each).save(options.out / "study.png")
     most = max(options.steps)
     long = [row for row in rows if row.get("steps") == most]
-    curves(long, "scale", f"scale, {most} steps").savefig(options.out / "scales.png", dpi=110)
+    chance = 1 / len(world.names)
+    curves(long, "scale", f"scale, {most} steps", chance).savefig(options.out / "scales.png", dpi=110)
     label = "cost in unguided steps, best scale"
-    curves(best_scales(rows), "cost", label).savefig(options.out / "costs.png", dpi=110)
+    curves(best_scales(rows), "cost", label, chance).savefig(options.out / "costs.png", dpi=110)
     print(json.dumps(rows) if options.json else table(rows))
 
 

@@ -99,12 +99,17 @@ def _draw(out: Path, seed: int, quick: bool) -> dict[str, float]:
 
 
 @torch.no_grad()
-def named(judge: Pretrained, images: Tensor, names: Sequence[str] = tuple(drawings.OBJECTS)) -> list[str]:
+def named(
+    judge: Pretrained,
+    images: Tensor,
+    names: Sequence[str] = tuple(drawings.OBJECTS),
+    templates: Sequence[str] = drawings.TEMPLATES,
+) -> list[str]:
     """Which of `names` (the drawings' objects) the judge sees in each picture."""
     from clipkit.images import to_image
     from clipkit.zeroshot.heads import class_head
 
-    head = class_head(judge.model, judge.tokenizer, names, drawings.TEMPLATES)
+    head = class_head(judge.model, judge.tokenizer, names, templates)
     pixels = torch.stack([judge.preprocess(to_image(image)) for image in images]).to(head.device)
     return [names[i] for i in (judge.model.encode_image(pixels) @ head.T).argmax(dim=1).tolist()]
 

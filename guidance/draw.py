@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -330,9 +331,16 @@ def picture(image: Image.Image, size: int) -> Tensor:
 
 
 def alternatives(prompt: str, captions: Sequence[str]) -> list[str]:
-    """The captions that do not contain every word of the prompt.
+    """The captions that lack a word of the prompt, but for words that say nothing of what is in a picture.
 
-    "a red rocket" is no alternative to "a rocket" but a case of it, and must not be pushed away from.
+    "a picture of a red rocket." is no alternative to "a rocket" but a case of it, and must not be pushed away from.
     """
-    words = set(prompt.lower().split())
-    return [c for c in captions if not words <= set(c.lower().rstrip(".").split())]
+    wanted = _words(prompt)
+    return [c for c in captions if not wanted <= _words(c)]
+
+
+_EMPTY_WORDS = frozenset(["a", "an", "the", "one", "of", "in", "on", "with", "photo", "picture", "image", "drawing"])
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower())) - _EMPTY_WORDS

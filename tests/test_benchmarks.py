@@ -109,18 +109,21 @@ def test_sampling(chain):
 
 
 @pytest.mark.slow
-def test_guidance_study(chain, packs, tmp_path):
+@pytest.mark.parametrize("world", ["drawings", "pack"])
+def test_guidance_study(chain, packs, tmp_path, world):
     pytest.importorskip("matplotlib")
     for name, folder in (("clip", "clip"), ("judge", "clip"), ("noisy_clip", "noisy_clip")):
         (tmp_path / name).symlink_to(chain / folder)
     (tmp_path / "packs").symlink_to(packs)
     told = [f"run.out={tmp_path / 'denoiser'}", "condition.kind=text", f"condition.clip={chain / 'clip'}"]
     denoiser.run("drawings_denoiser", [*TINY, f"data.shards={packs / 'train'}", *told])
-    words = ["--runs", str(tmp_path), "--out", str(tmp_path / "study"), "--each", "2", "--steps", "2"]
+    words = ["--runs", str(tmp_path), "--out", str(tmp_path / "study"), "--each", "1", "--steps", "2"]
     words += ["--few", "--train", *TINY]
+    if world == "pack":
+        words += ["--pack", str(packs / "train"), "--names", "blue rocket,green rocket,red house"]
     rows = run("guidance_study.py", *words)
     assert len({row["guidance"] for row in rows}) == 10
-    assert all(0 <= row["named right"] <= 1 for row in rows if "named right" in row)
+    assert all(0 <= row["named right"] <= 1 for row in rows)
     assert {"study.json", "study.md", "study.png", "scales.png", "costs.png"} <= {
         p.name for p in (tmp_path / "study").iterdir()
     }

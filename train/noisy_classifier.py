@@ -28,6 +28,7 @@ from clipkit.shards import Shards
 from clipkit.stream import Batch
 from clipkit.train.launch import launch
 from clipkit.train.step import Features, Task
+from clipkit.train.tune import resized
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class ClassifierConfig:
     """Width of the noise embedding."""
     clean_fraction: float = 0.1
     """Share of clean images in each batch."""
+    image_size: int = 0
+    """Pixels of the denoiser's pictures; 0: the CLIP's."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class Classification(Task):
                 f"{recipe.data.shards} has no classes, or data.mix adds others; a classifier needs one such pack"
             )
         clip = load(recipe.model.clip, "cpu").model
+        if recipe.model.image_size not in (0, clip.config.image_size):
+            clip = resized(clip, recipe.model.image_size)
         self.config, self.shape, self.image_size = recipe.model, clip.config, clip.config.image_size
         self.names = shards.classes
         clip.text.requires_grad_(False)

@@ -45,6 +45,15 @@ def test_it_guides(trained, chain):
         torch.testing.assert_close(guided.x0, denoiser(x, lam).x0 + 2 * s**2 / a * g)
 
 
+def test_it_may_see_another_size_than_its_clip(chain, packs, tmp_path):
+    out = tmp_path / "noisy_classifier"
+    words = [*TINY, f"data.shards={packs / 'train'}", f"run.out={out}", f"model.clip={chain / 'clip'}"]
+    noisy_classifier.run("drawings_noisy_classifier", [*words, "model.image_size=36"])
+    model, _ = load_classifier(out)
+    assert model.tower.clip.config.image_size == 36
+    assert torch.isfinite(model(torch.randn(2, 3, 36, 36), torch.tensor([0.0, 1.0]))).all()
+
+
 def test_a_pack_without_classes_is_refused(chain, packs, tmp_path):
     words = [*TINY, f"data.shards={packs / 'train'}", f"run.out={tmp_path}", f"model.clip={chain / 'clip'}"]
     with pytest.raises(RecipeError, match="a classifier needs one such pack"):

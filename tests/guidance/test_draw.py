@@ -79,9 +79,10 @@ def test_huge_scales_stay_pictures(studio):
 
 
 def test_a_case_of_the_prompt_is_no_alternative_to_it():
-    bank = ["a red rocket", "one rocket.", "a red car", "a rocketry book"]
-    assert alternatives("a rocket", bank) == ["one rocket.", "a red car", "a rocketry book"]
-    assert alternatives("red", bank) == ["one rocket.", "a rocketry book"]
+    bank = ["a picture of a red rocket.", "One rocket!", "an orange rocket", "a red car", "a rocketry book"]
+    assert alternatives("a photo of a rocket", bank) == ["a red car", "a rocketry book"]
+    assert alternatives("a red, red rocket", bank) == bank[1:]
+    assert alternatives("red", bank) == ["One rocket!", "an orange rocket", "a rocketry book"]
 
 
 def test_grid_places_rows_and_columns():
