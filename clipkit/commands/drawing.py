@@ -72,8 +72,9 @@ def guided_sample(
     device: str,
     as_json: bool,
 ) -> None:
-    """Draw pictures of PROMPT: a denoiser steered by a noise-aware CLIP, or by itself if it was told what it drew.
+    """Draw pictures of a prompt.
 
+    A denoiser is steered by a noise-aware CLIP, or draws by itself if it was told what it drew.
     Writes a PNG grid whose metadata holds prompt, seed, scale and version, and prints each picture's CLIP score. The
     same seed gives the same bytes on a CPU. Several prompts are wanted together; "a rocket:0.5" weighs half.
 
@@ -164,7 +165,9 @@ def _white(mask: Tensor) -> Tensor:
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def noise_curve(model: str, shards: str, n: int, out: Path | None, device: str, as_json: bool) -> None:
-    """Say how often a noise-aware CLIP is right at each noise level, and the clean CLIP on the same noised pictures.
+    """Say how much a CLIP sees at each noise level.
+
+    How often the noise-aware CLIP is right, and the clean CLIP on the same noised pictures.
 
     \b
     Example:

@@ -95,7 +95,9 @@ def zeroshot(
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def retrieval(model: str, shards: str, device: str, as_json: bool) -> None:
-    """Recall@1, 5 and 10 of a pack's captions by its images, and the other way round.
+    """Find a pack's captions by its images, and back.
+
+    Recall@1, 5 and 10 both ways.
 
     \b
     Example:
@@ -126,7 +128,9 @@ def retrieval(model: str, shards: str, device: str, as_json: bool) -> None:
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def probe(model: str, train: str, test: str, shots: int, seed: int, workers: int, device: str, as_json: bool) -> None:
-    """Fit a linear classifier on frozen image features: a linear probe, or a few-shot one.
+    """Fit a linear classifier on frozen image features.
+
+    A linear probe, or with --shots a few-shot one.
 
     \b
     Example:

@@ -38,7 +38,9 @@ def metrics(
     device: str,
     as_json: bool,
 ) -> None:
-    """Say how far the pictures SAMPLES are from the pictures REFERENCE: folders, tars or packs.
+    """Say how far pictures are from others: FID and its kin.
+
+    SAMPLES and REFERENCE are folders, tars or packs.
 
     Frechet distance (the FID, if --inception), KID, precision and recall; CMMD with a CLIP, the Inception score with
     Inception. With --pairs: PSNR, SSIM, and with a CLIP LPIPS (unlearned), perceptual and style distance. Beside each

@@ -16,7 +16,9 @@ from clipkit.errors import UsageError
 @click.argument("pattern", default="")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, name to hub repository.")
 def models(pattern: str, as_json: bool) -> None:
-    """List published models by name; those that contain PATTERN.
+    """List published models.
+
+    With PATTERN those whose names contain it.
 
     Wherever a command takes --model, it takes one of these names, which is fetched from the Hugging Face hub once;
     "hf-hub:organisation/name"; a folder with open_clip_config.json, or of transformers' CLIP or SigLIP; a file of
@@ -75,7 +77,9 @@ def export(model: str, out: Path, form: str, push: str | None) -> None:
 @click.argument("runs", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 def release(runs: Path, out: Path) -> None:
-    """Write the weights of RUNS into OUT, to give away: averaged, in half precision, without the optimizer's state.
+    """Write the weights of runs, to give them away.
+
+    Those of RUNS into OUT: averaged, in half precision, without the optimizer's state.
 
     RUNS is a run, or a folder of the runs clip, denoiser and noisy_clip. --model takes OUT as it takes RUNS.
 

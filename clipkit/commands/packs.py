@@ -51,7 +51,7 @@ def pack(
     data_dir: Path,
     download: bool,
 ) -> None:
-    """Pack captioned images into webdataset shards with an index.
+    """Pack captioned images into shards with an index.
 
     SOURCE is a folder or tar laid out <class>/<image>, or a folder or tar of images with --csv, or the word
     "drawings" for the embedded data set, or a NAME that zeroshot knows (fashion-mnist, cifar100 ...). Images are kept
@@ -95,7 +95,9 @@ def pack(
 @click.option("--samples", type=click.IntRange(min=0), default=16, show_default=True, help="Decoded of each shard.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def verify(shards: str, samples: int, as_json: bool) -> None:
-    """Check a pack: sizes, hashes and structure of all shards, and whether some of the images decode.
+    """Check a pack against its index.
+
+    Sizes, hashes and structure of all shards, and whether some of the images decode.
 
     SHARDS is a folder made by `clipkit pack`, or the URL of one. Exit code 1 when something is wrong.
 
@@ -132,7 +134,7 @@ def verify(shards: str, samples: int, as_json: bool) -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides which.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("sheet.png"), show_default=True)
 def inspect(shards: str, count: int, seed: int, out: Path) -> None:
-    """Show random samples of a pack with their captions, as a PNG.
+    """Show random samples of a pack and their captions.
 
     \b
     Example:

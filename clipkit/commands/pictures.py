@@ -23,7 +23,7 @@ from clipkit.errors import UsageError
 def similarity(
     images: tuple[str, ...], texts: tuple[str, ...], model: str, out: Path | None, device: str, as_json: bool
 ) -> None:
-    """Compare pictures with descriptions: the cosine of each with each.
+    """Compare pictures with descriptions, by cosines.
 
     \b
     Example:
@@ -56,7 +56,7 @@ def similarity(
 def classify(
     images: tuple[str, ...], labels: str, model: str, templates: str, out: Path | None, device: str, as_json: bool
 ) -> None:
-    """Say which of some labels fits each picture, with probabilities.
+    """Say which label fits each picture, with probabilities.
 
     \b
     Example:
@@ -97,7 +97,7 @@ def save_figure(figure: Any, out: Path) -> None:
 @click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that decode.")
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
 def index(images: str, out: Path, model: str, batch_size: int, workers: int, device: str) -> None:
-    """Embed a folder of pictures (or a pack), so that they can be searched.
+    """Embed a folder of pictures or a pack, for search.
 
     Interrupted, the same command goes on; under torchrun the ranks share the work.
 
@@ -116,7 +116,9 @@ def index(images: str, out: Path, model: str, batch_size: int, workers: int, dev
 @click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that decode.")
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
 def embed(shards: str, out: Path, model: str, batch_size: int, workers: int, device: str) -> None:
-    """Write the embeddings of a pack's images and first captions.
+    """Write embeddings of a pack's images and captions.
+
+    Of each image's captions the first counts.
 
     OUT gets part-00000.npy (images) and part-00000.texts.npy (captions), float16 unit vectors, and part-00000.json with
     their keys, and so on. It is an index as well. Interrupted, the same command goes on; under torchrun the ranks share
@@ -152,7 +154,9 @@ def _embed(source: str, out: Path, model: str, texts: bool, batch_size: int, wor
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def search(folder: str, query: str, model: str | None, k: int, out: Path | None, device: str, as_json: bool) -> None:
-    """Find the pictures of an INDEX that fit QUERY, a description or the file of a picture.
+    """Find pictures that fit a description or a picture.
+
+    Those of INDEX; QUERY is a description, or the file of a picture.
 
     \b
     Examples:

@@ -16,9 +16,9 @@ from clipkit.errors import UsageError
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 is any that is free.")
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
 def app(model: str, images: str | None, host: str, port: int, device: str) -> None:
-    """Open a page with four tabs: classify a picture, search a folder, draw, compare pictures with texts.
+    """Classify, search, draw and compare in the browser.
 
-    It answers this machine alone, and keeps nothing of what is sent. Drawing needs a model with a denoiser. Needs
+    One page with four tabs. It answers this machine alone, and keeps nothing of what is sent. Drawing needs a model with a denoiser. Needs
     the [app] extra.
 
     \b

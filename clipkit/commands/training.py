@@ -60,7 +60,7 @@ noisy_clip = _training_command(
 def plan(
     recipe: str, overrides: tuple[str, ...], gpus: int, gpu: str, per_node: int, caption_tokens: int, as_json: bool
 ) -> None:
-    """Estimate time and memory of a pretraining step before running it.
+    """Estimate time and memory of a pretraining step.
 
     Operations and activations are counted; what a device makes of them is an estimate (docs/scaling.md says how good).
     With --gpu cpu, each rank is taken to have its share of this machine's threads.
@@ -93,7 +93,9 @@ def plan(
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--quick", is_flag=True, help="A few steps of everything: shows that it runs, not that it works.")
 def demo(out: Path, seed: int, quick: bool) -> None:
-    """Run the whole chain on the embedded drawings, with no download.
+    """Run the whole chain on embedded drawings.
+
+    Nothing is downloaded.
 
     Trains a small CLIP and scores it on (object, colour) pairs it never saw, trains a denoiser and a noise-aware CLIP,
     and draws four prompts unguided and guided. Writes grid.png, loss.png and metrics.json into OUT. Some 15 minutes

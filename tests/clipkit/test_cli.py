@@ -32,6 +32,12 @@ def test_no_command_shows_the_help(command):
     assert "Commands:" in out + err
 
 
+def test_no_command_is_cut_short_in_the_list(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = command("--help")
+    assert "..." not in out.split("Commands:")[1]
+
+
 def test_every_option_has_a_word_of_help_or_a_default():
     for name, sub in cli.commands.items():
         for parameter in sub.params:
