@@ -18,8 +18,8 @@ from clipkit.errors import UsageError
 def app(model: str, images: str | None, host: str, port: int, device: str) -> None:
     """Classify, search, draw and compare in the browser.
 
-    One page with four tabs. It answers this machine alone, and keeps nothing of what is sent. Drawing needs a model with a denoiser. Needs
-    the [app] extra.
+    One page with four tabs. It answers this machine alone, and keeps nothing of what is sent. Drawing needs a model
+    with a denoiser. Needs the [app] extra.
 
     \b
     Examples:
