@@ -3,7 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint faults weights guidance-study clean
+.PHONY: demo test lint faults guidance-study guidance-study-photographs tiny-imagenet weights clean
+
+# Tiny ImageNet and the emoji (tiny-imagenet-32/, noto-emoji/), which are not in this repository.
+DATA ?= ../shared/data
 
 demo: .venv/installed
 	$(BIN)/clipkit demo
@@ -15,16 +18,28 @@ test: .venv/installed lint
 faults: .venv/installed
 	$(BIN)/python -m pytest tests/faults tests/clipkit/test_remote.py --nightly
 
-# Every kind of guidance over scales and steps, on the demo's runs.
+# Every kind of guidance over scales and steps: on the demo's runs, and where DATA has tiny-imagenet-32/ on photographs too, for
+# which a CLIP, a judge, a denoiser and a noise-aware CLIP are trained first (four hours on 2 CPU cores).
 guidance-study: demo
 	$(BIN)/python benchmarks/guidance_study.py --runs runs/demo --out runs/study
+	test ! -d $(DATA)/tiny-imagenet-32 || $(MAKE) guidance-study-photographs
 
-# clipkit-tiny, from DATA (tiny-imagenet-32/ and noto-emoji/ in it): some three and a half hours on 2 CPU cores. Each part goes on where
-# it was stopped.
-DATA ?= ../shared/data
-weights: .venv/installed
+PHOTOGRAPHS := "goldfish,jellyfish,king penguin,brown bear,lion,ladybug,monarch,school bus,sports car,steel arch bridge,$\
+	banana,lemon,orange,pizza,seashore,alp"
+guidance-study-photographs: .venv/installed tiny-imagenet
+	$(BIN)/clipkit pretrain tiny_imagenet_clip.toml
+	$(BIN)/clipkit pretrain tiny_imagenet_clip.toml run.seed=1 run.steps=600 optim.warmup=60 run.out=runs/tiny-imagenet/judge
+	$(BIN)/clipkit denoiser tiny_imagenet_denoiser.toml
+	$(BIN)/clipkit noisy-clip tiny_imagenet_noisy_clip.toml
+	$(BIN)/python benchmarks/guidance_study.py --runs runs/tiny-imagenet --out runs/study-photographs \
+		--pack packs/tiny-imagenet --names $(PHOTOGRAPHS) --train run.steps=900 run.batch_size=256
+
+tiny-imagenet: .venv/installed
 	$(BIN)/clipkit pack $(DATA)/tiny-imagenet-32/train.tar.xz packs/tiny-imagenet --classnames train/recipes/tiny_imagenet_names.json
 	$(BIN)/clipkit pack $(DATA)/tiny-imagenet-32/val.tar.xz packs/tiny-imagenet-val --classnames train/recipes/tiny_imagenet_names.json
+
+# clipkit-tiny: some three and a half hours on 2 CPU cores. Each part goes on where it was stopped.
+weights: .venv/installed tiny-imagenet
 	$(BIN)/clipkit pack $(DATA)/noto-emoji/images.tar.xz packs/emoji --csv $(DATA)/noto-emoji/captions.csv --holdout 500
 	$(BIN)/clipkit pack drawings packs/drawings --count 20000
 	$(BIN)/clipkit pretrain tiny_imagenet_clip.toml

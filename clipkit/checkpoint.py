@@ -69,9 +69,11 @@ class Checkpoint:
         except SafetensorError as error:
             raise CheckpointError(f"{files[0]} is not what its name says: {error}") from None
 
-    def text(self, name: str) -> str:
-        """A text file of the checkpoint. Raises CheckpointError if it has none of that name."""
+    def text(self, name: str, default: str | None = None) -> str:
+        """A text file of the checkpoint. Raises CheckpointError if it has none of that name and there is no default."""
         if not (self.path / name).is_file():
+            if default is not None:
+                return default
             raise CheckpointError(f"{self.path} has no {name}; it is a {self.state.get('kind')} checkpoint")
         return (self.path / name).read_text(encoding="utf-8")
 

@@ -209,6 +209,26 @@ OBJECTS: dict[str, Callable[[_Pen], None]] = {
     "mushroom": _mushroom,
 }
 
+ALIASES: dict[str, tuple[str, ...]] = {
+    "rocket": ("spaceship", "rocket ship", "spacecraft"),
+    "house": ("cottage", "building", "home"),
+    "tree": ("leafy tree", "plant", "oak"),
+    "car": ("sports car", "automobile", "vehicle"),
+    "boat": ("ship", "sailing boat", "vessel"),
+    "fish": ("sea creature", "goldfish", "animal"),
+    "bird": ("songbird", "winged creature", "animal"),
+    "cat": ("kitten", "pet", "animal"),
+    "flower": ("blossom", "daisy", "plant"),
+    "star": ("five-pointed star", "starlet", "shape"),
+    "heart": ("love heart", "valentine", "shape"),
+    "moon": ("crescent", "crescent moon", "half moon"),
+    "cup": ("mug", "coffee cup", "teacup"),
+    "key": ("door key", "latchkey", "tool"),
+    "umbrella": ("parasol", "brolly", "sunshade"),
+    "mushroom": ("toadstool", "fungus", "fly agaric"),
+}
+"""What else people call the objects: synonyms, kinds, and what they are kinds of."""
+
 PAIRS: tuple[tuple[str, str], ...] = tuple((o, c) for o in OBJECTS for c in COLOURS)
 """All (object, colour) pairs; the class of a drawing is the index of its pair."""
 
@@ -252,11 +272,12 @@ def draw(split: str, seed: int, index: int, size: int = SIZE) -> Drawing:
     image = Image.new("RGB", (canvas, canvas), BACKGROUNDS[background])
     OBJECTS[object_](_Pen(image, (x * canvas, y * canvas), radius * canvas, COLOURS[colour]))
     image = image.resize((size, size), Image.Resampling.BOX)
-    captions = _captions(object_, colour, background, "big" if big else "small")
+    alias = ALIASES[object_][index // len(SPLITS[split]) % len(ALIASES[object_])]
+    captions = _captions(object_, alias, colour, background, "big" if big else "small")
     return Drawing(image, captions, PAIRS.index((object_, colour)))
 
 
-def _captions(object_: str, colour: str, background: str, size: str) -> tuple[str, ...]:
+def _captions(object_: str, alias: str, colour: str, background: str, size: str) -> tuple[str, ...]:
     article = "an" if object_ == "umbrella" else "a"
     colour_article = "an" if colour == "orange" else "a"
     return (
@@ -266,4 +287,5 @@ def _captions(object_: str, colour: str, background: str, size: str) -> tuple[st
         f"a {size} {colour} {object_} on a {background} background",
         f"a picture of {article} {object_} in {colour}",
         f"{colour_article} {colour} {object_} on {background}",
+        f"{colour_article} {colour} {alias}",
     )

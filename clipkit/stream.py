@@ -185,8 +185,7 @@ class Stream:
     ) -> None:
         if batch_size % world_size:
             raise DataError(f"batch_size {batch_size} does not divide over {world_size} ranks; change run.batch_size")
-        cache = cache_of(config)
-        packs = [shards, *(Shards(folder, verify=False, cache=cache) for folder in config.mix)]
+        cache, packs = cache_of(config), packs_of(shards, config)
         for pack in packs:
             if not len(pack):
                 raise DataError(f"{pack.source} holds no sample")
@@ -285,6 +284,11 @@ class Stream:
 def cache_of(config: DataConfig) -> Cache:
     """Where the recipe wants fetched shards."""
     return Cache(Path(config.cache), int(config.cache_gb * 2**30))
+
+
+def packs_of(shards: Shards, config: DataConfig) -> list[Shards]:
+    """The pack of a recipe, and those that are mixed in."""
+    return [shards, *(Shards(folder, verify=False, cache=cache_of(config)) for folder in config.mix)]
 
 
 def _fits(pack: Shards, order: Order, cache: Cache) -> None:

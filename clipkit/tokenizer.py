@@ -14,7 +14,7 @@ import re
 import string
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -174,18 +174,6 @@ class Tokenizer(AnyTokenizer):
         ids[:, 1:][inside] = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=lengths.sum())
         ids[np.arange(len(rows)), lengths + 1] = self.end_id
         return torch.from_numpy(ids)
-
-    def unknown_words(self, text: str) -> list[str]:
-        """Words that are no single token, in their order: what a vocabulary was learned from did not have them.
-
-        A vocabulary that reached its size before its captions' end leaves out rare words too.
-        """
-        cleaned = clean(text)
-        encoding = self._encoder.encode(cleaned, add_special_tokens=False)
-        split = {word for word, following in pairwise(encoding.word_ids) if word == following}
-        spans = (encoding.word_to_chars(word) for word in sorted(split))
-        found = dict.fromkeys(cleaned[start:end] for start, end in spans)
-        return [word for word in found if any(map(str.isalpha, word))]
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text: of plain ASCII word by word from memory, of anything else by the encoder."""

@@ -7,6 +7,7 @@ random, so that the same network is also the unconditional one that classifier-f
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from clipkit.errors import RecipeError, UsageError, did_you_mean
 from clipkit.model import CLIP
+from clipkit.shards import Shards
 from clipkit.tokenizer import Tokenizer
 
 
@@ -88,8 +90,9 @@ class ClassCondition(nn.Module):
 class TextCondition(nn.Module):
     """A CLIP's text tower, which is not trained: its last states for the attention, its embedding as the vector."""
 
-    def __init__(self, clip: CLIP, tokenizer: Tokenizer) -> None:
+    def __init__(self, clip: CLIP, tokenizer: Tokenizer, words: Sequence[str] = ()) -> None:
         super().__init__()
+        self.words = words  # of the captions that the denoiser was told in training; none if that is not known
         self.tower, self.tokenizer, self.shape = clip.text, tokenizer, clip.config
         self.tower.requires_grad_(False)
         self.width = self.words_width = clip.config.text_width
@@ -105,7 +108,23 @@ class TextCondition(nn.Module):
         """Files that belong beside the weights."""
         import dataclasses
 
-        return {"tokenizer.json": self.tokenizer.to_json(), "clip.json": json.dumps(dataclasses.asdict(self.shape))}
+        return {
+            "tokenizer.json": self.tokenizer.to_json(),
+            "clip.json": json.dumps(dataclasses.asdict(self.shape)),
+            "words.json": json.dumps(self.words, ensure_ascii=False),
+        }
 
 
 Conditioner = ClassCondition | TextCondition
+
+
+def split(text: str) -> list[str]:
+    """A text's words in lower case, in their order."""
+    return re.findall(r"\w+", text.lower())
+
+
+def words_of(packs: Sequence[Shards], limit: int = 500_000) -> list[str]:
+    """All words of the packs' captions, sorted; none if the samples are more than `limit`, or must be fetched."""
+    if sum(map(len, packs)) > limit or any(pack.store.remote for pack in packs):
+        return []
+    return sorted({word for pack in packs for caption in pack.captions(limit) for word in split(caption)})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from clipkit._version import __version__
 from clipkit.errors import CheckpointError, UsageError, did_you_mean
 from clipkit.guidance import samplers
 from clipkit.guidance.autoencoder import Autoencoder
-from clipkit.guidance.condition import TextCondition
+from clipkit.guidance.condition import TextCondition, split
 from clipkit.guidance.denoiser import Denoise, Denoiser, clipped
 from clipkit.guidance.guiders import between, contrast, inpaint, like, mean_shift, mixed, score_shift
 from clipkit.guidance.loading import Guide, has_guide, load_autoencoder, load_denoiser, load_guide
@@ -195,9 +194,10 @@ class Studio:
         return Drawn(images, self.score(images, prompts), about, trajectory, self._shown)
 
     def unknown_words(self, texts: Sequence[str]) -> list[str]:
-        """Words of prompts that those who lead the drawing hardly know, since they are no token of their vocabulary."""
+        """Words of prompts that no caption had from which the denoiser, or else its guide, learned what words mean."""
         reader = self.denoiser.conditioner if isinstance(self.denoiser.conditioner, TextCondition) else self.guide
-        return [] if reader is None else reader.tokenizer.unknown_words(" ".join(texts))
+        known = set(reader.words) if reader is not None else set()
+        return [word for word in dict.fromkeys(split(" ".join(texts))) if known and word not in known]
 
     def told(self, prompts: Mapping[str, float], negative: Sequence[str], cfg_scale: float) -> Denoise:
         """The denoiser under classifier-free guidance, away from `negative`, or from what it draws untold."""
@@ -343,4 +343,4 @@ _EMPTY_WORDS = frozenset(["a", "an", "the", "one", "of", "in", "on", "with", "ph
 
 
 def _words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.lower())) - _EMPTY_WORDS
+    return set(split(text)) - _EMPTY_WORDS

@@ -27,11 +27,12 @@ from clipkit.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Guide:
-    """A noise-aware CLIP with its tokenizer and the captions among which a prompt is chosen."""
+    """A noise-aware CLIP with its tokenizer, the captions among which a prompt is chosen, and all their words."""
 
     model: NoisyCLIP
     tokenizer: Tokenizer
     bank: list[str]
+    words: Sequence[str] = ()
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
@@ -56,7 +57,11 @@ def _conditioner(found: Checkpoint) -> Conditioner | None:
     config = from_dict(ConditionConfig, found.state["recipe"].get("condition", {}))
     if config.kind == "class":
         return ClassCondition(json.loads(found.text("classes.json")), config.width)
-    return TextCondition(*_towers(found)) if config.kind == "text" else None
+    return TextCondition(*_towers(found), _words(found)) if config.kind == "text" else None
+
+
+def _words(found: Checkpoint) -> list[str]:
+    return [str(word) for word in json.loads(found.text("words.json", default="[]"))]
 
 
 def _towers(found: Checkpoint) -> tuple[CLIP, Tokenizer]:
@@ -91,7 +96,8 @@ def load_guide(path: str | Path) -> Guide:
     clip, tokenizer = _towers(found)
     model = NoisyCLIP(clip, int(found.state["recipe"]["model"]["width"]))
     load_weights(model, found)
-    return Guide(model.eval().requires_grad_(False), tokenizer, [str(c) for c in json.loads(found.text("bank.json"))])
+    bank = [str(caption) for caption in json.loads(found.text("bank.json"))]
+    return Guide(model.eval().requires_grad_(False), tokenizer, bank, _words(found))
 
 
 def load_classifier(path: str | Path) -> tuple[NoisyClassifier, list[list[str]]]:

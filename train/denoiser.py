@@ -19,7 +19,14 @@ from clipkit import distributed
 from clipkit.config import Recipe
 from clipkit.errors import RecipeError
 from clipkit.guidance.autoencoder import LatentConfig
-from clipkit.guidance.condition import ClassCondition, Condition, ConditionConfig, Conditioner, TextCondition
+from clipkit.guidance.condition import (
+    ClassCondition,
+    Condition,
+    ConditionConfig,
+    Conditioner,
+    TextCondition,
+    words_of,
+)
 from clipkit.guidance.denoiser import (
     Denoiser,
     DiffusionConfig,
@@ -35,7 +42,7 @@ from clipkit.guidance.schedule import add_noise, later_log_snr, sample_log_snr
 from clipkit.guidance.unet import UNetConfig
 from clipkit.pretrained import load
 from clipkit.shards import Shards
-from clipkit.stream import Batch
+from clipkit.stream import Batch, packs_of
 from clipkit.tokenizer import Tokenizer
 from clipkit.train.launch import launch
 from clipkit.train.step import Features, Task
@@ -136,7 +143,7 @@ def _conditioner(recipe: DenoiserRecipe, shards: Shards) -> Conditioner | None:
         clean = load(config.clip, "cpu")
         if not isinstance(clean.tokenizer, Tokenizer):
             raise RecipeError(f"{config.clip} has another library's tokenizer; condition.clip takes a CLIP of ours")
-        return TextCondition(clean.model, clean.tokenizer)
+        return TextCondition(clean.model, clean.tokenizer, words_of(packs_of(shards, recipe.data)))
     if config.kind == "class":
         if not shards.classes or recipe.data.mix:
             raise RecipeError(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from clipkit.config import Recipe
 from clipkit.errors import RecipeError
+from clipkit.guidance.condition import words_of
 from clipkit.guidance.curve import accuracy_at, noise_aware
 from clipkit.guidance.loading import load_autoencoder
 from clipkit.guidance.noisy_clip import NoisyCLIP, NoisyCLIPConfig, for_latents, noised
@@ -27,7 +28,7 @@ from clipkit.images import decode, preprocess
 from clipkit.losses import LossConfig, info_nce
 from clipkit.pretrained import load
 from clipkit.shards import Shards
-from clipkit.stream import Batch, cache_of
+from clipkit.stream import Batch, packs_of
 from clipkit.train.launch import launch
 from clipkit.train.step import Features, Task
 from clipkit.train.tune import resized
@@ -69,8 +70,8 @@ class NoisyPretraining(Task):
             clip = resized(clip, self.image_size)
         self.model: NoisyCLIP = NoisyCLIP(clip, recipe.model.width)
         self.model.clip.text.requires_grad_(recipe.model.train_text)
-        packs = [shards, *(Shards(folder, verify=False, cache=cache_of(recipe.data)) for folder in recipe.data.mix)]
-        self.bank = caption_bank(packs, recipe.model.bank, recipe.run.seed)
+        packs = packs_of(shards, recipe.data)
+        self.bank, self.words = caption_bank(packs, recipe.model.bank, recipe.run.seed), words_of(packs)
 
     def forward(self, batch: Batch) -> Features:
         """Unit vectors of noised images and captions [b, D], and each image's temperature [b]."""
@@ -115,11 +116,12 @@ class NoisyPretraining(Task):
         return {f"top1_at_{level:g}": accuracy_at(encode, head, x0, labels, level) for level in _LEVELS}
 
     def texts(self) -> Mapping[str, str]:
-        """Tokenizer, caption bank, and the shape of the clean CLIP inside."""
+        """Tokenizer, caption bank, words, and the shape of the clean CLIP inside."""
         shape = dataclasses.asdict(self.model.clip.config)
         return {
             "tokenizer.json": self.tokenizer.to_json(),
             "bank.json": json.dumps(self.bank, ensure_ascii=False),
+            "words.json": json.dumps(self.words, ensure_ascii=False),
             "clip.json": json.dumps(shape),
         }
 

@@ -22,7 +22,7 @@ from clipkit.losses import LossConfig, info_nce, sigmoid_loss
 from clipkit.model import CLIP, CLIPConfig
 from clipkit.records import write_atomically
 from clipkit.shards import Shards
-from clipkit.stream import Batch, cache_of
+from clipkit.stream import Batch, packs_of
 from clipkit.tokenizer import Tokenizer
 from clipkit.towers import residual_blocks
 from clipkit.train import tune
@@ -143,9 +143,7 @@ def make_tokenizer(recipe: PretrainRecipe, shards: Shards) -> Tokenizer:
         return Tokenizer.clip(config.merges, config.context_length)
     path = Path(recipe.run.out) / "tokenizer.json"
     if distributed.rank() == 0 and not path.is_file():
-        cache = cache_of(recipe.data)
-        packs = [shards, *(Shards(folder, verify=False, cache=cache) for folder in recipe.data.mix)]
-        captions = sorted({c for pack in packs for c in pack.captions(_CAPTIONS)})
+        captions = sorted({c for pack in packs_of(shards, recipe.data) for c in pack.captions(_CAPTIONS)})
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, Tokenizer.train(captions, config.vocab_size).to_json())
     distributed.barrier()

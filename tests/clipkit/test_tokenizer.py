@@ -24,17 +24,6 @@ def clip_pair():
     return Tokenizer.clip(theirs.default_bpe()), open_clip.SimpleTokenizer()
 
 
-def test_words_that_no_caption_had(trained):
-    assert trained.unknown_words("A red rocket, and two cats!") == ["and"]
-    assert trained.unknown_words("two   Dogs &amp; a crown by the CROWN école, naïve 42 ?!") == [
-        "dogs",
-        "crown",
-        "by",
-        "the",
-    ]
-    assert trained.unknown_words("") == trained.unknown_words("!!! 12345") == []
-
-
 def test_rows_start_end_and_are_as_long_as_the_longest(trained):
     ids = trained(["a red rocket", "a"])
     assert ids.dtype == torch.int64
