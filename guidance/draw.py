@@ -196,8 +196,10 @@ class Studio:
     def unknown_words(self, texts: Sequence[str]) -> list[str]:
         """Words of prompts that no caption had from which the denoiser, or else its guide, learned what words mean."""
         reader = self.denoiser.conditioner if isinstance(self.denoiser.conditioner, TextCondition) else self.guide
-        known = set(reader.words) if reader is not None else set()
-        return [word for word in dict.fromkeys(split(" ".join(texts))) if known and word not in known]
+        if reader is None or not reader.words:
+            return []
+        known = _EMPTY_WORDS.union(reader.words)
+        return [word for word in dict.fromkeys(split(" ".join(texts))) if word not in known]
 
     def told(self, prompts: Mapping[str, float], negative: Sequence[str], cfg_scale: float) -> Denoise:
         """The denoiser under classifier-free guidance, away from `negative`, or from what it draws untold."""

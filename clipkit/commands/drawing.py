@@ -137,7 +137,7 @@ def _say(drawn: Drawn, prompts: tuple[str, ...], out: Path, as_json: bool) -> No
     click.echo("CLIP scores: " + " ".join(f"{s:.3f}" for s in drawn.scores))
     if unknown := about["unknown_words"]:
         words = ", ".join(map(repr, unknown))
-        click.echo(f"clipkit: {words} was in no caption that this model learned from; it guessed", err=True)
+        click.echo(f"clipkit: no caption that this model learned from had {words}; it guessed", err=True)
 
 
 def _weighted(prompts: tuple[str, ...]) -> str | dict[str, float]:

@@ -328,7 +328,7 @@ def test_the_four_tabs_in_a_browser(page, tmp_path):
 
     page.fill("#draw [name=prompt]", "a giraffe")
     page.click("#draw button:text-is('Draw')")
-    page.wait_for_selector("#draw output:has-text('done, but \"giraffe\"')", timeout=60_000)
+    page.wait_for_selector("#draw output:has-text('guessed'):has-text('\"giraffe\"')", timeout=60_000)
 
     page.fill("#draw [name=steps]", "100")
     page.click("#draw button:text-is('Draw')")

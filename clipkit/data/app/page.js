@@ -161,7 +161,7 @@ answer("draw", async (form, data) => {
       } else {
         $("figcaption", form).textContent = `CLIP scores ${event.scores.map((s) => s.toFixed(3)).join(" ")}`;
         const unknown = event.about.unknown_words.map((word) => `"${word}"`).join(", ");
-        return unknown ? `done, but ${unknown} was in no caption that this model learned from: it guessed` : "done";
+        return unknown ? `done, but guessed: no caption that this model learned from had ${unknown}` : "done";
       }
     }
   } finally {
