@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -16,7 +17,8 @@ KINDS = ("clip", "autoencoder", "denoiser", "noisy_clip")
 def release(runs: Path, out: Path) -> list[Path]:
     """Write the newest weights of the run `runs`, or of each run in the folder `runs`, into `out` -> the folders.
 
-    They load by `out`'s name as the runs do by theirs, and cannot be trained on: the optimizer's state stays behind.
+    They load by `out`'s name as the runs do by theirs, and cannot be trained on: the optimizer's state stays behind. So
+    do the folders in which the recipe's absolute paths lay.
     Raises CheckpointError when there is no run, or `out` cannot be written.
     """
     folders = [folder for folder in (runs, *(runs / kind for kind in KINDS)) if (folder / "checkpoints").is_dir()]
@@ -30,7 +32,15 @@ def _write(found: Checkpoint, out: Path) -> Path:
     texts = {p.name: p.read_text(encoding="utf-8") for p in found.path.iterdir() if _belongs(p)}
     averaged = {name: _half(tensor) for name, tensor in found.stream("ema")}
     out.mkdir(parents=True, exist_ok=True)
-    return checkpoint.save(out, found.state, {"ema": averaged}, texts, keep_last=1)
+    state = {**found.state, "recipe": _without_folders(found.state["recipe"])}
+    return checkpoint.save(out, state, {"ema": averaged}, texts, keep_last=1)
+
+
+def _without_folders(value: Any) -> Any:
+    """A recipe, or what is in it, with the names alone of absolute paths."""
+    if isinstance(value, dict):
+        return {_without_folders(key): _without_folders(inner) for key, inner in value.items()}
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _belongs(file: Path) -> bool:

@@ -144,6 +144,6 @@ def test_nouns(chain, tmp_path):
         str(tmp_path / "x.png"),
     ]
     row = run("nouns.py", *words)
-    assert len(row) == 23
+    assert len(row) == 25
     assert 0 <= row["guided"] <= 1
     assert (tmp_path / "x.png").is_file()

@@ -35,6 +35,10 @@ def test_nothing_else_of_the_run_is_given_away(chain, tmp_path):
     tensors = pretrained.find(tmp_path / "mine", "clip").tensors("ema")
     assert {t.dtype for t in tensors.values() if t.ndim > 1} == {torch.float16}
     assert torch.float16 not in {t.dtype for t in tensors.values() if t.ndim < 2}
+    assert str(chain.parent) in (pretrained.find(chain, "clip").path / "state.json").read_text()
+    state = (folder / "state.json").read_text()
+    assert str(chain.parent) not in state
+    assert json.loads(state)["recipe"]["data"]["shards"] == "train"
 
 
 def test_a_flipped_bit_is_found(chain, tmp_path):
