@@ -32,7 +32,7 @@ guidance-study-photographs: .venv/installed tiny-imagenet
 	$(BIN)/clipkit denoiser tiny_imagenet_denoiser.toml
 	$(BIN)/clipkit noisy-clip tiny_imagenet_noisy_clip.toml
 	$(BIN)/python benchmarks/guidance_study.py --runs runs/tiny-imagenet --out runs/study-photographs \
-		--pack packs/tiny-imagenet --names $(PHOTOGRAPHS) --train run.steps=900 run.batch_size=256
+		--pack packs/tiny-imagenet --names $(PHOTOGRAPHS) --steps 25 --train run.steps=450 run.batch_size=256
 
 tiny-imagenet: .venv/installed
 	$(BIN)/clipkit pack $(DATA)/tiny-imagenet-32/train.tar.xz packs/tiny-imagenet --classnames train/recipes/tiny_imagenet_names.json
