@@ -31,7 +31,8 @@ def test_fashion_mnist_from_its_files_to_pictures(fashion, command):
         cli.main([*own, *(TINY if line[0] != "pack" else ())], standalone_mode=False)
     code, _, err = command("guided-sample", "sandal", *commands[-1][2:], "--n", 2, "--steps", 2, "--scale", 1)
     assert code == 0, err
-    assert Image.open("grid.png").size == (2 * (28 * 4 + 2) + 2, 28 * 4 + 4)
+    with Image.open("grid.png") as sheet:
+        assert sheet.size == (2 * (28 * 4 + 2) + 2, 28 * 4 + 4)
     code, _, err = command("guided-sample", "rocket", "--model", "runs/fashion-mnist")
     assert (code, err.count("\n")) == (2, 1)
     assert "no class 'rocket' was trained" in err
