@@ -8,11 +8,12 @@ from worlds import TINY
 
 import clipkit
 from clipkit.errors import RecipeError, UsageError
-from clipkit.guidance.condition import ClassCondition, Condition, ConditionConfig, TextCondition
+from clipkit.guidance.condition import ClassCondition, Condition, ConditionConfig, TextCondition, words_of
 from clipkit.guidance.denoiser import Denoiser, DiffusionConfig
 from clipkit.guidance.dit import DiT, DiTConfig
 from clipkit.guidance.draw import Steering, Studio
 from clipkit.guidance.unet import UNet, UNetConfig
+from clipkit.shards import Shards
 
 NETWORKS = {
     "unet": UNetConfig(image_size=16, channels=16, multipliers=(1, 2), blocks=1),
@@ -118,6 +119,15 @@ def test_a_told_denoiser_draws_without_a_guide(told, kind, prompt):
     assert not torch.equal(drawn.images, strong.images)
     with pytest.raises(UsageError, match="no noisy_clip run"):
         studio.draw(prompt, scale=3)
+
+
+def test_a_told_denoiser_knows_which_words_it_was_told(told, packs):
+    told_texts, told_classes = (Studio.open(told / kind, "cpu") for kind in ("text", "class"))
+    assert told_texts.unknown_words(["a red giraffe, please", "a fish"]) == ["giraffe", "please"]
+    assert told_classes.unknown_words(["giraffe"]) == []  # another class is refused instead
+    pack = Shards(packs / "train")
+    assert {"rocket", "red", "background"} <= set(words_of([pack]))
+    assert words_of([pack], limit=len(pack) - 1) == []  # of some of them nothing is known
 
 
 def test_cfg_scale_zero_is_the_untold_denoiser_and_one_the_told(told):
