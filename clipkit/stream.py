@@ -10,6 +10,7 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import warnings
 import zlib
@@ -136,11 +137,24 @@ class _Samples(Dataset[Batch]):
         threading.Thread(target=shards.prefetch, args=(coming,), daemon=True).start()
 
     def begin_worker(self, worker: int) -> None:
-        """What a loader process does first; Ctrl-C is for the main process, which stops when it has saved."""
+        """What a loader process does first.
+
+        Terminals, `timeout` and schedulers signal whole groups of processes. The main one stops when it has saved, and
+        has use for its loaders until then.
+        """
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if sys.platform == "linux":  # elsewhere nobody says who sent a signal
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            threading.Thread(target=_end_if_the_parent_says_so, daemon=True).start()
         # torch's own watch over the parent fails when another process forked this one, and when the queue is full.
         threading.Thread(target=_die_with_parent, daemon=True).start()
         self.whereabouts[worker, 0] = os.getpid()
+
+
+def _end_if_the_parent_says_so() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _die_with_parent() -> None:

@@ -144,13 +144,18 @@ def probe(model: str, train: str, test: str, shots: int, seed: int, workers: int
     from clipkit.zeroshot.heads import CACHE
 
     sets = [open_set(train, Path("data"), training=True), open_set(test, Path("data"))]
-    if list(sets[0].classes) != list(sets[1].classes):
-        counts = f"{len(sets[0].classes)} and {len(sets[1].classes)}"
-        raise UsageError(f"{train} and {test} must have the same classes; they have {counts}")
+    # The further names of a class are for prompts, and may differ.
+    known, unknown = ([names[0] for names in images.classes] for images in sets)
+    if known != unknown:
+        differ = next((f"'{a}' and '{b}'" for a, b in zip(known, unknown, strict=False) if a != b), "the last ones")
+        raise UsageError(
+            f"{train} and {test} must have the same classes in the same order; they have {len(known)} and "
+            f"{len(unknown)}, and differ first in {differ}"
+        )
     clip = load(model, device)
     cache = CACHE / "features"
-    known, unknown = (room.features(clip.model, images, workers=workers, cache=cache) for images in sets)
-    found = room.probe(known, unknown, len(sets[0].classes), shots, seed)
+    features = [room.features(clip.model, images, workers=workers, cache=cache) for images in sets]
+    found = room.probe(*features, len(known), shots, seed)
     if as_json:
         click.echo(json.dumps({"model": model, **dataclasses.asdict(found)}))
         return

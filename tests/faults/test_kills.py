@@ -88,6 +88,21 @@ def test_told_to_stop_it_saves_and_ends_well(packs, whole, tmp_path, times, numb
     assert same(out, whole(STEPS))
 
 
+def test_a_signal_to_the_whole_group_is_the_main_process_s_to_obey(packs, tmp_path):
+    out, err = tmp_path / "run", tmp_path / "err"
+    process = training(tiny(packs, out, 5000, "data.workers=2"), err)
+    until(lambda: steps_done(out) > 5, process)
+    loaders = _loaders(process.pid)
+    for pid in loaders:
+        os.kill(pid, signal.SIGTERM)
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 0, err.read_text()
+    assert checkpoint.latest(out).step == steps_done(out)
+    until(lambda: not any(_alive(p) for p in loaders), seconds=20)
+
+
 def test_a_second_interrupt_does_not_wait(packs, tmp_path):
     out, err = tmp_path / "run", tmp_path / "err"
     process = training(tiny(packs, out, 5000, "run.batch_size=240"), err)

@@ -69,7 +69,7 @@ def test_a_probe_of_images(chain, tmp_path, capsys):
     assert (x.shape, x.dtype, y.bincount().tolist()) == ((8, clip.model.config.embed_dim), torch.float64, [4, 4])
     (tmp_path / "test" / "green").mkdir()
     Image.new("RGB", (24, 24), "green").save(tmp_path / "test" / "green" / "0.png")
-    with pytest.raises(UsageError, match="must have the same classes; they have 2 and 3"):
+    with pytest.raises(UsageError, match="they have 2 and 3, and differ first in "):
         cli.main([*words, "--test", f"folder:{tmp_path / 'test'}"], standalone_mode=False)
 
 
