@@ -86,15 +86,20 @@ class Muon(torch.optim.AdamW):
 def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
     """[m, n] -> roughly the nearest (semi-)orthogonal matrix: singular values come near 1, singular vectors stay.
 
-    The quintic Newton-Schulz iteration with Jordan's coefficients, which trade exactness for speed.
+    The quintic Newton-Schulz iteration with Jordan's coefficients, which trade exactness for speed. A step multiplies x
+    by a polynomial of x x^T, so that the steps are made on that smaller matrix, and x is multiplied once.
     """
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / (x.norm() + 1e-7)
+    gram = x @ x.T
+    levelling = torch.eye(len(x), dtype=x.dtype, device=x.device)
     for _ in range(steps):
-        gram = x @ x.T
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
-    levelled: Tensor = x.T if matrix.shape[0] > matrix.shape[1] else x
-    return levelled
+        factor = 2.0315 * gram @ gram - 4.7750 * gram
+        factor.diagonal().add_(3.4445)
+        levelling = factor @ levelling
+        gram = factor @ gram @ factor
+    levelled = levelling @ x
+    return levelled.T if matrix.shape[0] > matrix.shape[1] else levelled
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

@@ -142,7 +142,8 @@ def _count(recipe: PretrainRecipe, caption_tokens: int) -> tuple[float, float, i
     vocabulary = CLIP_VOCABULARY if config.merges else config.vocab_size
     with torch.device("meta"):
         model = CLIP(config, vocabulary, end_id=2)
-        images = torch.zeros(samples, 3, config.image_size, config.image_size)
+        size = config.train_size or config.image_size
+        images = torch.zeros(samples, 3, size, size)
     ids = torch.zeros(samples, min(caption_tokens, config.context_length), dtype=torch.int64)
     ids[:, -1] = 2
     own = {id(p) for p in model.parameters()}

@@ -140,6 +140,17 @@ def test_wrong_towers_are_one_line(tower, arguments, message):
     assert "\n" not in str(error.value)
 
 
+def test_training_may_see_smaller_pictures_where_the_tower_takes_them():
+    config = CLIPConfig("clipkit_resnet", 32, {"channels": [8], "depths": [1]}, train_size=24, **TINY)
+    cnn = CLIP(config, 50, END)
+    assert cnn.encode_image(torch.zeros(1, 3, 24, 24)).shape == cnn.encode_image(torch.zeros(1, 3, 32, 32)).shape
+    with pytest.raises(RecipeError, match="does not take 24x24 pixels"):
+        CLIP(dataclasses.replace(VIT, train_size=24), 50, END)
+    CLIP(dataclasses.replace(VIT, train_size=24, image_kwargs={**VIT.image_kwargs, "dynamic_img_size": True}), 50, END)
+    with pytest.raises(RecipeError, match="train_size is -1"):
+        dataclasses.replace(config, train_size=-1)
+
+
 # One tower of each family, as small as its constructor lets it be.
 FAMILIES = {
     "vit": ("vit_tiny_patch16_224", {"depth": 1, "patch_drop_rate": 0.5}),
