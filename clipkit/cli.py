@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 import click
@@ -63,7 +64,8 @@ def _complain(message: str, every_rank: bool) -> None:
     """
     rank = os.environ.get("RANK", "0")
     if rank != "0" and not every_rank:
-        time.sleep(TURN)
+        with suppress(KeyboardInterrupt):  # Ctrl-C ends the wait, not the word
+            time.sleep(TURN)
     click.echo(f"clipkit: {message}" + (f" [rank {rank}]" if rank != "0" else ""), err=True)
 
 

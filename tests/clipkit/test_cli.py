@@ -98,6 +98,17 @@ def test_what_is_wrong_on_all_ranks_is_for_rank_0_to_say(command, monkeypatch, t
         assert err.rstrip().endswith("[rank 1]") == (rank == "1")
 
 
+def test_an_interrupted_wait_still_ends_in_one_line(command, monkeypatch):
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clipkit.cli.time.sleep", interrupted)
+    monkeypatch.setenv("RANK", "1")
+    code, _, err = command("pretrain", "drawings_clip", "run.stesp=1")
+    assert code == 2
+    one_line(err, "run.stesp", "[rank 1]")
+
+
 def test_what_happens_to_one_rank_it_says_at_once(command, monkeypatch, tmp_path):
     monkeypatch.setattr("clipkit.cli.time.sleep", None)
     monkeypatch.setenv("RANK", "1")
