@@ -8,7 +8,7 @@
     |   `-- SampleError         exit 1   one bad sample; readers skip and count it by `reason`
     |-- CheckpointError         exit 1   a folder that is not a model, or a damaged one
     |-- RankError               exit 1   a rank that died or hangs
-    |-- StoppedError            exit 0   SIGTERM: the run has saved and ended (Ctrl-C: KeyboardInterrupt, exit 130)
+    |-- StoppedError            exit 0   SIGTERM, SIGHUP: the run has saved and ended (Ctrl-C: KeyboardInterrupt, 130)
     `-- NonFiniteError          exit 3   a loss or gradient that is NaN or infinite
 
 A message is one line: what was wrong, what was found, what to do about it.
@@ -61,7 +61,7 @@ class RankError(ClipkitError):
 
 
 class StoppedError(ClipkitError):
-    """The run was told to stop by SIGTERM, has saved, and ends well."""
+    """The run was told to stop by SIGTERM, or its terminal was closed; it has saved, and ends well."""
 
     exit_code = 0
 

@@ -142,7 +142,8 @@ class _Samples(Dataset[Batch]):
         Terminals, `timeout` and schedulers signal whole groups of processes. The main one stops when it has saved, and
         has use for its loaders until then.
         """
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
         if sys.platform == "linux":  # elsewhere nobody says who sent a signal
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
             threading.Thread(target=_end_if_the_parent_says_so, daemon=True).start()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import platform
 import signal
 import threading
@@ -49,9 +50,9 @@ def seed_everything(seed: int, step: int, rank: int) -> None:
 def train(task: Task, stream: Stream, recipe: Recipe, device: torch.device) -> Path:
     """Train `task` on `stream` as the recipe says, resuming what lies in its `run.out` -> that folder.
 
-    Ends early, saved, at SIGTERM (StoppedError) and Ctrl-C (KeyboardInterrupt). Raises CheckpointError if that folder
-    holds a run of another recipe or is being trained by another process, NonFiniteError when the loss or the gradient
-    is no longer a number, RankError when another rank dies or hangs.
+    Ends early, saved, at SIGTERM and SIGHUP (StoppedError) and Ctrl-C (KeyboardInterrupt). Raises CheckpointError if
+    that folder holds a run of another recipe or is being trained by another process, NonFiniteError when the loss or
+    the gradient is no longer a number, RankError when another rank dies or hangs.
     """
     folder, main = Path(recipe.run.out), distributed.rank() == 0
     task.to(device)
@@ -133,13 +134,14 @@ class _Loop:
     def meet(self, step: int, interruption: _Interruption) -> None:
         """Before a step, agree with the other ranks on whether to save or stop."""
         overdue = distributed.rank() == 0 and time.monotonic() - self.saved_at > 60 * self.run.save_minutes
-        wish = distributed.meet(max(int(overdue), interruption.signal))
+        stop = 1 + interruption.signal if interruption.signal else 0
+        wish = distributed.meet(max(int(overdue), stop))
         if wish:
             self.guard.check()
             self.save(step)
         if wish > 1:
             self.saver.wait()
-            interruption.obey(wish, step)
+            interruption.obey(wish - 1, step)
 
     def record(self, stream: Stream, done: int, meter: _Meter, records: Records) -> None:
         """After a step: log line, end of the epoch, evaluation, checkpoint."""
@@ -219,17 +221,22 @@ def _without_seen(counts: Mapping[str, int]) -> dict[str, int]:
 
 
 class _Interruption:
-    """SIGTERM and Ctrl-C while it is entered: noted, so that the run saves first. A second Ctrl-C does not wait."""
+    """SIGTERM, Ctrl-C and the terminal's end while it is entered: noted, so that the run saves first.
 
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    A second Ctrl-C does not wait; under nohup the terminal's end is nothing.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
         self._before: dict[int, Any] = {}
+        self._terminals = [number for number in (1, 2) if os.isatty(number)]
 
     def __enter__(self) -> _Interruption:
         if threading.current_thread() is threading.main_thread():  # Python hears signals nowhere else
-            self._before = {number: signal.signal(number, self._note) for number in self._SIGNALS}
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -239,6 +246,11 @@ class _Interruption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == self.signal == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == signal.SIGHUP:  # what is written to a terminal that is gone fails
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for terminal in self._terminals:
+                os.dup2(nowhere, terminal)
+            os.close(nowhere)
         self.signal = number
 
     @staticmethod
@@ -246,7 +258,8 @@ class _Interruption:
         """End as the signal asks."""
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        raise StoppedError(f"stopped by SIGTERM, saved at step {step}; the same command goes on from there")
+        name = signal.Signals(number).name
+        raise StoppedError(f"stopped by {name}, saved at step {step}; the same command goes on from there")
 
 
 class _Guard:

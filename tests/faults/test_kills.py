@@ -103,6 +103,24 @@ def test_a_signal_to_the_whole_group_is_the_main_process_s_to_obey(packs, tmp_pa
     until(lambda: not any(_alive(p) for p in loaders), seconds=20)
 
 
+def test_a_closed_terminal_ends_a_run_that_has_saved(packs, tmp_path):
+    """As when a connection is lost. What holds the terminal is killed; the run has a progress bar, and loaders."""
+    out, code, run = tmp_path / "run", tmp_path / "code", tmp_path / "run.py"
+    words = ["pretrain", "drawings_clip", *tiny(packs, out, 5000, "data.workers=1")]
+    run.write_text(
+        f"from clipkit.cli import main\ntry:\n    main({words!r})\n"
+        f"except SystemExit as end:\n    open({str(code)!r}, 'w').write(str(end.code))\n"
+    )
+    hold = f"import pty; pty.spawn([{sys.executable!r}, {str(run)!r}])"
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    until(lambda: steps_done(out) > 5)
+    holder.kill()
+    holder.wait()
+    until(lambda: code.is_file() and code.read_text())
+    assert code.read_text() == "0"
+    assert checkpoint.latest(out).step == steps_done(out) < 5000
+
+
 def test_a_second_interrupt_does_not_wait(packs, tmp_path):
     out, err = tmp_path / "run", tmp_path / "err"
     process = training(tiny(packs, out, 5000, "run.batch_size=240"), err)
