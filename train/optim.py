@@ -98,8 +98,8 @@ def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
         factor.diagonal().add_(3.4445)
         levelling = factor @ levelling
         gram = factor @ gram @ factor
-    levelled = levelling @ x
-    return levelled.T if matrix.shape[0] > matrix.shape[1] else levelled
+    levelled: Tensor = (levelling @ x).T if matrix.shape[0] > matrix.shape[1] else levelling @ x
+    return levelled
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

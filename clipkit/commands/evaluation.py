@@ -137,6 +137,7 @@ def probe(model: str, train: str, test: str, shots: int, seed: int, workers: int
       clipkit probe --model runs/clip --train folder:photos/train --test folder:photos/test --shots 16
     """
     import dataclasses
+    from itertools import zip_longest
 
     from clipkit.pretrained import load
     from clipkit.zeroshot import probe as room
@@ -147,15 +148,15 @@ def probe(model: str, train: str, test: str, shots: int, seed: int, workers: int
     # The further names of a class are for prompts, and may differ.
     known, unknown = ([names[0] for names in images.classes] for images in sets)
     if known != unknown:
-        differ = next((f"'{a}' and '{b}'" for a, b in zip(known, unknown, strict=False) if a != b), "the last ones")
+        differ = next(f"{a!r} and {b!r}" for a, b in zip_longest(known, unknown) if a != b)
         raise UsageError(
             f"{train} and {test} must have the same classes in the same order; they have {len(known)} and "
             f"{len(unknown)}, and differ first in {differ}"
         )
     clip = load(model, device)
     cache = CACHE / "features"
-    features = [room.features(clip.model, images, workers=workers, cache=cache) for images in sets]
-    found = room.probe(*features, len(known), shots, seed)
+    fitted, counted = (room.features(clip.model, images, workers=workers, cache=cache) for images in sets)
+    found = room.probe(fitted, counted, len(known), shots, seed)
     if as_json:
         click.echo(json.dumps({"model": model, **dataclasses.asdict(found)}))
         return
