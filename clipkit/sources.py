@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 
 import numpy as np
 from PIL import Image
@@ -80,14 +80,24 @@ def pictures(source: str) -> Iterator[tuple[str, bytes]]:
 
 def images_of(folder: Path) -> list[Path]:
     """Every image file below a folder, sorted."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    return sorted(p for p in folder.rglob("*") if _is_image(p.relative_to(folder)) and p.is_file())
+
+
+def _is_image(path: PurePath) -> bool:
+    """By its name. What is hidden is none, nor what macOS puts beside files: `._photo.jpg`, and all in `__MACOSX`."""
+    return path.suffix.lower() in SUFFIXES and not any(p.startswith(".") or p == "__MACOSX" for p in path.parts)
+
+
+def class_name(directory: str) -> str:
+    """A class's name out of a directory's: no underscores or slashes, single spaces."""
+    return " ".join(directory.replace("_", " ").replace("/", " ").split())
 
 
 def _members(source: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     try:
         with tarfile.open(source, "r|*", tarinfo=StrictTarInfo) as archive:
             for member in archive:
-                if member.isfile() and PurePosixPath(member.name).suffix.lower() in SUFFIXES:
+                if member.isfile() and _is_image(PurePosixPath(member.name)):
                     yield archive, member
     except (tarfile.TarError, ShardError, OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"{source} is neither a folder nor a readable tar: {error}") from None
@@ -100,7 +110,7 @@ def class_source(source: Path, classes: dict[str, list[str]] | None, templates: 
     """
     if classes is None:
         found = sorted({path.parent.name for path in image_names(source)})
-        classes = {name: [name.replace("_", " ")] for name in found}
+        classes = {name: [class_name(name)] for name in found}
     if not classes or "" in classes:
         raise DataError(f"{source} has no <class>/<image> layout; pack it with --csv, or sort it into class folders")
     label = {name: i for i, name in enumerate(classes)}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from clipkit.sources import (
     DEFAULT_TEMPLATES,
     RawSample,
     Source,
+    class_name,
     draw_captions,
     encode_png,
     image_files,
@@ -111,32 +112,26 @@ def _from_folder(name: str, folder: Path) -> ImageSet:
     if not folder.is_dir():
         raise DataError(f"no folder at {folder}")
     found = images_of(folder)
-    directories = [p.relative_to(folder).parent.name for p in found]
-    return _from_directories(name, folder, directories, lambda i: found[i].read_bytes())
+    return _from_directories(name, folder, [p.relative_to(folder) for p in found], lambda i: found[i].read_bytes())
 
 
 def _from_tar(name: str, archive: Path) -> ImageSet:
     if not archive.is_file():
         raise DataError(f"no tar at {archive}")
     found = list(image_files(archive))
-    return _from_directories(name, archive, [path.parent.name for path, _ in found], lambda i: found[i][1])
+    return _from_directories(name, archive, [path for path, _ in found], lambda i: found[i][1])
 
 
-def _from_directories(name: str, source: Path, directories: list[str], read: Callable[[int], bytes]) -> ImageSet:
-    classes = sorted(set(directories))
-    if not directories or "" in classes:
+def _from_directories(name: str, source: Path, paths: Sequence[PurePath], read: Callable[[int], bytes]) -> ImageSet:
+    classes = sorted({path.parent.name for path in paths})
+    if not classes or "" in classes:
         raise DataError(f"{source} holds no <class>/<image> files (JPEG, PNG or WebP)")
     label = {directory: i for i, directory in enumerate(classes)}
 
     def get(i: int) -> tuple[Image.Image, tuple[int, ...]]:
-        return _decode(read(i), f"{name}, image {i}"), (label[directories[i]],)
+        return _decode(read(i), f"{name}, {paths[i]}"), (label[paths[i].parent.name],)
 
-    return ImageSet(name, [[clean(c)] for c in classes], DEFAULT_TEMPLATES, len(directories), get)
-
-
-def clean(name: str) -> str:
-    """A class name out of a directory's: no underscores or slashes, single spaces."""
-    return " ".join(name.replace("_", " ").replace("/", " ").split())
+    return ImageSet(name, [[class_name(c)] for c in classes], DEFAULT_TEMPLATES, len(paths), get)
 
 
 def _from_csv(name: str, table: Path) -> ImageSet:
@@ -163,7 +158,7 @@ def _from_csv(name: str, table: Path) -> ImageSet:
             raise DataError(f"{table}, row {i + 1}: cannot read {path}: {error.strerror or error}") from None
         return _decode(data, f"{table}, row {i + 1}"), tuple(place[x] for x in labels)
 
-    return ImageSet(name, [[clean(c)] for c in classes], DEFAULT_TEMPLATES, len(rows), get, multilabel)
+    return ImageSet(name, [[class_name(c)] for c in classes], DEFAULT_TEMPLATES, len(rows), get, multilabel)
 
 
 def from_shards(name: str, shards: Shards) -> ImageSet:
@@ -290,7 +285,7 @@ def _class_names(entry: Mapping[str, Any], data: Any) -> Sequence[str | Sequence
         listed: Sequence[str | Sequence[str]] = entry["classes"]
         return listed
     renamed: dict[str, str] = entry.get("renamed", {})
-    found = [clean(renamed.get(c, c)) for c in getattr(data, entry["classes"])]
+    found = [class_name(renamed.get(c, c)) for c in getattr(data, entry["classes"])]
     return [_year_first(name) for name in found] if entry.get("year_first") else found
 
 

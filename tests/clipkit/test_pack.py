@@ -67,6 +67,21 @@ def test_directory_names_serve_as_class_names(folder, tmp_path):
     assert Shards(tmp_path / "out").classes == [["n01"], ["n02"]]
 
 
+@pytest.mark.parametrize("as_tar", [False, True], ids=["folder", "tar"])
+def test_what_is_hidden_is_no_class_and_no_image(folder, tmp_path, as_tar):
+    """As macOS leaves it in folders, and in the tars that it makes."""
+    for name in ("__MACOSX/n01/0.png", "n01/._0.png", ".thumbnails/0.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"Mac OS X")
+    source = folder
+    if as_tar:
+        source = tmp_path / "images.tar"
+        with tarfile.open(source, "w") as tar:
+            tar.add(folder, ".")
+    index = pack(class_source(source, None, ["a {}."], 0), tmp_path / "out")
+    assert (index["classes"], index["samples"], index["skipped"]) == ([["n01"], ["n02"]], 12, {})
+
+
 def test_csv_with_several_captions_and_every_kind_of_gap(folder, tmp_path):
     table = tmp_path / "captions.csv"
     table.write_text('image,caption\nn01/0.png,"red, square"\nn01/0.png,a square\nn02/1.png,\nlost.png,gone\n')
