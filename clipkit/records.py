@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,8 +52,9 @@ def progress(things: Iterable[T], total: int | None, what: str) -> Iterable[T]:
 
 
 def say(message: str) -> None:
-    """A line for the person at the terminal, on stderr: stdout is for results."""
-    print(message, file=sys.stderr, flush=True)
+    """A line for the person at the terminal, on stderr: stdout is for results. If the terminal is gone, for nobody."""
+    with suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
 
 
 class Records:

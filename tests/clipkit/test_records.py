@@ -1,9 +1,12 @@
+import contextlib
 import json
+import os
+import sys
 
 import pytest
 
 from clipkit.errors import UsageError
-from clipkit.records import Records, progress, read
+from clipkit.records import Records, progress, read, say
 
 
 def test_lines_are_appended_and_rewound_on_resume(tmp_path):
@@ -25,6 +28,23 @@ def test_a_line_cut_by_a_kill_is_left_out(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text(json.dumps({"step": 1}) + '\n{"step": 2, "lo')
     assert read(path) == [{"step": 1}]
+
+
+def test_a_terminal_that_is_gone_ends_nothing(tmp_path, monkeypatch):
+    """A run that was disowned hears no signal when its terminal is closed; what it writes there fails."""
+    master, slave = os.openpty()
+    with contextlib.suppress(OSError), os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        records = Records(tmp_path, 0, 3, "clip", False, True)
+        os.close(master)
+        with pytest.raises(OSError, match="Input/output"):
+            print("hello", file=terminal, flush=True)
+        for step in (1, 2, 3):
+            records.bar.update(1)
+            records.write(step, {"loss": 1.0})
+            say("hello")
+        records.close()
+    assert len(read(tmp_path / "log.jsonl")) == 3
 
 
 def test_other_ranks_write_nothing(tmp_path):

@@ -111,7 +111,8 @@ def test_a_closed_terminal_ends_a_run_that_has_saved(packs, tmp_path):
         f"from clipkit.cli import main\ntry:\n    main({words!r})\n"
         f"except SystemExit as end:\n    open({str(code)!r}, 'w').write(str(end.code))\n"
     )
-    hold = f"import pty; pty.spawn([{sys.executable!r}, {str(run)!r}])"
+    hear = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"  # whoever runs the tests may be under nohup
+    hold = f"{hear}; import pty; pty.spawn([{sys.executable!r}, {str(run)!r}])"
     holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     until(lambda: steps_done(out) > 5)
     holder.kill()
