@@ -93,9 +93,11 @@ def test_a_signal_to_the_whole_group_is_the_main_process_s_to_obey(packs, tmp_pa
     process = training(tiny(packs, out, 5000, "data.workers=2"), err)
     until(lambda: steps_done(out) > 5, process)
     loaders = _loaders(process.pid)
+    assert len(loaders) == 2
     for pid in loaders:
         os.kill(pid, signal.SIGTERM)
     time.sleep(0.2)
+    assert all(_alive(p) for p in loaders)
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)
     assert process.exitcode == 0, err.read_text()

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from itertools import pairwise
@@ -260,6 +261,18 @@ def test_orthogonalising_keeps_singular_vectors_and_levels_singular_values(shape
     torch.testing.assert_close(levelled, torch.diag(values), rtol=0, atol=1e-10)
     assert values.min() > 0.6
     assert values.max() < 1.3
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_the_end_of_the_terminal_is_nothing_under_nohup(nohup, monkeypatch):
+    monkeypatch.setattr(os, "isatty", lambda number: False)  # pytest's own is to be heard on
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    try:
+        with loop._Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interruption.signal == (0 if nohup else signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_muon_resumes_to_the_same_bits(packs, tmp_path):

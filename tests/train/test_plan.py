@@ -33,6 +33,13 @@ def test_operations_are_those_of_the_towers():
     assert planned(caption_tokens=24).flops_per_sample > found.flops_per_sample
 
 
+def test_operations_are_those_of_the_pictures_that_training_sees():
+    tower = ("model.image_tower=clipkit_resnet", "model.image_size=32", "model.image_kwargs={channels=[8], depths=[1]}")
+    whole, small = (planned(*tower, *more).flops_per_sample for more in ((), ("model.train_size=16",)))
+    text = planned(*tower, "model.train_size=2").flops_per_sample
+    assert 3.5 < (whole - text) / (small - text) < 4.5  # a quarter of the pixels
+
+
 def test_weights_are_counted_exactly():
     found = planned()
     assert found.weights_bytes == 5 * 4 * found.parameters

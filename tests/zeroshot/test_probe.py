@@ -9,6 +9,8 @@ from PIL import Image
 import clipkit
 from clipkit.cli import cli
 from clipkit.errors import UsageError
+from clipkit.pack import pack
+from clipkit.sources import class_source
 from clipkit.zeroshot import probe
 from clipkit.zeroshot.datasets import open_set
 
@@ -69,8 +71,12 @@ def test_a_probe_of_images(chain, tmp_path, capsys):
     assert (x.shape, x.dtype, y.bincount().tolist()) == ((8, clip.model.config.embed_dim), torch.float64, [4, 4])
     (tmp_path / "test" / "green").mkdir()
     Image.new("RGB", (24, 24), "green").save(tmp_path / "test" / "green" / "0.png")
-    with pytest.raises(UsageError, match="they have 2 and 3, and differ first in "):
+    with pytest.raises(UsageError, match="they have 2 and 3, and differ first in 'red' and 'green'"):
         cli.main([*words, "--test", f"folder:{tmp_path / 'test'}"], standalone_mode=False)
+    names = {"blue": ["blue", "azure"], "red": ["red"]}  # further names do not make other classes
+    pack(class_source(tmp_path / "train", names, ["a {}"], 0), tmp_path / "packed")
+    cli.main([*words, "--test", f"shards:{tmp_path / 'packed'}"], standalone_mode=False)
+    assert "16 training images, 16 test images, 2 classes" in capsys.readouterr().out
 
 
 def test_a_named_set_is_trained_on_its_training_part(chain, tmp_path, monkeypatch, capsys):
