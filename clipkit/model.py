@@ -86,18 +86,18 @@ class CLIPConfig:
     """The logit bias before training, which only the sigmoid loss learns: -10 there."""
     conventions: Conventions = field(default_factory=Conventions)
     """In what weights trained elsewhere differ; nothing to set in a recipe, except to train alike."""
-    train_size: int = 0
-    """Side of the pictures in training, for towers that take any; 0 is image_size. Random crops make things look larger
-    than they are in whole pictures: a smaller side makes up for it, and costs less (Touvron et al. 2019, arXiv
-    1906.06423)."""
+    early_size: int = 0
+    """Side of the pictures in the first three fifths of the training, for towers that take any; 0 is image_size.
+    Smaller ones cost less, and what was learned on them goes over to larger ones in little time (Touvron et al. 2019,
+    arXiv 1906.06423; Tan and Le 2021, arXiv 2104.00298, section 4)."""
 
     def __post_init__(self) -> None:
         if self.text_width % self.text_heads:
             raise RecipeError(f"text_width {self.text_width} does not divide by text_heads {self.text_heads}")
         if self.context_length < 3:
             raise RecipeError(f"context_length is {self.context_length}; it must be at least 3")
-        if self.train_size < 0:
-            raise RecipeError(f"train_size is {self.train_size}; it must be at least 0")
+        if self.early_size < 0:
+            raise RecipeError(f"early_size is {self.early_size}; it must be at least 0")
         if not 0 < self.init_logit_scale <= MAX_LOGIT_SCALE:
             raise RecipeError(f"init_logit_scale is {self.init_logit_scale}; it must be in (0, {MAX_LOGIT_SCALE:g}]")
 
@@ -118,8 +118,8 @@ class ImageTower(nn.Module):
             _checkpoint_blocks(self.trunk, config.image_tower)
         conventions = config.conventions
         width = self._width(len(conventions.image_mean), config.image_size)
-        if config.train_size:
-            self._width(len(conventions.image_mean), config.train_size)
+        if config.early_size:
+            self._width(len(conventions.image_mean), config.early_size)
         self.projection = _projection(conventions.image_projection, width, config.embed_dim)
         self.register_buffer("mean", torch.tensor(conventions.image_mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(conventions.image_std).view(1, -1, 1, 1), persistent=False)

@@ -73,8 +73,10 @@ class Batch:
 class _Samples(Dataset[Batch]):
     """Global positions -> decoded, augmented samples; each sample's randomness comes from (seed, position)."""
 
-    def __init__(self, packs: Sequence[Shards], config: DataConfig, image_size: int, seed: int) -> None:
-        self.packs, self.config, self.image_size, self.seed = packs, config, image_size, seed
+    def __init__(
+        self, packs: Sequence[Shards], config: DataConfig, image_size: int, seed: int, early: tuple[int, int]
+    ) -> None:
+        self.packs, self.config, self.image_size, self.seed, self.early = packs, config, image_size, seed, early
         self.mixture = Mixture([1 - sum(config.mix.values()), *config.mix.values()], seed)
         windows = [config.window or (_REMOTE_WINDOW if pack.store.remote else 0) for pack in packs]
         self.orders = [Order(p.starts, w, seed, i) for i, (p, w) in enumerate(zip(packs, windows, strict=True))]
@@ -105,6 +107,8 @@ class _Samples(Dataset[Batch]):
         views, captions, groups, keys, rngs = [], [], [], [], []
         skipped: Counter[str] = Counter()
         worker = getattr(torch.utils.data.get_worker_info(), "id", 0)
+        early_size, early_positions = self.early
+        size = early_size if positions[0] < early_positions else self.image_size
         for position in positions:
             self.whereabouts[worker, 1] = position
             rng = np.random.default_rng([self.seed, 1, position])
@@ -112,7 +116,7 @@ class _Samples(Dataset[Batch]):
                 pack, index = self.locate(position)
                 self._prefetch(pack)
                 sample = self.packs[pack].read(index)
-                views.append(random_view(sample.image, self.image_size, self.config, rng).permute(1, 2, 0))
+                views.append(random_view(sample.image, size, self.config, rng).permute(1, 2, 0))
             except SampleError as error:
                 skipped[error.reason] += 1
                 continue
@@ -121,7 +125,6 @@ class _Samples(Dataset[Batch]):
             label = zlib.crc32(sample.captions[0].encode()) if sample.label is None else sample.label
             groups.append(label + (pack << 32))  # class 3 of one pack is not class 3 of another
             keys.append(sample.key)
-        size = self.image_size
         # [b, S, S, 3] in memory, as the decoder left them -> [b, 3, S, S]
         images = torch.stack(views) if views else torch.empty(0, size, size, 3, dtype=torch.uint8)
         images = flip_and_jitter(images.permute(0, 3, 1, 2), self.config, rngs)
@@ -184,7 +187,8 @@ def _as_is(batch: Any) -> Any:  # `__getitems__` has made the batch already
 class Stream:
     """Batches of one rank, from any step on.
 
-    `batch_size` is global: rank r of W takes positions r*B/W to (r+1)*B/W - 1 of each batch.
+    `batch_size` is global: rank r of W takes positions r*B/W to (r+1)*B/W - 1 of each batch. Before step `early_steps`
+    the pictures are `early_size` wide, then `image_size`.
     Raises DataError when W does not divide the batch.
     """
 
@@ -197,6 +201,8 @@ class Stream:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        early_size: int = 0,
+        early_steps: int = 0,
     ) -> None:
         if batch_size % world_size:
             raise DataError(f"batch_size {batch_size} does not divide over {world_size} ranks; change run.batch_size")
@@ -204,7 +210,7 @@ class Stream:
         for pack in packs:
             if not len(pack):
                 raise DataError(f"{pack.source} holds no sample")
-        self.samples = _Samples(packs, config, image_size, seed)
+        self.samples = _Samples(packs, config, image_size, seed, (early_size, early_steps * batch_size))
         for pack, order in zip(packs, self.samples.orders, strict=True):
             _fits(pack, order, cache)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size

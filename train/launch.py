@@ -13,7 +13,7 @@ from clipkit.config import Recipe, load_recipe, to_toml
 from clipkit.shards import Shards
 from clipkit.stream import Stream, cache_of
 from clipkit.train.loop import seed_everything, train
-from clipkit.train.step import Task
+from clipkit.train.step import EARLY, Task
 
 R = TypeVar("R", bound=Recipe)
 MakeTask = Callable[[R, Shards], Task]
@@ -41,5 +41,7 @@ def train_recipe(recipe: R, make_task: MakeTask[R], device: torch.device) -> Pat
     shards = Shards(recipe.data.shards, verify=False, cache=cache_of(recipe.data))  # hashed while training
     seed_everything(recipe.run.seed, 0, 0)  # the same initial weights on every rank
     task = make_task(recipe, shards)
-    stream = Stream(shards, recipe.data, task.image_size, recipe.run.batch_size, recipe.run.seed, rank, world_size)
+    early = (task.early_size, round(EARLY * recipe.run.steps) if task.early_size else 0)
+    run = recipe.run
+    stream = Stream(shards, recipe.data, task.image_size, run.batch_size, run.seed, rank, world_size, *early)
     return train(task, stream, recipe, device)

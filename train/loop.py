@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +36,14 @@ from clipkit.train import optim, parallel
 from clipkit.train.step import Task, backward
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+def precision_of(device: torch.device, asked: str) -> Literal["fp32", "bf16"]:
     """bf16 where asked for, or where "auto" finds the hardware."""
-    enabled = precision == "bf16" or (precision == "auto" and distributed.computes_in_bf16(device.type))
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+    return "bf16" if asked == "bf16" or (asked == "auto" and distributed.computes_in_bf16(device.type)) else "fp32"
+
+
+def autocast(device: torch.device, asked: str) -> AbstractContextManager[Any]:
+    """The context in which the networks are called."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision_of(device, asked) == "bf16")
 
 
 def seed_everything(seed: int, step: int, rank: int) -> None:
@@ -61,7 +65,7 @@ def train(task: Task, stream: Stream, recipe: Recipe, device: torch.device) -> P
         start = loop.resume(folder)
         if main:
             parameters = sum(p.numel() for p in task.model.parameters())
-            where = f"{device}, {distributed.world_size()} rank(s)"
+            where = f"{device} in {precision_of(device, recipe.run.precision)}, {distributed.world_size()} rank(s)"
             say(
                 f"{task.kind}: {parameters / 1e6:.2f}M parameters on {where}, step {start} of {recipe.run.steps}, "
                 f"in {folder}"

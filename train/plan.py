@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from clipkit.distributed import computes_in_bf16
 from clipkit.errors import UsageError
 from clipkit.losses import GATHERED
 from clipkit.model import CLIP
 from clipkit.train.pretrain import PretrainRecipe
+from clipkit.train.step import EARLY
 
 CLIP_VOCABULARY = 49408
 _MESSAGE = 20e-6
@@ -26,42 +28,49 @@ _MESSAGE = 20e-6
 
 @dataclass(frozen=True)
 class Device:
-    """Peaks of one device. flops: operations/s of dense matrix products; memory, node, network: bytes/s."""
+    """Peaks of one device. fp32, bf16: operations/s of dense matrix products; memory, node, network: bytes/s."""
 
-    flops: float
+    fp32: float
+    bf16: float
+    """0 where the hardware does not compute in it."""
     memory: float
     node: float
     network: float
     bytes: int
     reached: float
-    """Share of `flops` that a training step reaches."""
+    """Share of the products' peak that a training step reaches."""
 
 
-# NVIDIA's data sheets: dense bf16 (fp16 on V100), memory, NVLink one way, a 400 (200, 100) Gb/s adapter for each GPU.
+# NVIDIA's data sheets: fp32 without TF32, dense bf16, memory, NVLink one way, a 400 (200, 100) Gb/s adapter each.
 # The share reached is an assumption; `benchmarks/train_step.py` measures it where there is a GPU.
 DEVICES = {
-    "h100": Device(989e12, 3.35e12, 450e9, 50e9, 80 * 2**30, 0.4),
-    "a100": Device(312e12, 2.0e12, 300e9, 25e9, 80 * 2**30, 0.4),
-    "v100": Device(125e12, 0.9e12, 150e9, 12.5e9, 32 * 2**30, 0.35),
+    "h100": Device(67e12, 989e12, 3.35e12, 450e9, 50e9, 80 * 2**30, 0.4),
+    "a100": Device(19.5e12, 312e12, 2.0e12, 300e9, 25e9, 80 * 2**30, 0.4),
+    "v100": Device(15.7e12, 0, 0.9e12, 150e9, 12.5e9, 32 * 2**30, 0.35),
 }
 
 
 def this_cpu(ranks: int) -> Device:
-    """One of `ranks` equal parts of the CPU that we are on, from a timed product of two 1,024-square matrices."""
+    """One of `ranks` equal parts of the CPU that we are on, from timed products of 1,024-square matrices."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, before // ranks))
     try:
-        a = torch.randn(1024, 1024)
-        a @ a
-        times = []
-        for _ in range(5):
-            began = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - began)
+        fp32 = _timed_product(torch.float32)
+        bf16 = _timed_product(torch.bfloat16) if computes_in_bf16("cpu") else 0
     finally:
         torch.set_num_threads(before)
     # Gloo over shared memory moves some 2 GB/s; convolutions and elementwise work take as long again as the products.
-    return Device(2 * 1024**3 / min(times), 10e9, 2e9, 1e9, 0, 0.5)
+    return Device(fp32, bf16, 10e9, 2e9, 1e9, 0, 0.5)
+
+
+def _timed_product(dtype: torch.dtype) -> float:
+    """Operations/s of the best of five."""
+    a, times = torch.randn(1024, 1024).to(dtype), []
+    for _ in range(6):
+        began = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - began)
+    return 2 * 1024**3 / min(times)
 
 
 @dataclass(frozen=True)
@@ -97,13 +106,17 @@ def plan(recipe: PretrainRecipe, ranks: int, device: Device, per_node: int = 8, 
     if run.batch_size % ranks:
         raise UsageError(f"batch_size {run.batch_size} does not divide over {ranks} ranks; change run.batch_size")
     batch = run.batch_size // ranks
-    flops, kept, parameters = _count(recipe, caption_tokens)
+    flops, kept, parameters = _count(recipe, caption_tokens, recipe.model.image_size)
+    if recipe.model.early_size:
+        early = _count(recipe, caption_tokens, recipe.model.early_size)
+        flops, kept = EARLY * early[0] + (1 - EARLY) * flops, max(early[1], kept)
     cut = ranks if run.parallel == "fsdp" else 1
-    half = 0.5 if run.precision == "bf16" or (run.precision == "auto" and device.bytes) else 1.0
+    bf16 = run.precision == "bf16" or (run.precision == "auto" and device.bf16 > 0)
+    flops_per_s, half = (device.bf16 or device.fp32, 0.5) if bf16 else (device.fp32, 1.0)
     link = device.node if ranks <= per_node else device.network
     weights, rows = 4 * parameters, 4 * run.batch_size * recipe.model.embed_dim
     twice = 4 / 3 if run.micro_batches > 1 else 1.0  # GradCache's first forward pass
-    compute = flops * batch * twice / (device.flops * device.reached)
+    compute = flops * batch * twice / (flops_per_s * device.reached)
     optimizer = 7 * weights / cut / device.memory  # gradient, weight and moments read; weight, moments, average written
     share = (ranks - 1) / ranks
     gradients = (2 if cut == 1 else 3) * share * weights / link
@@ -136,13 +149,12 @@ def plan(recipe: PretrainRecipe, ranks: int, device: Device, per_node: int = 8, 
     )
 
 
-def _count(recipe: PretrainRecipe, caption_tokens: int) -> tuple[float, float, int]:
+def _count(recipe: PretrainRecipe, caption_tokens: int, size: int) -> tuple[float, float, int]:
     """Operations of a training step and bytes kept for its backward pass, per sample; parameters in all."""
     config, samples = recipe.model, 4
     vocabulary = CLIP_VOCABULARY if config.merges else config.vocab_size
     with torch.device("meta"):
         model = CLIP(config, vocabulary, end_id=2)
-        size = config.train_size or config.image_size
         images = torch.zeros(samples, 3, size, size)
     ids = torch.zeros(samples, min(caption_tokens, config.context_length), dtype=torch.int64)
     ids[:, -1] = 2

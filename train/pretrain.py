@@ -62,7 +62,8 @@ class Pretraining(Task):
 
     def __init__(self, recipe: PretrainRecipe, shards: Shards) -> None:
         super().__init__()
-        self.recipe, self.image_size = recipe, recipe.model.train_size or recipe.model.image_size
+        self.recipe = recipe
+        self.image_size, self.early_size = recipe.model.image_size, recipe.model.early_size
         self.tokenizer = make_tokenizer(recipe, shards)
         self.model: CLIP = CLIP(recipe.model, self.tokenizer.vocab_size, self.tokenizer.end_id)
         tune.initialise(self.model, recipe.tune)

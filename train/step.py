@@ -18,6 +18,9 @@ from clipkit.stream import Batch
 
 Features = tuple[Tensor, ...]
 
+EARLY = 0.6
+"""Share of the steps that see smaller pictures, in a task that has an `early_size`."""
+
 
 class Task(nn.Module, ABC):
     """What is trained: a model, the features it makes of each sample, and the loss of the features of a batch.
@@ -28,6 +31,8 @@ class Task(nn.Module, ABC):
     kind: str
     model: nn.Module
     image_size: int
+    early_size: int = 0
+    """Side of the pictures in the first EARLY of the steps, if not image_size."""
 
     @abstractmethod
     def forward(self, batch: Batch) -> Features:

@@ -91,14 +91,14 @@ def test_fields_are_frozen():
     """The options that users rely on; adding or renaming one is a decision, so it shows here."""
     run = "batch_size compile device ema_decay eval_every grad_clip keep_every keep_last log_every micro_batches out"
     run += " parallel"
-    model = "context_length conventions embed_dim grad_checkpointing image_kwargs image_size image_tower"
+    model = "context_length conventions early_size embed_dim grad_checkpointing image_kwargs image_size image_tower"
     model += " init_logit_bias init_logit_scale"
     recipe = asdict(load_recipe(PretrainRecipe, "drawings_clip"))
     assert {section: " ".join(sorted(values)) for section, values in recipe.items()} == {
         "run": f"{run} precision save_every save_minutes seed steps sync_batchnorm tensorboard timeout_minutes",
         "data": "cache cache_gb colour_jitter crop_scale flip max_bad_fraction mix shards val window workers",
         "optim": "beta1 beta2 decay_share final_lr lr method schedule warmup weight_decay",
-        "model": f"{model} merges text_heads text_layers text_width train_size vocab_size",
+        "model": f"{model} merges text_heads text_layers text_width vocab_size",
         "loss": "kind positives",
         "tune": "init init_from layer_decay lock unlock_blocks",
     }

@@ -50,6 +50,15 @@ def test_any_number_of_ranks_continues_the_same_order_from_any_step(packs, world
     assert together == order(make(packs, batch), start, start + 4)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_early_steps_see_smaller_pictures_wherever_a_run_starts(packs, workers):
+    shards, config = Shards(packs / "heldout", verify=False), DataConfig("", workers=workers)
+    streams = [Stream(shards, config, 24, 12, 0, rank, 2, early_size=16, early_steps=3) for rank in (0, 1)]
+    for stream in streams:
+        assert [batch.images.shape for batch in stream.batches(0, 5)] == [(6, 3, s, s) for s in (16, 16, 16, 24, 24)]
+        assert [batch.images.shape[-1] for batch in stream.batches(2, 4)] == [16, 24]
+
+
 def test_packs_are_mixed_without_mixing_up_their_classes(packs):
     config = DataConfig("", workers=0, mix={str(packs / "train"): 0.25})
     stream = Stream(Shards(packs / "heldout", verify=False), config, 32, 50, 0)

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,8 @@ from clipkit.config import OptimConfig, load_recipe
 from clipkit.errors import CheckpointError, NonFiniteError, ShardError
 from clipkit.train import loop, optim, pretrain
 
-WORDS = ["run.batch_size=16", "run.log_every=1", "optim.warmup=2", "data.workers=0", "run.save_every=2"]
+FP32 = "run.precision=fp32"  # "auto" is bf16 on some machines
+WORDS = ["run.batch_size=16", "run.log_every=1", "optim.warmup=2", "data.workers=0", "run.save_every=2", FP32]
 
 
 def words(packs, out, steps=6, *more):
@@ -80,6 +82,26 @@ def test_two_ranks_train_the_same_model(packs, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_bf16_follows_fp32_to_its_rounding(packs, tmp_path, capsys, parts):
+    """The autocast towers' 8 bits of mantissa: near fp32's curve, and not on it; weights and log stay fp32."""
+    more = [f"run.micro_batches={parts}"]
+    pretrain.run("drawings_clip", words(packs, tmp_path / "fp32", 6, *more))
+    pretrain.run("drawings_clip", words(packs, tmp_path / "bf16", 6, *more, "run.precision=bf16"))
+    assert re.findall(r"on cpu in (\w+)", capsys.readouterr().err) == ["fp32", "bf16"]
+    exact, rounded = losses(tmp_path / "fp32"), losses(tmp_path / "bf16")
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert rounded != pytest.approx(exact, rel=1e-5)
+    assert {t.dtype for t in final(tmp_path / "bf16")["model"].values() if t.is_floating_point()} == {torch.float32}
+
+
+def test_auto_is_bf16_where_the_hardware_computes_in_it(monkeypatch):
+    for computes in (True, False):
+        monkeypatch.setattr(loop.distributed, "computes_in_bf16", lambda device, computes=computes: computes)
+        assert loop.precision_of(torch.device("cpu"), "auto") == ("bf16" if computes else "fp32")
+        assert loop.precision_of(torch.device("cpu"), "fp32") == "fp32"
 
 
 VARIANTS = {

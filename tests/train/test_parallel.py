@@ -16,8 +16,8 @@ FSDP = "run.parallel=fsdp"
 
 
 def words(packs, out):
-    small = ["run.batch_size=16", "run.log_every=1", "run.save_every=2", "run.steps=4", "optim.warmup=2"]
-    return [*small, "data.workers=0", "data.val=", f"data.shards={packs / 'train'}", f"run.out={out}"]
+    small = ["run.batch_size=16", "run.log_every=1", "run.save_every=2", "run.steps=4", "run.precision=fp32"]
+    return [*small, "optim.warmup=2", "data.workers=0", "data.val=", f"data.shards={packs / 'train'}", f"run.out={out}"]
 
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -40,18 +40,18 @@ def build(packs, out, *more):
     return pretrain.Pretraining(recipe, Shards(recipe.data.shards))
 
 
-def test_a_run_on_smaller_pictures_is_judged_at_the_model_s_own_size(packs, tmp_path, monkeypatch):
-    seen, encode = set(), CLIP.encode_image
+def test_a_run_that_begins_on_smaller_pictures_ends_on_those_of_the_model_s_size(packs, tmp_path, monkeypatch):
+    seen, encode = [], CLIP.encode_image
 
     def spy(self, images):
-        seen.add((self.training, images.shape[-1]))
+        seen.append((self.training, images.shape[-1]))
         return encode(self, images)
 
     monkeypatch.setattr(CLIP, "encode_image", spy)
     tower = ["model.image_tower=clipkit_resnet", f"model.image_kwargs={{channels={CNN['channels']}, depths=[1, 1]}}"]
-    more = [*tower, "model.train_size=16", f"data.val={packs / 'heldout'}"]
-    pretrain.run("drawings_clip", words(packs, tmp_path, *more))
-    assert seen == {(True, 16), (False, 24)}
+    more = [*tower, "model.early_size=16", f"data.val={packs / 'heldout'}"]
+    pretrain.run("drawings_clip", words(packs, tmp_path, *more, "run.steps=5"))
+    assert seen == [(True, 16)] * 3 + [(True, 24)] * 2 + [(False, 24)]
     assert load(tmp_path, "cpu").model.config.image_size == 24
 
 
