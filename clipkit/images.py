@@ -15,7 +15,7 @@ import math
 import struct
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -118,16 +118,20 @@ def random_view(data: bytes, size: int, config: DataConfig, rng: np.random.Gener
     """Bytes of an image -> its random resized crop (bicubic), uint8 [3, size, size].
 
     The crop keeps a share of the area drawn from [config.crop_scale, 1], with a ratio of 3/4 to 4/3; at 1 it is the
-    largest square in the middle. Raises SampleError as `decode` does.
+    largest square in the middle. Crops of small pictures would all be enlarged, and evaluation, which enlarges none of
+    them, be the first to show sharp ones: half of those are moved instead. Raises SampleError as `decode` does.
     """
     image = _open(data)
     if _is_plain_jpeg(image):
         box = _draw_box(*image.size, config.crop_scale, rng)
         pixels, scale = _decode_reduced(image, min(box[2:]) // size)
+        if _loses_sharpness(pixels, box, size, rng):
+            return _moved(pixels, size, rng)
         left, top, width, height = (int(n * scale) for n in box)
         return _resized(pixels, (left, top, max(1, width), max(1, height)), size)
     pixels = to_pixels(_finish(image))
-    return _resized(pixels, _draw_box(pixels.shape[2], pixels.shape[1], config.crop_scale, rng), size)
+    box = _draw_box(pixels.shape[2], pixels.shape[1], config.crop_scale, rng)
+    return _moved(pixels, size, rng) if _loses_sharpness(pixels, box, size, rng) else _resized(pixels, box, size)
 
 
 def _is_plain_jpeg(image: Image.Image) -> bool:
@@ -162,6 +166,26 @@ def _draw_box(width: int, height: int, smallest: float, rng: np.random.Generator
     w = max(1, min(width, round(math.sqrt(area * ratio))))
     h = max(1, min(height, round(math.sqrt(area / ratio))))
     return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+
+
+def _loses_sharpness(pixels: Tensor, box: tuple[int, int, int, int], size: int, rng: np.random.Generator) -> bool:
+    """Whether the crop is enlarged though the picture need not be; said of half of such crops."""
+    enlarged = min(box[2:]) < size <= min(pixels.shape[1:])
+    return enlarged and bool(rng.random() < 0.5)
+
+
+def _moved(pixels: Tensor, size: int, rng: np.random.Generator) -> Tensor:
+    """A window of [3, H, W] as it is, an eighth of it beyond the edge at most, where the picture is mirrored."""
+    edge = size // 8
+    height, width = pixels.shape[1:]
+    top, left = (int(rng.integers(-edge, n - size + edge + 1)) for n in (height, width))
+    rows, columns = (_mirrored(np.arange(start, start + size), n) for start, n in ((top, height), (left, width)))
+    return pixels[:, rows[:, None], columns]
+
+
+def _mirrored(index: np.ndarray[Any, np.dtype[np.intp]], n: int) -> Tensor:
+    """Indices beyond 0 and n - 1 turned back at these two."""
+    return torch.from_numpy((n - 1) - np.abs((n - 1) - np.abs(index)))
 
 
 def _resized(pixels: Tensor, box: tuple[int, int, int, int], size: int) -> Tensor:

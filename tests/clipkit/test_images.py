@@ -117,6 +117,30 @@ def test_without_crop_an_image_of_the_right_size_is_untouched():
     assert torch.equal(view(encoded(image)), torch.from_numpy(np.array(image)).permute(2, 0, 1))
 
 
+@pytest.mark.parametrize("size", [16, 24, 32])
+def test_half_of_the_crops_that_would_be_enlarged_are_windows_as_sharp_as_the_picture(size):
+    """Every such window is one of the picture mirrored at its edges; none of the enlarged crops of noise is."""
+    picture = noise(size=(40, 32))
+    edge = size // 8
+    mirrored = np.pad(np.array(picture), ((edge, edge), (edge, edge), (0, 0)), "reflect")
+    windows = np.lib.stride_tricks.sliding_window_view(mirrored, (size, size), (0, 1))  # [y, x, 3, S, S]
+    known = {window.tobytes(): (y, x) for y, row in enumerate(windows) for x, window in enumerate(row)}
+    seen = [
+        known.get(view(encoded(picture), seed, size=size, crop_scale=0.05).numpy().tobytes()) for seed in range(400)
+    ]
+    sharp = [place for place in seen if place is not None]
+    enlarged = {16: 0.22, 24: 0.5, 32: 0.95}[size]  # roughly the share of the areas from 0.05 to 1
+    assert 0.3 * enlarged < len(sharp) / len(seen) < 0.7 * enlarged
+    assert len({y for y, _ in sharp}) > 1 < len({x for _, x in sharp})
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_pictures_that_evaluation_enlarges_too_are_enlarged(kind, monkeypatch):
+    monkeypatch.setattr(images, "_moved", None)
+    for seed in range(20):
+        assert view(encoded(noise(size=(30, 40)), kind), seed, size=32, crop_scale=0.3).shape == (3, 32, 32)
+
+
 @pytest.mark.parametrize(("size", "reduced"), [(300, 1), (500, 2), (1000, 4), (2000, 8)])
 def test_both_decoders_show_the_same_view(size, reduced):
     """A smooth picture: the crop from the JPEG's own scaling is that of the whole picture, to rounding."""
