@@ -105,6 +105,8 @@ class DataConfig:
     """Flip half of the images left to right."""
     colour_jitter: float = 0.0
     """Brightness, contrast and saturation are each scaled by 1 - this to 1 + this."""
+    sharpness_jitter: float = 0.0
+    """Sharpness is scaled by 1 - this to 1 + this: programs that resize pictures differ in it."""
     window: int = 0
     """Shards whose samples are shuffled together; 0 takes all of a folder, and 16 at a time behind a URL."""
     cache: str = "~/.cache/clipkit"
@@ -119,6 +121,8 @@ class DataConfig:
             raise RecipeError(f"data.crop_scale is {self.crop_scale}; it must be in (0, 1]")
         if not 0 <= self.colour_jitter <= 1:
             raise RecipeError(f"data.colour_jitter is {self.colour_jitter}; it must be in [0, 1]")
+        if not 0 <= self.sharpness_jitter <= 1:
+            raise RecipeError(f"data.sharpness_jitter is {self.sharpness_jitter}; it must be in [0, 1]")
         for name in ("workers", "window", "cache_gb"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"data.{name} is {getattr(self, name)}; it must be at least 0")

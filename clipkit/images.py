@@ -118,20 +118,21 @@ def random_view(data: bytes, size: int, config: DataConfig, rng: np.random.Gener
     """Bytes of an image -> its random resized crop (bicubic), uint8 [3, size, size].
 
     The crop keeps a share of the area drawn from [config.crop_scale, 1], with a ratio of 3/4 to 4/3; at 1 it is the
-    largest square in the middle. Crops of small pictures would all be enlarged, and evaluation, which enlarges none of
-    them, be the first to show sharp ones: half of those are moved instead. Raises SampleError as `decode` does.
+    largest square in the middle. Where it would be enlarged though the picture need not be, a window of the picture as
+    it is takes its place: else evaluation would be the first to show anything so sharp. Raises SampleError as `decode`
+    does.
     """
     image = _open(data)
     if _is_plain_jpeg(image):
         box = _draw_box(*image.size, config.crop_scale, rng)
         pixels, scale = _decode_reduced(image, min(box[2:]) // size)
-        if _loses_sharpness(pixels, box, size, rng):
-            return _moved(pixels, size, rng)
+        if _loses_sharpness(pixels, box, size):
+            return _window(pixels, size, rng)
         left, top, width, height = (int(n * scale) for n in box)
         return _resized(pixels, (left, top, max(1, width), max(1, height)), size)
     pixels = to_pixels(_finish(image))
     box = _draw_box(pixels.shape[2], pixels.shape[1], config.crop_scale, rng)
-    return _moved(pixels, size, rng) if _loses_sharpness(pixels, box, size, rng) else _resized(pixels, box, size)
+    return _window(pixels, size, rng) if _loses_sharpness(pixels, box, size) else _resized(pixels, box, size)
 
 
 def _is_plain_jpeg(image: Image.Image) -> bool:
@@ -168,14 +169,12 @@ def _draw_box(width: int, height: int, smallest: float, rng: np.random.Generator
     return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
 
 
-def _loses_sharpness(pixels: Tensor, box: tuple[int, int, int, int], size: int, rng: np.random.Generator) -> bool:
-    """Whether the crop is enlarged though the picture need not be; said of half of such crops."""
-    enlarged = min(box[2:]) < size <= min(pixels.shape[1:])
-    return enlarged and bool(rng.random() < 0.5)
+def _loses_sharpness(pixels: Tensor, box: tuple[int, int, int, int], size: int) -> bool:
+    return min(box[2:]) < size <= min(pixels.shape[1:])
 
 
-def _moved(pixels: Tensor, size: int, rng: np.random.Generator) -> Tensor:
-    """A window of [3, H, W] as it is, an eighth of it beyond the edge at most, where the picture is mirrored."""
+def _window(pixels: Tensor, size: int, rng: np.random.Generator) -> Tensor:
+    """Part of [3, H, W] as it is, an eighth of it beyond the edge at most, where the picture is mirrored."""
     edge = size // 8
     height, width = pixels.shape[1:]
     top, left = (int(rng.integers(-edge, n - size + edge + 1)) for n in (height, width))
@@ -207,6 +206,10 @@ def flip_and_jitter(images: Tensor, config: DataConfig, rngs: list[np.random.Gen
         j = config.colour_jitter
         factors = torch.tensor(np.stack([rng.uniform(1 - j, 1 + j, 3) for rng in rngs]), dtype=torch.float32)
         images = _jitter(images.float(), factors).to(torch.uint8)
+    if config.sharpness_jitter and rngs:
+        j = config.sharpness_jitter
+        sharpness = torch.tensor([rng.uniform(1 - j, 1 + j) for rng in rngs], dtype=torch.float32)
+        images = _sharpened(images.float(), sharpness).to(torch.uint8)
     return images
 
 
@@ -219,6 +222,14 @@ def _jitter(x: Tensor, factors: Tensor) -> Tensor:
     x = (mean + contrast * (x - mean)).clamp(0, 255)
     grey = (x * to_grey).sum(1, keepdim=True)  # [B, 1, S, S]
     return (grey + saturation * (x - grey)).clamp(0, 255).round()
+
+
+def _sharpened(x: Tensor, factors: Tensor) -> Tensor:
+    """What [B, 3, S, S] in 0 to 255 has more than its smoothed self, scaled by `factors` [B]; smooth as Pillow is."""
+    kernel = torch.tensor([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
+    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    smooth = F.conv2d(padded, kernel.expand(3, 1, 3, 3), groups=3)
+    return (smooth + factors[:, None, None, None] * (x - smooth)).clamp(0, 255).round()
 
 
 def to_image(tensor: Tensor) -> Image.Image:

@@ -93,10 +93,11 @@ def test_fields_are_frozen():
     run += " parallel"
     model = "context_length conventions early_size embed_dim grad_checkpointing image_kwargs image_size image_tower"
     model += " init_logit_bias init_logit_scale"
+    data = "cache cache_gb colour_jitter crop_scale flip"
     recipe = asdict(load_recipe(PretrainRecipe, "drawings_clip"))
     assert {section: " ".join(sorted(values)) for section, values in recipe.items()} == {
         "run": f"{run} precision save_every save_minutes seed steps sync_batchnorm tensorboard timeout_minutes",
-        "data": "cache cache_gb colour_jitter crop_scale flip max_bad_fraction mix shards val window workers",
+        "data": f"{data} max_bad_fraction mix sharpness_jitter shards val window workers",
         "optim": "beta1 beta2 decay_share final_lr lr method schedule warmup weight_decay",
         "model": f"{model} merges text_heads text_layers text_width vocab_size",
         "loss": "kind positives",

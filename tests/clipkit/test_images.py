@@ -3,7 +3,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from clipkit import images
 from clipkit.config import DataConfig
@@ -118,25 +118,26 @@ def test_without_crop_an_image_of_the_right_size_is_untouched():
 
 
 @pytest.mark.parametrize("size", [16, 24, 32])
-def test_half_of_the_crops_that_would_be_enlarged_are_windows_as_sharp_as_the_picture(size):
-    """Every such window is one of the picture mirrored at its edges; none of the enlarged crops of noise is."""
-    picture = noise(size=(40, 32))
+def test_crops_that_would_be_enlarged_are_windows_as_sharp_as_the_picture(size, monkeypatch):
+    """Every other view is a window of the picture mirrored at its edges, and none of them was resized."""
+    picture, enlarged = noise(size=(40, 32)), []
+    monkeypatch.setattr(images.F, "interpolate", lambda crop, **options: enlarged.append(crop.shape[2:]) or crop)
+    monkeypatch.setattr(images, "_draw_box", lambda w, h, smallest, rng: (0, 0, *rng.integers(1, 33, 2)))
     edge = size // 8
     mirrored = np.pad(np.array(picture), ((edge, edge), (edge, edge), (0, 0)), "reflect")
     windows = np.lib.stride_tricks.sliding_window_view(mirrored, (size, size), (0, 1))  # [y, x, 3, S, S]
     known = {window.tobytes(): (y, x) for y, row in enumerate(windows) for x, window in enumerate(row)}
-    seen = [
-        known.get(view(encoded(picture), seed, size=size, crop_scale=0.05).numpy().tobytes()) for seed in range(400)
-    ]
-    sharp = [place for place in seen if place is not None]
-    enlarged = {16: 0.22, 24: 0.5, 32: 0.95}[size]  # roughly the share of the areas from 0.05 to 1
-    assert 0.3 * enlarged < len(sharp) / len(seen) < 0.7 * enlarged
-    assert len({y for y, _ in sharp}) > 1 < len({x for _, x in sharp})
+    views = [view(encoded(picture), seed, size=size, crop_scale=0.05) for seed in range(300)]
+    assert all(min(sides) >= size for sides in enlarged)
+    places = [known[v.numpy().tobytes()] for v in views if v.shape == (3, size, size)]
+    assert len(places) + len(enlarged) >= 300
+    assert len({y for y, _ in places}) == windows.shape[0]
+    assert len({x for _, x in places}) == windows.shape[1]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_pictures_that_evaluation_enlarges_too_are_enlarged(kind, monkeypatch):
-    monkeypatch.setattr(images, "_moved", None)
+    monkeypatch.setattr(images, "_window", None)
     for seed in range(20):
         assert view(encoded(noise(size=(30, 40)), kind), seed, size=32, crop_scale=0.3).shape == (3, 32, 32)
 
@@ -215,7 +216,20 @@ def test_jitter_is_that_of_torchvision():
         assert (found[i].float() - expected).abs().max() < 1
 
 
+def test_sharpness_is_that_of_pillow():
+    """But for the outermost pixels, which Pillow does not smooth; and what is flat stays flat there."""
+    pixels = torch.randint(0, 256, (8, 3, 9, 12), dtype=torch.uint8)
+    found = varied(pixels, range(8), sharpness_jitter=1.0)
+    for i in range(8):
+        factor = np.random.default_rng(i).uniform(0, 2)
+        expected = ImageEnhance.Sharpness(Image.fromarray(pixels[i].permute(1, 2, 0).numpy())).enhance(factor)
+        theirs = torch.from_numpy(np.array(expected)).permute(2, 0, 1)[:, 1:-1, 1:-1]
+        assert (found[i, :, 1:-1, 1:-1].int() - theirs.int()).abs().max() <= 1
+    flat = torch.full((1, 3, 5, 5), 77, dtype=torch.uint8)
+    assert torch.equal(varied(flat, [3], sharpness_jitter=1.0), flat)
+
+
 def test_nothing_to_vary():
     pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     assert torch.equal(varied(pixels, range(2)), pixels)
-    assert varied(pixels[:0], [], flip=True, colour_jitter=0.5).shape == (0, 3, 4, 4)
+    assert varied(pixels[:0], [], flip=True, colour_jitter=0.5, sharpness_jitter=0.5).shape == (0, 3, 4, 4)
