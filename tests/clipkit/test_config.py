@@ -97,7 +97,7 @@ def test_fields_are_frozen():
     recipe = asdict(load_recipe(PretrainRecipe, "drawings_clip"))
     assert {section: " ".join(sorted(values)) for section, values in recipe.items()} == {
         "run": f"{run} precision save_every save_minutes seed steps sync_batchnorm tensorboard timeout_minutes",
-        "data": f"{data} max_bad_fraction mix sharpness_jitter shards val window workers",
+        "data": f"{data} max_bad_fraction mix shards sharpness_jitter val window workers",
         "optim": "beta1 beta2 decay_share final_lr lr method schedule warmup weight_decay",
         "model": f"{model} merges text_heads text_layers text_width vocab_size",
         "loss": "kind positives",
