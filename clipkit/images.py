@@ -127,12 +127,16 @@ def random_view(data: bytes, size: int, config: DataConfig, rng: np.random.Gener
         box = _draw_box(*image.size, config.crop_scale, rng)
         pixels, scale = _decode_reduced(image, min(box[2:]) // size)
         if _loses_sharpness(pixels, box, size):
-            return _window(pixels, size, rng)
+            return _window(pixels, size, config.crop_scale, rng)
         left, top, width, height = (int(n * scale) for n in box)
         return _resized(pixels, (left, top, max(1, width), max(1, height)), size)
     pixels = to_pixels(_finish(image))
     box = _draw_box(pixels.shape[2], pixels.shape[1], config.crop_scale, rng)
-    return _window(pixels, size, rng) if _loses_sharpness(pixels, box, size) else _resized(pixels, box, size)
+    return (
+        _window(pixels, size, config.crop_scale, rng)
+        if _loses_sharpness(pixels, box, size)
+        else _resized(pixels, box, size)
+    )
 
 
 def _is_plain_jpeg(image: Image.Image) -> bool:
@@ -173,9 +177,12 @@ def _loses_sharpness(pixels: Tensor, box: tuple[int, int, int, int], size: int) 
     return min(box[2:]) < size <= min(pixels.shape[1:])
 
 
-def _window(pixels: Tensor, size: int, rng: np.random.Generator) -> Tensor:
-    """Part of [3, H, W] as it is, an eighth of it beyond the edge at most, where the picture is mirrored."""
-    edge = size // 8
+def _window(pixels: Tensor, size: int, smallest: float, rng: np.random.Generator) -> Tensor:
+    """Part of [3, H, W] as it is, in places beyond its edge, where it is mirrored.
+
+    By as much at most as the smallest crop of the middle stays within, and by no more than an eighth.
+    """
+    edge = min(size // 8, round(size * (1 - math.sqrt(smallest)) / 2))
     height, width = pixels.shape[1:]
     top, left = (int(rng.integers(-edge, n - size + edge + 1)) for n in (height, width))
     rows, columns = (_mirrored(np.arange(start, start + size), n) for start, n in ((top, height), (left, width)))
