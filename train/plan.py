@@ -64,7 +64,7 @@ def this_cpu(ranks: int) -> Device:
 
 
 def _timed_product(dtype: torch.dtype) -> float:
-    """Operations/s of the best of five."""
+    """Operations/s of the best of six."""
     a, times = torch.randn(1024, 1024).to(dtype), []
     for _ in range(6):
         began = time.perf_counter()
