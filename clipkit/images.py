@@ -15,7 +15,7 @@ import math
 import struct
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -126,17 +126,13 @@ def random_view(data: bytes, size: int, config: DataConfig, rng: np.random.Gener
     if _is_plain_jpeg(image):
         box = _draw_box(*image.size, config.crop_scale, rng)
         pixels, scale = _decode_reduced(image, min(box[2:]) // size)
-        if _loses_sharpness(pixels, box, size):
-            return _window(pixels, size, config.crop_scale, rng)
-        left, top, width, height = (int(n * scale) for n in box)
-        return _resized(pixels, (left, top, max(1, width), max(1, height)), size)
-    pixels = to_pixels(_finish(image))
-    box = _draw_box(pixels.shape[2], pixels.shape[1], config.crop_scale, rng)
-    return (
-        _window(pixels, size, config.crop_scale, rng)
-        if _loses_sharpness(pixels, box, size)
-        else _resized(pixels, box, size)
-    )
+    else:
+        pixels, scale = to_pixels(_finish(image)), 1.0
+        box = _draw_box(pixels.shape[2], pixels.shape[1], config.crop_scale, rng)
+    if min(box[2:]) < size <= min(pixels.shape[1:]):
+        return _window(pixels, size, config.crop_scale, rng)
+    left, top, width, height = (int(n * scale) for n in box)
+    return _resized(pixels, (left, top, max(1, width), max(1, height)), size)
 
 
 def _is_plain_jpeg(image: Image.Image) -> bool:
@@ -173,10 +169,6 @@ def _draw_box(width: int, height: int, smallest: float, rng: np.random.Generator
     return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
 
 
-def _loses_sharpness(pixels: Tensor, box: tuple[int, int, int, int], size: int) -> bool:
-    return min(box[2:]) < size <= min(pixels.shape[1:])
-
-
 def _window(pixels: Tensor, size: int, smallest: float, rng: np.random.Generator) -> Tensor:
     """Part of [3, H, W] as it is, in places beyond its edge, where it is mirrored.
 
@@ -185,13 +177,13 @@ def _window(pixels: Tensor, size: int, smallest: float, rng: np.random.Generator
     edge = min(size // 8, round(size * (1 - math.sqrt(smallest)) / 2))
     height, width = pixels.shape[1:]
     top, left = (int(rng.integers(-edge, n - size + edge + 1)) for n in (height, width))
-    rows, columns = (_mirrored(np.arange(start, start + size), n) for start, n in ((top, height), (left, width)))
+    rows, columns = (_mirrored(torch.arange(start, start + size), n) for start, n in ((top, height), (left, width)))
     return pixels[:, rows[:, None], columns]
 
 
-def _mirrored(index: np.ndarray[Any, np.dtype[np.intp]], n: int) -> Tensor:
+def _mirrored(index: Tensor, n: int) -> Tensor:
     """Indices beyond 0 and n - 1 turned back at these two."""
-    return torch.from_numpy((n - 1) - np.abs((n - 1) - np.abs(index)))
+    return (n - 1) - ((n - 1) - index.abs()).abs()
 
 
 def _resized(pixels: Tensor, box: tuple[int, int, int, int], size: int) -> Tensor:

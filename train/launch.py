@@ -41,7 +41,7 @@ def train_recipe(recipe: R, make_task: MakeTask[R], device: torch.device) -> Pat
     shards = Shards(recipe.data.shards, verify=False, cache=cache_of(recipe.data))  # hashed while training
     seed_everything(recipe.run.seed, 0, 0)  # the same initial weights on every rank
     task = make_task(recipe, shards)
-    early = (task.early_size, round(EARLY * recipe.run.steps) if task.early_size else 0)
     run = recipe.run
+    early = (task.early_size or task.image_size, round(EARLY * run.steps))
     stream = Stream(shards, recipe.data, task.image_size, run.batch_size, run.seed, rank, world_size, *early)
     return train(task, stream, recipe, device)

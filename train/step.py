@@ -47,7 +47,7 @@ class Task(nn.Module, ABC):
         return ()
 
     def networks(self) -> Sequence[nn.Module]:
-        """What torch.compile compiles: modules whose inputs have the same shapes at every step."""
+        """What torch.compile compiles: modules whose inputs have few shapes in a whole run."""
         return [self.model]
 
     def after_step(self) -> None:
