@@ -1,8 +1,9 @@
 """One training step of clipkit beside open_clip's, in turns: `python benchmarks/train_step.py [--json]`.
 
 The same towers (timm's ViT, a text transformer of the same shape), batch, precision, optimizer settings, and captions
-of ordinary length. The two sides alternate within one process, so that a busy machine slows both: look at the
-ratio, not at the seconds. open_clip is in the [parity] extra.
+of ordinary length. Each side has its own process, as clipkit's training keeps freed memory by a setting of the whole
+process; they take turns, so that a busy machine slows both: look at the ratio, not at the seconds. open_clip is in the
+[parity] extra.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -24,6 +28,7 @@ from clipkit.config import OptimConfig
 from clipkit.losses import info_nce
 from clipkit.model import CLIP, CLIPConfig
 from clipkit.train.optim import make_optimizer
+from clipkit.train.pages import keep_pages
 
 VOCABULARY, END = 49408, 49407
 SETTINGS = OptimConfig(lr=5e-4, weight_decay=0.2)
@@ -131,6 +136,22 @@ def captions(batch: int) -> Tensor:
     return ids
 
 
+SIDES = {"clipkit": ours, "open_clip": theirs}
+
+
+def take_turns(asked: Connection, side: str, name: str, precision: str, batch: int, threads: int) -> None:
+    """What a side's process does: a step for each True, answered with its seconds, until False."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    step = SIDES[side](SHAPES[name], precision)
+    images, ids = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8), captions(batch)
+    with keep_pages() if side == "clipkit" else nullcontext():
+        while asked.recv():
+            began = time.perf_counter()
+            step(images, ids)
+            asked.send(time.perf_counter() - began)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=SHAPES, nargs="+", default=list(SHAPES))
@@ -139,21 +160,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
     options = parser.parse_args()
-    images = torch.randint(0, 256, (options.batch, 3, 224, 224), dtype=torch.uint8)
-    ids, rows = captions(options.batch), []
+    rows, threads = [], torch.get_num_threads()
     for name in options.model:
         for precision in options.precision:
-            torch.manual_seed(0)
-            sides = {"clipkit": ours(SHAPES[name], precision), "open_clip": theirs(SHAPES[name], precision)}
-            seconds: dict[str, list[float]] = {side: [] for side in sides}
+            sides: dict[str, Connection] = {}
+            seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+            for side in SIDES:
+                sides[side], end = multiprocessing.Pipe()
+                arguments = (end, side, name, precision, options.batch, threads)
+                multiprocessing.get_context("spawn").Process(target=take_turns, args=arguments, daemon=True).start()
+                end.close()  # so that the end of the process is heard
             for turn in range(options.rounds + 1):
-                for side, step in sides.items():
-                    began = time.perf_counter()
-                    step(images, ids)
+                for side, connection in sides.items():
+                    connection.send(True)
+                    taken = connection.recv()
                     if turn:  # the first turn warms up
-                        seconds[side].append(time.perf_counter() - began)
+                        seconds[side].append(taken)
+            for connection in sides.values():
+                connection.send(False)
             pairs = zip(seconds["clipkit"], seconds["open_clip"], strict=True)
-            row = {"model": name, "precision": precision, "batch": options.batch, "threads": torch.get_num_threads()}
+            row = {"model": name, "precision": precision, "batch": options.batch, "threads": threads}
             row |= {f"{side}_s": statistics.median(taken) for side, taken in seconds.items()}
             row["ratio"] = statistics.median(a / b for a, b in pairs)
             rows.append(row)

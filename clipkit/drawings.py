@@ -219,7 +219,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "bird": ("songbird", "winged creature", "animal"),
     "cat": ("kitten", "pet", "animal"),
     "flower": ("blossom", "daisy", "plant"),
-    "star": ("five-pointed star", "starlet", "shape"),
+    "star": ("five-pointed star", "pentagram", "shape"),
     "heart": ("love heart", "valentine", "shape"),
     "moon": ("crescent", "crescent moon", "half moon"),
     "cup": ("mug", "coffee cup", "teacup"),

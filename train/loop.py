@@ -33,6 +33,7 @@ from clipkit.records import Records, say
 from clipkit.saver import Saver, lock
 from clipkit.stream import Batch, Stream
 from clipkit.train import optim, parallel
+from clipkit.train.pages import keep_pages
 from clipkit.train.step import Task, backward
 
 
@@ -70,7 +71,8 @@ def train(task: Task, stream: Stream, recipe: Recipe, device: torch.device) -> P
                 f"{task.kind}: {parameters / 1e6:.2f}M parameters on {where}, step {start} of {recipe.run.steps}, "
                 f"in {folder}"
             )
-        with Records(folder, start, recipe.run.steps, task.kind, recipe.run.tensorboard, main) as records, loop.saver:
+        records = Records(folder, start, recipe.run.steps, task.kind, recipe.run.tensorboard, main)
+        with records, loop.saver, keep_pages():
             loop.steps(stream, start, records)
         distributed.barrier()
     return folder
@@ -177,7 +179,8 @@ class _Loop:
         loss, values = backward(self.task, batch.to(self.device), self.run.micro_batches, self.parallel, precision)
         norm = parallel.finish_gradients(self.task.parameters(), self.run.grad_clip)
         self.optimizer.found_inf = self.guard.watch(step, loss, norm, batch.keys)
-        self.optimizer.step()
+        with precision():
+            self.optimizer.step()
         self.task.after_step()
         distributed.average_buffers(self.task.model)
         self.ema.update(self.task.model, step)

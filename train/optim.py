@@ -75,31 +75,34 @@ class Muon(torch.optim.AdamW):
             state["momentum"] = torch.zeros_like(parameter)
         momentum = state["momentum"]
         momentum.lerp_(parameter.grad, 1 - self.MOMENTUM)
-        nesterov = parameter.grad.lerp(momentum, self.MOMENTUM).flatten(1)  # [out, in * k * k]
-        update = 0.2 * max(nesterov.shape) ** 0.5 * orthogonalise(nesterov)
-        changed = parameter * (1 - lr * decay) - lr * update.view_as(parameter)
+        nesterov = parameter.grad.lerp_(momentum, self.MOMENTUM).flatten(1)  # [out, in * k * k]
+        update = orthogonalise(nesterov).view_as(parameter).mul_(-0.2 * lr * max(nesterov.shape) ** 0.5)
+        update.add_(parameter, alpha=-lr * decay)
         if self.found_inf is not None:
-            changed = torch.where(self.found_inf > 0, parameter, changed)
-        parameter.copy_(changed)
+            update = torch.where(self.found_inf > 0, 0.0, update)
+        parameter.add_(update)
 
 
 def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
     """[m, n] -> roughly the nearest (semi-)orthogonal matrix: singular values come near 1, singular vectors stay.
 
     The quintic Newton-Schulz iteration with Jordan's coefficients, which trade exactness for speed. A step multiplies x
-    by a polynomial of x x^T, so that the steps are made on that smaller matrix, and x is multiplied once.
+    by a polynomial of x x^T, so that the steps are made on that smaller matrix, and x is multiplied once. Under
+    autocast the two products with x are of its precision; the steps, which would multiply its rounding, are not.
     """
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / (x.norm() + 1e-7)
-    gram = x @ x.T
-    levelling = torch.eye(len(x), dtype=x.dtype, device=x.device)
-    for _ in range(steps):
-        factor = 2.0315 * gram @ gram - 4.7750 * gram
-        factor.diagonal().add_(3.4445)
-        levelling = factor @ levelling
-        gram = factor @ gram @ factor
-    levelled: Tensor = (levelling @ x).T if matrix.shape[0] > matrix.shape[1] else levelling @ x
-    return levelled
+    gram = (x @ x.T).to(matrix.dtype)
+    levelling = None
+    with torch.autocast(x.device.type, enabled=False):
+        for left in reversed(range(steps)):
+            factor = 2.0315 * gram @ gram - 4.7750 * gram
+            factor.diagonal().add_(3.4445)
+            levelling = factor if levelling is None else factor @ levelling
+            if left:
+                gram = factor @ gram @ factor
+    levelled = (levelling @ x).to(matrix.dtype)
+    return levelled.T if matrix.shape[0] > matrix.shape[1] else levelled
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

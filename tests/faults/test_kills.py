@@ -107,19 +107,24 @@ def test_a_signal_to_the_whole_group_is_the_main_process_s_to_obey(packs, tmp_pa
 
 def test_a_closed_terminal_ends_a_run_that_has_saved(packs, tmp_path):
     """As when a connection is lost. What holds the terminal is killed; the run has a progress bar, and loaders."""
-    out, code, run = tmp_path / "run", tmp_path / "code", tmp_path / "run.py"
+    out, code, run, pid = tmp_path / "run", tmp_path / "code", tmp_path / "run.py", tmp_path / "pid"
     words = ["pretrain", "drawings_clip", *tiny(packs, out, 5000, "data.workers=1")]
     run.write_text(
-        f"from clipkit.cli import main\ntry:\n    main({words!r})\n"
+        f"import os\nfrom clipkit.cli import main\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\n"
+        f"try:\n    main({words!r})\n"
         f"except SystemExit as end:\n    open({str(code)!r}, 'w').write(str(end.code))\n"
     )
     hear = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"  # whoever runs the tests may be under nohup
     hold = f"{hear}; import pty; pty.spawn([{sys.executable!r}, {str(run)!r}])"
     holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    until(lambda: steps_done(out) > 5)
-    holder.kill()
-    holder.wait()
-    until(lambda: code.is_file() and code.read_text())
+    try:
+        until(lambda: steps_done(out) > 5)
+        holder.kill()
+        holder.wait()
+        until(lambda: code.is_file() and code.read_text())
+    finally:
+        if not code.is_file():  # it would train on after the test
+            os.kill(int(pid.read_text()), signal.SIGKILL)
     assert code.read_text() == "0"
     assert checkpoint.latest(out).step == steps_done(out) < 5000
 
