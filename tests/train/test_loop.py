@@ -285,6 +285,15 @@ def test_orthogonalising_keeps_singular_vectors_and_levels_singular_values(shape
     assert values.max() < 1.3
 
 
+def test_under_autocast_only_the_products_with_the_matrix_are_rounded():
+    matrix = torch.randn(64, 576) * torch.logspace(0, -3, 64)[:, None]
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = optim.orthogonalise(matrix)
+    exact = optim.orthogonalise(matrix)
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).norm() / exact.norm() < 0.006  # it is 0.013 with the steps in bf16
+
+
 @pytest.mark.parametrize("nohup", [False, True])
 def test_the_end_of_the_terminal_is_nothing_under_nohup(nohup, monkeypatch):
     monkeypatch.setattr(os, "isatty", lambda number: False)  # pytest's own is to be heard on
