@@ -31,6 +31,7 @@ def test_train_step():
     (row,) = run("train_step.py", "--model", "vit_tiny", "--batch", "2", "--rounds", "1")
     assert row["clipkit_s"] > 0
     assert row["ratio"] == pytest.approx(row["clipkit_s"] / row["open_clip_s"])
+    assert row["unkept_ratio"] == pytest.approx(row["unkept_s"] / row["open_clip_s"])
 
 
 @pytest.mark.slow
