@@ -101,7 +101,7 @@ def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
             levelling = factor if levelling is None else factor @ levelling
             if left:
                 gram = factor @ gram @ factor
-    levelled = (levelling @ x).to(matrix.dtype)
+    levelled: Tensor = (levelling @ x).to(matrix.dtype)
     return levelled.T if matrix.shape[0] > matrix.shape[1] else levelled
 
 
