@@ -7,6 +7,8 @@ BIN := .venv/bin
 
 # Tiny ImageNet and the emoji (tiny-imagenet-32/, noto-emoji/), which are not in this repository.
 DATA ?= ../shared/data
+# The CLIPs of clipkit-tiny: as many ranks as theirs had, a thread each. BatchNorm's statistics are those of a rank.
+RANKS := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2
 
 demo: .venv/installed
 	$(BIN)/clipkit demo
@@ -42,8 +44,8 @@ tiny-imagenet: .venv/installed
 weights: .venv/installed tiny-imagenet
 	$(BIN)/clipkit pack $(DATA)/noto-emoji/images.tar.xz packs/emoji --csv $(DATA)/noto-emoji/captions.csv --holdout 500
 	$(BIN)/clipkit pack drawings packs/drawings --count 20000
-	$(BIN)/clipkit pretrain tiny_imagenet_clip.toml
-	$(BIN)/clipkit pretrain clipkit_tiny_clip.toml
+	$(RANKS) train/pretrain.py tiny_imagenet_clip.toml
+	$(RANKS) train/pretrain.py clipkit_tiny_clip.toml
 	$(BIN)/clipkit demo --out runs/demo
 	$(BIN)/clipkit denoiser clipkit_tiny_denoiser.toml
 	rm -rf clipkit/data/clipkit-tiny/clip clipkit/data/clipkit-tiny/denoiser clipkit/data/clipkit-tiny/noisy_clip

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
@@ -304,6 +305,29 @@ def test_the_end_of_the_terminal_is_nothing_under_nohup(nohup, monkeypatch):
             assert interruption.signal == (0 if nohup else signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_training_keeps_its_pages_and_updates_in_the_run_s_precision(packs, tmp_path, monkeypatch):
+    """What makes a step fast and changes no result must be seen to be there."""
+    seen, kept = [], []
+
+    @contextmanager
+    def keep():
+        kept.append(True)
+        yield
+        kept.pop()
+
+    def orthogonalise(matrix):
+        seen.append((bool(kept), torch.is_autocast_enabled("cpu")))
+        return matrix
+
+    monkeypatch.setattr(loop, "keep_pages", keep)
+    monkeypatch.setattr(optim, "orthogonalise", orthogonalise)
+    for precision in ("fp32", "bf16"):
+        muon = ("optim.method=muon", f"run.precision={precision}")
+        pretrain.run("drawings_clip", words(packs, tmp_path / precision, 1, *muon))
+    assert set(seen) == {(True, False), (True, True)}
+    assert not kept
 
 
 def test_muon_resumes_to_the_same_bits(packs, tmp_path):
