@@ -101,6 +101,11 @@ class DataConfig:
     """Loader processes per rank; the order of the data does not depend on it."""
     crop_scale: float = 1.0
     """Smallest share of the area kept by the random resized crop; 1 turns it off."""
+    enlarge: float = 0.0
+    """Share of the crops smaller than image_size that are enlarged to it; of a picture that is large enough, the others
+    become windows of that size. At 1 all are, as by torchvision's RandomResizedCrop."""
+    backdrop: float = 0.0
+    """Share of the pictures with transparent parts that are laid on the next picture of `shards`, not on white."""
     flip: bool = False
     """Flip half of the images left to right."""
     colour_jitter: float = 0.0
@@ -119,10 +124,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not 0 < self.crop_scale <= 1:
             raise RecipeError(f"data.crop_scale is {self.crop_scale}; it must be in (0, 1]")
-        if not 0 <= self.colour_jitter <= 1:
-            raise RecipeError(f"data.colour_jitter is {self.colour_jitter}; it must be in [0, 1]")
-        if not 0 <= self.sharpness_jitter <= 1:
-            raise RecipeError(f"data.sharpness_jitter is {self.sharpness_jitter}; it must be in [0, 1]")
+        for name in ("enlarge", "backdrop", "colour_jitter", "sharpness_jitter"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RecipeError(f"data.{name} is {getattr(self, name)}; it must be in [0, 1]")
         for name in ("workers", "window", "cache_gb"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"data.{name} is {getattr(self, name)}; it must be at least 0")
