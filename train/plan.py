@@ -2,12 +2,14 @@
 
 Operations and kept activations are counted on torch's meta device; what a device does with them is an estimate from its
 published peaks (or, on a CPU, from a matrix product timed on the spot) and the shares of them that training reaches.
+Loading is timed on samples of the recipe's packs, where they are on this machine.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,9 +17,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipkit.distributed import computes_in_bf16
-from clipkit.errors import UsageError
+from clipkit.errors import ClipkitError, UsageError
 from clipkit.losses import GATHERED
 from clipkit.model import CLIP
+from clipkit.shards import Shards
+from clipkit.stream import Stream
 from clipkit.train.pretrain import PretrainRecipe
 from clipkit.train.step import EARLY
 
@@ -73,6 +77,30 @@ def _timed_product(dtype: torch.dtype) -> float:
     return 2 * 1024**3 / min(times)
 
 
+def loading_time(recipe: PretrainRecipe, samples: int = 64) -> float | None:
+    """Seconds in which one process of this machine reads and varies a sample; None where the packs are not on it."""
+    data, size = replace(recipe.data, workers=0), recipe.model.image_size
+    if any("://" in source for source in (data.shards, *data.mix)):
+        return None
+    early = recipe.model.early_size or size
+    try:
+        # A batch of small pictures, then one of the model's.
+        stream = Stream(Shards(data.shards, verify=False), data, size, samples, 0, early_size=early, early_steps=1)
+        return EARLY * _timed_loading(stream, 0) + (1 - EARLY) * _timed_loading(stream, 1)
+    except (ClipkitError, OSError):
+        return None
+
+
+def _timed_loading(stream: Stream, step: int) -> float:
+    """Seconds per sample, the best of three; the first finds the files on the disk."""
+    times, positions = [], stream.positions(step)
+    for _ in range(3):
+        began = time.perf_counter()
+        stream.samples.__getitems__(positions)
+        times.append(time.perf_counter() - began)
+    return min(times) / len(positions)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Seconds of one step, bytes of one rank, and what they are made of."""
@@ -91,6 +119,11 @@ class Plan:
     """Of the two ways the one: features gathered, gradients summed."""
     contrast_ring_s: float
     """The other: features travel once forward and once backward, gradients once, each in W - 1 messages."""
+    loading_s: float | None
+    """One process's time for a rank's samples: added to the step without loader processes, else shared by them and
+    hidden behind it. None if it is not known; the step is then as if it took no time."""
+    workers_wanted: int | None
+    """`data.workers` that keep up with the rank."""
     step_s: float
     samples_per_s: float
     weights_bytes: int
@@ -100,8 +133,18 @@ class Plan:
     memory_bytes: int
 
 
-def plan(recipe: PretrainRecipe, ranks: int, device: Device, per_node: int = 8, caption_tokens: int = 16) -> Plan:
-    """Estimate one step of `recipe` on `ranks` devices. Raises UsageError for ranks that do not divide its batch."""
+def plan(
+    recipe: PretrainRecipe,
+    ranks: int,
+    device: Device,
+    per_node: int = 8,
+    caption_tokens: int = 16,
+    loading: float | None = None,
+) -> Plan:
+    """Estimate one step of `recipe` on `ranks` devices, where `loading` is what `loading_time` found.
+
+    Raises UsageError for ranks that do not divide the batch.
+    """
     run = recipe.run
     if run.batch_size % ranks:
         raise UsageError(f"batch_size {run.batch_size} does not divide over {ranks} ranks; change run.batch_size")
@@ -126,6 +169,10 @@ def plan(recipe: PretrainRecipe, ranks: int, device: Device, per_node: int = 8, 
     contrast = ring if turns else gathered
     hidden = 0.0 if device.bytes == 0 else 0.8 * min(gradients, compute / 2)  # behind the backward pass
     step = compute + optimizer + gradients - hidden + contrast
+    load = None if loading is None else loading * batch
+    wanted = None if load is None else math.ceil(load / step)
+    if load is not None:
+        step = max(step, load / recipe.data.workers) if recipe.data.workers else step + load
     state, activations = 5 * weights // cut, int(kept * half * -(-batch // run.micro_batches))
     columns, blocks = (batch, 6 * rows // ranks) if turns else (run.batch_size, 4 * rows)
     loss = 5 * 4 * 128 * columns + blocks  # strips; features and gradients of all ranks or of one other, and one's own
@@ -140,6 +187,8 @@ def plan(recipe: PretrainRecipe, ranks: int, device: Device, per_node: int = 8, 
         contrast_s=contrast,
         contrast_gathered_s=gathered,
         contrast_ring_s=ring,
+        loading_s=load,
+        workers_wanted=wanted,
         step_s=step,
         samples_per_s=run.batch_size / step,
         weights_bytes=state,

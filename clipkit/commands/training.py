@@ -63,7 +63,8 @@ def plan(
     """Estimate time and memory of a pretraining step.
 
     Operations and activations are counted; what a device makes of them is an estimate (docs/scaling.md says how good).
-    With --gpu cpu, each rank is taken to have its share of this machine's threads.
+    With --gpu cpu, each rank is taken to have its share of this machine's threads. If the recipe's packs are here,
+    loading them is timed on this machine too.
 
     \b
     Example:
@@ -79,13 +80,18 @@ def plan(
     if gpu != "cpu" and gpu not in planning.DEVICES:
         raise UsageError(f"unknown GPU {gpu!r}; {did_you_mean(gpu, ['cpu', *planning.DEVICES])}")
     device = planning.this_cpu(gpus) if gpu == "cpu" else planning.DEVICES[gpu]
-    found = planning.plan(load_recipe(PretrainRecipe, recipe, overrides), gpus, device, per_node, caption_tokens)
+    asked = load_recipe(PretrainRecipe, recipe, overrides)
+    loading = planning.loading_time(asked)
+    found = planning.plan(asked, gpus, device, per_node, caption_tokens, loading)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(found)))
         return
     for name, value in dataclasses.asdict(found).items():
-        shown = f"{value / 2**20:,.1f} MiB" if name.endswith("_bytes") else f"{value:,.4g}"
-        click.echo(f"{name:18s} {shown}")
+        if value is None:
+            shown = f"not known: cannot be read here: {', '.join((asked.data.shards, *asked.data.mix))}"
+        else:
+            shown = f"{value / 2**20:,.1f} MiB" if name.endswith("_bytes") else f"{value:,.4g}"
+        click.echo(f"{name:19s} {shown}")
 
 
 @click.command()

@@ -6,6 +6,8 @@ import pytest
 from clipkit.config import load_recipe
 from clipkit.errors import UsageError
 from clipkit.losses import GATHERED
+from clipkit.stream import _Samples
+from clipkit.train import plan as planning
 from clipkit.train.plan import DEVICES, plan
 from clipkit.train.pretrain import PretrainRecipe
 
@@ -81,16 +83,48 @@ def test_features_that_are_too_many_to_gather_go_round_a_ring():
     assert large.loss_bytes < small.loss_bytes
 
 
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_a_rank_waits_for_its_samples_or_its_loaders_do_for_it(workers):
+    without = planned(f"data.workers={workers}", ranks=2)
+    slow, fast = without.step_s / 512 * 2.5, without.step_s / 512 * 0.5  # of 512 samples, for a rank
+    found = [planned(f"data.workers={workers}", ranks=2, loading=seconds) for seconds in (slow, fast)]
+    assert [plan.loading_s / without.step_s for plan in found] == pytest.approx([2.5, 0.5])
+    assert [plan.workers_wanted for plan in found] == [3, 1]
+    assert (without.loading_s, without.workers_wanted) == (None, None)
+    steps = {0: [3.5, 1.5], 1: [2.5, 1.0], 4: [1.0, 1.0]}[workers]
+    assert [plan.step_s / without.step_s for plan in found] == pytest.approx(steps)
+    assert [plan.samples_per_s * plan.step_s for plan in found] == pytest.approx([1024, 1024])
+
+
+def test_loading_is_timed_on_the_pictures_that_training_sees(packs, monkeypatch):
+    sizes, clock = [], iter(range(1000))
+    monkeypatch.setattr(planning.time, "perf_counter", lambda: next(clock))  # every batch takes a second
+    batches = _Samples.__getitems__
+    monkeypatch.setattr(_Samples, "__getitems__", lambda *a: sizes.append(batches(*a).images.shape) or batches(*a))
+    found = recipe(f"data.shards={packs / 'train'}", "model.image_size=32", "model.early_size=24")
+    assert planning.loading_time(found, samples=8) == pytest.approx(1 / 8)
+    assert sizes == [(8, 3, 24, 24)] * 3 + [(8, 3, 32, 32)] * 3
+
+
+def test_packs_that_are_not_here_are_not_timed(packs, tmp_path):
+    missing = f"data.shards={tmp_path}"
+    for words in (missing, "data.shards=http://127.0.0.1:9/pack", f'data.mix={{"{tmp_path}" = 0.5}}'):
+        assert planning.loading_time(recipe(f"data.shards={packs / 'train'}", words)) is None
+
+
 def test_ranks_must_divide_the_batch():
     with pytest.raises(UsageError, match="does not divide over 3 ranks"):
         planned(ranks=3)
 
 
-def test_the_command(command):
-    code, out, _ = command("plan", "drawings_clip", "--gpus", "4", "--gpu", "h100", "--json")
+def test_the_command(command, packs):
+    words = ("plan", "drawings_clip", f"data.shards={packs / 'train'}", "--gpus", "4", "--gpu", "h100", "--json")
+    code, out, _ = command(*words)
     assert code == 0
     assert json.loads(out).keys() == {f.name for f in dataclasses.fields(planned())}
-    code, out, _ = command("plan", "drawings_clip")
+    assert json.loads(out)["loading_s"] > 0
+    code, out, _ = command("plan", "drawings_clip", "data.shards=nowhere")
     assert "samples_per_s" in out
+    assert "loading_s           not known: cannot be read here: nowhere" in out
     code, _, err = command("plan", "drawings_clip", "--gpu", "h10")
     assert (code, err.strip()) == (2, "clipkit: unknown GPU 'h10'; did you mean 'h100'?")
