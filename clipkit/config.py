@@ -104,8 +104,6 @@ class DataConfig:
     enlarge: float = 0.0
     """Share of the crops smaller than image_size that are enlarged to it; of a picture that is large enough, the others
     become windows of that size. At 1 all are, as by torchvision's RandomResizedCrop."""
-    backdrop: float = 0.0
-    """Share of the pictures with transparent parts that are laid on the next picture of `shards`, not on white."""
     flip: bool = False
     """Flip half of the images left to right."""
     colour_jitter: float = 0.0
@@ -124,7 +122,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not 0 < self.crop_scale <= 1:
             raise RecipeError(f"data.crop_scale is {self.crop_scale}; it must be in (0, 1]")
-        for name in ("enlarge", "backdrop", "colour_jitter", "sharpness_jitter"):
+        for name in ("enlarge", "colour_jitter", "sharpness_jitter"):
             if not 0 <= getattr(self, name) <= 1:
                 raise RecipeError(f"data.{name} is {getattr(self, name)}; it must be in [0, 1]")
         for name in ("workers", "window", "cache_gb"):

@@ -33,9 +33,6 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_PIXELS = 50_000_000
 
-Backdrop = Callable[[], Image.Image]
-"""Opens the picture that shows where another is transparent."""
-
 # What Pillow raises on damaged bytes: it has no base class for it, and decoders differ.
 _DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error, Warning)
 
@@ -61,10 +58,10 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
-def _finish(image: Image.Image, backdrop: Backdrop | None = None) -> Image.Image:
+def _finish(image: Image.Image) -> Image.Image:
     try:
         image.load()
-        return to_rgb(ImageOps.exif_transpose(image) if "exif" in image.info else image, backdrop)
+        return to_rgb(ImageOps.exif_transpose(image) if "exif" in image.info else image)
     except _DECODE_ERRORS as error:
         raise SampleError("damaged image", str(error)) from error
 
@@ -74,14 +71,14 @@ def format_of(data: bytes) -> str:
     return "jpeg" if data[:3] == b"\xff\xd8\xff" else "png" if data[:4] == b"\x89PNG" else "webp"
 
 
-def to_rgb(image: Image.Image, backdrop: Backdrop | None = None) -> Image.Image:
-    """Any Pillow mode -> RGB; what is transparent shows the backdrop, or white; 16-bit greys keep their range."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode -> RGB; what is transparent becomes white, 16-bit greys keep their range."""
     if image.mode.startswith("I;16") or image.mode == "I":
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layered = image.convert("RGBA")
-        behind = ImageOps.fit(backdrop(), layered.size) if backdrop else Image.new("RGB", layered.size, "white")
-        image = Image.alpha_composite(behind.convert("RGBA"), layered)
+        white = Image.new("RGBA", layered.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, layered)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -117,22 +114,20 @@ def preprocessing(config: CLIPConfig) -> Callable[[Image.Image], Tensor]:
     return partial(preprocess, size=config.image_size, resize=how.image_resize, interpolation=how.image_interpolation)
 
 
-def random_view(
-    data: bytes, size: int, config: DataConfig, rng: np.random.Generator, backdrop: Backdrop | None = None
-) -> Tensor:
+def random_view(data: bytes, size: int, config: DataConfig, rng: np.random.Generator) -> Tensor:
     """Bytes of an image -> its random resized crop (bicubic), uint8 [3, size, size].
 
     The crop keeps a share of the area drawn from [config.crop_scale, 1], with a ratio of 3/4 to 4/3; at 1 it is the
     largest square in the middle. Where it would be enlarged though the picture need not be, a window of the picture as
     it is takes its place, except for a share of config.enlarge: else evaluation would be the first to show anything so
-    sharp. What is transparent shows the backdrop, or white. Raises SampleError as `decode` does.
+    sharp. Raises SampleError as `decode` does.
     """
     image = _open(data)
     if _is_plain_jpeg(image):
         box = _draw_box(*image.size, config.crop_scale, rng)
         pixels, scale = _decode_reduced(image, min(box[2:]) // size)
     else:
-        pixels, scale = to_pixels(_finish(image, backdrop)), 1.0
+        pixels, scale = to_pixels(_finish(image)), 1.0
         box = _draw_box(pixels.shape[2], pixels.shape[1], config.crop_scale, rng)
     if min(box[2:]) < size <= min(pixels.shape[1:]) and not (config.enlarge and rng.random() < config.enlarge):
         return _window(pixels, size, config.crop_scale, rng)

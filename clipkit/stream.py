@@ -17,26 +17,23 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clipkit.config import DataConfig
 from clipkit.errors import DataError, SampleError, ShardError
-from clipkit.images import decode, flip_and_jitter, random_view
+from clipkit.images import flip_and_jitter, random_view
 from clipkit.order import BLOCK, Mixture, Order
 from clipkit.remote import Cache
 from clipkit.shards import Shards
 
 _REMOTE_WINDOW = 16
-_WHITE = Image.new("RGB", (1, 1), "white")
 
 
 @dataclass
@@ -119,8 +116,7 @@ class _Samples(Dataset[Batch]):
                 pack, index = self.locate(position)
                 self._prefetch(pack)
                 sample = self.packs[pack].read(index)
-                behind = partial(self._backdrop, position) if self._on_backdrop(rng) else None
-                views.append(random_view(sample.image, size, self.config, rng, behind).permute(1, 2, 0))
+                views.append(random_view(sample.image, size, self.config, rng).permute(1, 2, 0))
             except SampleError as error:
                 skipped[error.reason] += 1
                 continue
@@ -133,21 +129,6 @@ class _Samples(Dataset[Batch]):
         images = torch.stack(views) if views else torch.empty(0, size, size, 3, dtype=torch.uint8)
         images = flip_and_jitter(images.permute(0, 3, 1, 2), self.config, rngs)
         return Batch(images, captions, torch.tensor(groups, dtype=torch.int64), keys, skipped)
-
-    def _on_backdrop(self, rng: np.random.Generator) -> bool:
-        return self.config.backdrop > 0 and rng.random() < self.config.backdrop
-
-    def _backdrop(self, position: int) -> Image.Image:
-        """The next picture of the first pack, which is near: in the same window of shards, or at the next one's start.
-
-        White where it cannot be read: its own position reports that.
-        """
-        coming = range(position + 1, position + 1 + 2 * BLOCK)  # a share of the pack may round to none
-        at = next((p for p in coming if self.mixture(p)[0] == 0), None)
-        try:
-            return _WHITE if at is None else decode(self.packs[0].read(self.locate(at)[1]).image)
-        except SampleError:
-            return _WHITE
 
     def _prefetch(self, pack: int) -> None:
         """When a window of a pack behind a URL is begun, fetch the next one in the background."""

@@ -93,7 +93,7 @@ def test_fields_are_frozen():
     run += " parallel"
     model = "context_length conventions early_size embed_dim grad_checkpointing image_kwargs image_size image_tower"
     model += " init_logit_bias init_logit_scale"
-    data = "backdrop cache cache_gb colour_jitter crop_scale enlarge flip"
+    data = "cache cache_gb colour_jitter crop_scale enlarge flip"
     recipe = asdict(load_recipe(PretrainRecipe, "drawings_clip"))
     assert {section: " ".join(sorted(values)) for section, values in recipe.items()} == {
         "run": f"{run} precision save_every save_minutes seed steps sync_batchnorm tensorboard timeout_minutes",

@@ -71,24 +71,6 @@ def test_transparency_is_laid_on_white():
     assert images.decode(encoded(image)).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_transparency_shows_the_backdrop():
-    """As it is where nothing is drawn, by its share where that is half covered, and cut to the picture's shape."""
-    drawn = Image.new("RGBA", (8, 4), (255, 0, 0, 0))
-    drawn.putpixel((0, 0), (255, 0, 0, 255))
-    drawn.putpixel((1, 0), (255, 0, 0, 51))
-    backdrop = Image.new("RGB", (8, 8), (0, 0, 200))
-    backdrop.paste((0, 200, 0), (0, 2, 8, 6))  # the middle, which is all that has the drawing's shape
-    pixels = images.to_rgb(drawn, lambda: backdrop)
-    assert [pixels.getpixel((x, 0)) for x in range(3)] == [(255, 0, 0), (51, 160, 0), (0, 200, 0)]
-    seen = view(encoded(drawn), size=4, backdrop=lambda: backdrop)
-    assert torch.equal(seen, torch.tensor([0, 200, 0], dtype=torch.uint8)[:, None, None].expand(3, 4, 4))
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_nothing_is_behind_an_opaque_picture(kind):
-    assert torch.equal(view(encoded(noise(), kind), backdrop=None), view(encoded(noise(), kind), backdrop=pytest.fail))
-
-
 def test_exif_rotation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -109,8 +91,8 @@ def test_preprocess_is_torchvisions_resize_and_centre_crop(size):
     assert torch.equal(found, torch.from_numpy(np.array(squashed)).permute(2, 0, 1))
 
 
-def view(data, seed=0, size=16, backdrop=None, **varied):
-    return images.random_view(data, size, DataConfig("", **varied), np.random.default_rng(seed), backdrop)
+def view(data, seed=0, size=16, **varied):
+    return images.random_view(data, size, DataConfig("", **varied), np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 200), (300, 2), (1, 20_000)])

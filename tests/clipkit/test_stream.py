@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from clipkit.config import DataConfig
 from clipkit.errors import DataError, RecipeError
@@ -76,68 +75,10 @@ def test_shares_that_leave_nothing(mix):
         DataConfig("", mix=mix)
 
 
-def content(batches):
-    return [(k, c, i.sum().item()) for b in batches for k, c, i in zip(b.keys, b.captions, b.images, strict=True)]
-
-
-@pytest.fixture(scope="module")
-def glass(tmp_path_factory):
-    """A pack of pictures with nothing in them."""
-    import webdataset
-
-    from clipkit.sources import encode_png
-
-    folder = tmp_path_factory.mktemp("glass")
-    with webdataset.TarWriter(str(folder / "shard-000000.tar")) as writer:
-        for i in range(40):
-            writer.write({"__key__": f"{i}", "png": encode_png(Image.new("RGBA", (32, 32))), "txt": b"glass"})
-    return folder
-
-
-def through_glass(packs, glass, backdrop, share=0.5, first=None, **varied):
-    mix = {str(glass): share}
-    config = DataConfig("", workers=varied.pop("workers", 0), mix=mix, backdrop=backdrop)
-    return Stream(Shards(first or packs / "heldout", verify=False), config, 32, 100, 0, **varied)
-
-
-def test_what_is_transparent_shows_the_next_picture_of_the_first_pack(packs, glass):
-    """Pixel for pixel, where both have the model's size; of a share of the pictures, white of the others."""
-    for backdrop, least, most in ((0.0, 0, 0), (0.5, 180, 320), (1.0, 500, 500)):
-        stream = through_glass(packs, glass, backdrop)
-        seen = [(c, i) for b in stream.batches(0, 11) for c, i in zip(b.captions, b.images, strict=True)]
-        shown = 0
-        for at, (caption, image) in enumerate(seen[:1000]):
-            if caption == "glass":
-                following = next(i for c, i in seen[at + 1 :] if c != "glass")
-                shown += torch.equal(image, following)
-                assert torch.equal(image, following) or image.min() == 255
-        assert least <= shown <= most
-
-
-def test_backdrops_do_not_depend_on_workers_or_ranks(packs, glass):
-    alone = content(through_glass(packs, glass, 0.5).batches(0, 3))
-    assert content(through_glass(packs, glass, 0.5, workers=2).batches(0, 3)) == alone
-    halves = [content(through_glass(packs, glass, 0.5, rank=r, world_size=2).batches(0, 3)) for r in range(2)]
-    assert sorted(halves[0] + halves[1]) == sorted(alone)
-
-
-def test_where_there_is_no_next_picture_it_is_white(packs, glass):
-    (batch,) = through_glass(packs, glass, 1.0, share=0.9999).batches(0, 1)
-    assert batch.captions == ["glass"] * 100
-    assert batch.images.min() == 255
-
-
-def test_a_backdrop_that_cannot_be_read_is_white_and_reported_once(tmp_path, glass):
-    _with_bad_images(tmp_path, bad=1, good=0)
-    stream = through_glass(None, glass, 1.0, share=0.95, first=tmp_path)
-    (batch,) = stream.batches(0, 1)
-    own = sum(stream.samples.locate(position)[0] == 0 for position in range(100))
-    assert own > 0
-    assert (batch.skipped, len(batch)) == ({"not an image": own}, 100 - own)
-    assert batch.images.min() == 255
-
-
 def test_pixels_and_captions_do_not_depend_on_workers_or_ranks(packs):
+    def content(batches):
+        return [(k, c, i.sum().item()) for b in batches for k, c, i in zip(b.keys, b.captions, b.images, strict=True)]
+
     alone = content(make(packs, 16).batches(0, 4))
     assert content(make(packs, 16, workers=2).batches(0, 4)) == alone
     halves = [content(make(packs, 16, rank=r, world=2).batches(0, 4)) for r in range(2)]
