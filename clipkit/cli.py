@@ -44,7 +44,7 @@ for command in (
         training.plan,
         training.demo,
     ),
-    *(models.models, models.export, models.release),
+    *(models.models, models.export, models.average, models.release),
     *(evaluation.zeroshot, evaluation.retrieval, evaluation.probe),
     *(pictures.similarity, pictures.classify, pictures.index, pictures.embed, pictures.search),
     *(drawing.guided_sample, drawing.noise_curve, measuring.metrics, serving.app),

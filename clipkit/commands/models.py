@@ -74,6 +74,29 @@ def export(model: str, out: Path, form: str, push: str | None) -> None:
 
 
 @click.command()
+@click.argument("runs", nargs=-1, required=True)
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--shares", default="", help="One for each run, with commas between them.  [default: equal ones]")
+def average(runs: tuple[str, ...], out: Path, shares: str) -> None:
+    """Write the average of several CLIPs' weights.
+
+    Of RUNS, two or more that started from the same weights, into OUT: a fine-tuned CLIP and the one it started from, or
+    several fine-tuned ones. The average is as fast as each, and often better. --model takes OUT as it takes RUNS.
+
+    \b
+    Example:
+      clipkit average runs/clip runs/tuned runs/between --shares 0.3,0.7
+    """
+    from clipkit.train.average import average as write
+
+    try:
+        wanted = [float(word) for word in shares.split(",")] if shares else []
+    except ValueError:
+        raise UsageError(f"--shares is {shares!r}; it must be numbers, such as 0.3,0.7") from None
+    click.echo(f"{write(runs, out, wanted)}")
+
+
+@click.command()
 @click.argument("runs", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 def release(runs: Path, out: Path) -> None:
