@@ -18,7 +18,7 @@ def release(runs: Path, out: Path) -> list[Path]:
     """Write the newest weights of the run `runs`, or of each run in the folder `runs`, into `out` -> the folders.
 
     They load by `out`'s name as the runs do by theirs, and cannot be trained on: the optimizer's state stays behind. So
-    do the folders in which the recipe's absolute paths lay.
+    do the folders in which absolute paths of its record lay.
     Raises CheckpointError when there is no run, or `out` cannot be written.
     """
     folders = [folder for folder in (runs, *(runs / kind for kind in KINDS)) if (folder / "checkpoints").is_dir()]
@@ -32,14 +32,15 @@ def _write(found: Checkpoint, out: Path) -> Path:
     texts = {p.name: p.read_text(encoding="utf-8") for p in found.path.iterdir() if _belongs(p)}
     averaged = {name: _half(tensor) for name, tensor in found.stream("ema")}
     out.mkdir(parents=True, exist_ok=True)
-    state = {**found.state, "recipe": _without_folders(found.state["recipe"])}
-    return checkpoint.save(out, state, {"ema": averaged}, texts, keep_last=1)
+    return checkpoint.save(out, _without_folders(found.state), {"ema": averaged}, texts, keep_last=1)
 
 
 def _without_folders(value: Any) -> Any:
-    """A recipe, or what is in it, with the names alone of absolute paths."""
+    """A checkpoint's state, or what is in it, with the names alone of absolute paths."""
     if isinstance(value, dict):
         return {_without_folders(key): _without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(inner) for inner in value]
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 

@@ -7,6 +7,7 @@ weights there is nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,15 +50,15 @@ def average(runs: Sequence[str | Path], out: Path, shares: Sequence[float] = ())
     model = pretrained.load(last.path.parents[1], "cpu").model
     model.load_state_dict(averaged)
     _measure_statistics(model, last)
-    state = {**last.state, "averaged": {str(run): weight for run, weight in zip(runs, weights, strict=True)}}
+    made_of = [{"run": str(run), "share": weight} for run, weight in zip(runs, weights, strict=True)]
     texts = {"tokenizer.json": last.text("tokenizer.json")}
-    return checkpoint.save(out, state, {"ema": model.state_dict()}, texts, keep_last=1)
+    return checkpoint.save(out, {**last.state, "averaged": made_of}, {"ema": model.state_dict()}, texts, keep_last=1)
 
 
 def _weights(runs: int, shares: Sequence[float]) -> list[float]:
     if runs < 2:
         raise UsageError(f"{runs} run; an average is of two or more")
-    if shares and (len(shares) != runs or min(shares) < 0 or sum(shares) <= 0):
+    if shares and not (len(shares) == runs and all(share >= 0 for share in shares) and 0 < sum(shares) < math.inf):
         raise UsageError(f"shares {', '.join(f'{s:g}' for s in shares)} for {runs} runs; give each one, 0 or more")
     return [share / sum(shares) for share in shares] if shares else [1 / runs] * runs
 

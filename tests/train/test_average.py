@@ -59,7 +59,7 @@ def test_weights_are_the_mean_of_those_of_the_runs(pair, tmp_path, shares, last)
             torch.testing.assert_close(mean[name], (1 - last) * one[name] + last * other[name])
     assert any(not torch.equal(one[name], other[name]) for name in one)
     state = pretrained.find(tmp_path / "mean", "clip").state
-    assert state["averaged"] == {str(pair[0]): 1 - last, str(pair[1]): last}
+    assert state["averaged"] == [{"run": str(pair[0]), "share": 1 - last}, {"run": str(pair[1]), "share": last}]
 
 
 def test_statistics_are_those_of_the_averaged_weights(pair, tmp_path, monkeypatch):
@@ -92,6 +92,8 @@ def test_a_tower_without_batchnorm_needs_no_data(packs, tmp_path):
 def test_an_average_is_released_and_trained_from_as_a_run_is(packs, pair, tmp_path):
     average(pair, tmp_path / "mean")
     release(tmp_path / "mean", tmp_path / "given")
+    shares = pretrained.find(tmp_path / "given", "clip").state["averaged"]
+    assert shares == [{"run": run.name, "share": 0.5} for run in pair]  # no folders of this machine
     a, b = (clipkit.load(tmp_path / name, "cpu") for name in ("mean", "given"))
     ids = a.tokenizer(["a red car"])
     with torch.no_grad():
@@ -119,6 +121,8 @@ def test_runs_that_do_not_fit_each_other(packs, pair, tmp_path):
         (2, (1, 2, 3), "shares 1, 2, 3 for 2 runs"),
         (2, (1, -1), "shares 1, -1 for 2 runs"),
         (2, (0, 0), "shares 0, 0 for 2 runs"),
+        (2, (1, float("nan")), "shares 1, nan for 2 runs"),
+        (2, (1, float("inf")), "shares 1, inf for 2 runs"),
     ],
 )
 def test_shares_that_are_none(pair, tmp_path, runs, shares, message):
