@@ -149,10 +149,7 @@ def plan(
     if run.batch_size % ranks:
         raise UsageError(f"batch_size {run.batch_size} does not divide over {ranks} ranks; change run.batch_size")
     batch = run.batch_size // ranks
-    flops, kept, parameters = _count(recipe, caption_tokens, recipe.model.image_size)
-    if recipe.model.early_size:
-        early = _count(recipe, caption_tokens, recipe.model.early_size)
-        flops, kept = EARLY * early[0] + (1 - EARLY) * flops, max(early[1], kept)
+    flops, kept, parameters = _count_training(recipe, caption_tokens)
     cut = ranks if run.parallel == "fsdp" else 1
     bf16 = run.precision == "bf16" or (run.precision == "auto" and device.bf16 > 0)
     flops_per_s, half = (device.bf16 or device.fp32, 0.5) if bf16 else (device.fp32, 1.0)
@@ -168,11 +165,9 @@ def plan(
     turns = rows > GATHERED and ranks > 1
     contrast = ring if turns else gathered
     hidden = 0.0 if device.bytes == 0 else 0.8 * min(gradients, compute / 2)  # behind the backward pass
-    step = compute + optimizer + gradients - hidden + contrast
+    computed = compute + optimizer + gradients - hidden + contrast
     load = None if loading is None else loading * batch
-    wanted = None if load is None else math.ceil(load / step)
-    if load is not None:
-        step = max(step, load / recipe.data.workers) if recipe.data.workers else step + load
+    step = _with_loading(computed, load or 0.0, recipe.data.workers)
     state, activations = 5 * weights // cut, int(kept * half * -(-batch // run.micro_batches))
     columns, blocks = (batch, 6 * rows // ranks) if turns else (run.batch_size, 4 * rows)
     loss = 5 * 4 * 128 * columns + blocks  # strips; features and gradients of all ranks or of one other, and one's own
@@ -188,7 +183,7 @@ def plan(
         contrast_gathered_s=gathered,
         contrast_ring_s=ring,
         loading_s=load,
-        workers_wanted=wanted,
+        workers_wanted=None if load is None else math.ceil(load / computed),
         step_s=step,
         samples_per_s=run.batch_size / step,
         weights_bytes=state,
@@ -196,6 +191,20 @@ def plan(
         loss_bytes=loss,
         memory_bytes=state + activations + loss,
     )
+
+
+def _with_loading(computed: float, load: float, workers: int) -> float:
+    """Seconds of a step that computes for `computed`, and whose samples take one process `load`."""
+    return max(computed, load / workers) if workers else computed + load
+
+
+def _count_training(recipe: PretrainRecipe, caption_tokens: int) -> tuple[float, float, int]:
+    """What `_count` says, of a whole training: mean operations, most bytes."""
+    flops, kept, parameters = _count(recipe, caption_tokens, recipe.model.image_size)
+    if recipe.model.early_size:
+        early = _count(recipe, caption_tokens, recipe.model.early_size)
+        flops, kept = EARLY * early[0] + (1 - EARLY) * flops, max(early[1], kept)
+    return flops, kept, parameters
 
 
 def _count(recipe: PretrainRecipe, caption_tokens: int, size: int) -> tuple[float, float, int]:

@@ -100,6 +100,8 @@ def test_an_average_is_released_and_trained_from_as_a_run_is(packs, pair, tmp_pa
         assert (a.model.encode_text(ids) * b.model.encode_text(ids)).sum() > 0.9999
     tuned(packs, tmp_path / "mean", tmp_path / "on")
     assert weights(tmp_path / "on").keys() == weights(tmp_path / "mean").keys()
+    with pytest.raises(CheckpointError, match=r"has no model\.safetensors"):
+        tuned(packs, pair[0], tmp_path / "mean", "optim.lr=1e-2")  # as the last run, which has its optimizer
 
 
 def test_runs_that_do_not_fit_each_other(packs, pair, tmp_path):
