@@ -45,6 +45,7 @@ weights: .venv/installed tiny-imagenet
 	$(BIN)/clipkit pack $(DATA)/noto-emoji/images.tar.xz packs/emoji --csv $(DATA)/noto-emoji/captions.csv --holdout 500
 	$(BIN)/clipkit pack drawings packs/drawings --count 20000
 	$(RANKS) train/pretrain.py tiny_imagenet_clip.toml
+	$(RANKS) train/pretrain.py clipkit_tiny_text_clip.toml
 	$(RANKS) train/pretrain.py clipkit_tiny_clip.toml
 	$(BIN)/clipkit demo --out runs/demo
 	$(BIN)/clipkit denoiser clipkit_tiny_denoiser.toml

@@ -13,9 +13,9 @@ ranks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipkit import distributed
+from clipkit.errors import RecipeError
 
 _STRIP = 128
 """Images whose logits are held at a time: a strip of B = 2,048 takes 1 MiB, one of B = 32,768 16 MiB."""
@@ -41,19 +42,32 @@ class LossConfig:
     positives: Literal["pair", "group"] = "pair"
     """"pair": an image and its own caption (CLIP). "group": all captions of its class (UniCL), so that interchangeable
     captions are not pushed apart; of use when a batch holds many samples of few classes."""
+    label_smoothing: float = 0.0
+    """Share of InfoNCE's target that all pairs of the batch have alike (Szegedy et al. 2015, arXiv 1512.00567, section
+    7): a guard against learning few samples by heart."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise RecipeError(f"loss.label_smoothing is {self.label_smoothing}; it must be in [0, 1)")
+        if self.kind == "sigmoid" and self.label_smoothing:
+            raise RecipeError("loss.label_smoothing is for loss.kind=info_nce; the sigmoid loss has no target to share")
 
 
-def info_nce(image: Tensor, text: Tensor, logit_scale: Tensor, groups: Tensor | None = None) -> Tensor:
+def info_nce(
+    image: Tensor, text: Tensor, logit_scale: Tensor, groups: Tensor | None = None, label_smoothing: float = 0.0
+) -> Tensor:
     """Symmetric InfoNCE of this rank's pairs against the pairs of all ranks.
 
     image, text: unit vectors [b, D]; row i of both is a pair. logit_scale: scalar, or [b] with one scale per image (a
     noise-aware tower is less sure of noisy images). groups: int64 [b] or None; with it, all pairs of one group are
-    positives of each other, each with an equal share of the target.
+    positives of each other, each with an equal share of the target. label_smoothing: share of it that all B pairs have
+    alike.
 
     Returns a scalar whose mean over ranks, and the mean of its gradients, are exactly those of one process holding the
     whole batch; DDP takes that mean. Nothing needs to be chosen for that.
     """
-    return _contrast(_InfoNCE, image, text, logit_scale, torch.zeros_like(logit_scale), groups)
+    kind = partial(_InfoNCE, label_smoothing)
+    return _contrast(kind, image, text, logit_scale, torch.zeros_like(logit_scale), groups)
 
 
 def sigmoid_loss(
@@ -67,7 +81,12 @@ def sigmoid_loss(
 
 
 def _contrast(
-    kind: type[_Objective], image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, groups: Tensor | None
+    kind: Callable[[_Pairs], _Objective],
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    groups: Tensor | None,
 ) -> Tensor:
     with torch.autocast(image.device.type, enabled=False):  # 8 bits of mantissa are too few for a softmax over a batch
         per_image = [x.to(image.dtype).expand(len(image)) for x in (scale, bias)]
@@ -102,10 +121,6 @@ class _Pairs:
         """bool [rows, columns]."""
         return self.own[rows, None] == self.everyone[None, columns]
 
-    def targets(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
-        """[rows, columns]: an equal share for each positive; of a group's images and texts there are as many."""
-        return self.same(rows, columns).to(dtype).div_(self.positives[rows, None])
-
 
 _Strip = tuple[slice, slice, Tensor]
 """Rows, columns, and what is there [rows, columns]."""
@@ -130,20 +145,29 @@ class _InfoNCE(_Objective):
     row: Tensor  # [b]: log-sum-exp over texts
     column: Tensor  # [B]: log-sum-exp over the images of all ranks
 
+    def __init__(self, label_smoothing: float, pairs: _Pairs) -> None:
+        super().__init__(pairs)
+        self.smoothing = label_smoothing
+
     def value(self, strips: Iterator[_Strip], like: Tensor) -> Tensor:
         self.row = like.new_full((len(self.pairs.own),), -torch.inf)
         column, positives = like.new_full((self.pairs.total,), -torch.inf), like.new_zeros(())
         for rows, columns, logits in strips:
             self.row[rows] = torch.logaddexp(self.row[rows], logits.logsumexp(dim=1))
             column[columns] = torch.logaddexp(column[columns], logits.logsumexp(dim=0))
-            positives += logits.mul_(self.pairs.targets(rows, columns, logits.dtype)).sum()
+            positives += logits.mul_(self._targets(rows, columns, logits.dtype)).sum()
         self.column = distributed.logsumexp_over_ranks(column)
         return (self.row + self.column[self.pairs.mine]).sum() / 2 - positives
 
     def slope(self, rows: slice, columns: slice, logits: Tensor) -> Tensor:
         slope = (logits - self.row[rows, None]).exp_()
         slope += (logits - self.column[columns]).exp_()
-        return slope.div_(2).sub_(self.pairs.targets(rows, columns, logits.dtype))
+        return slope.div_(2).sub_(self._targets(rows, columns, logits.dtype))
+
+    def _targets(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
+        """[rows, columns]: an equal share for each positive; of a group's images and texts there are as many."""
+        shares = self.pairs.same(rows, columns).to(dtype).div_(self.pairs.positives[rows, None])
+        return shares.mul_(1 - self.smoothing).add_(self.smoothing / self.pairs.total)
 
 
 class _Sigmoid(_Objective):
@@ -172,7 +196,7 @@ class _Strips(torch.autograd.Function):
         scale: Tensor,
         bias: Tensor,
         groups: Tensor | None,
-        kind: type[_Objective],
+        kind: Callable[[_Pairs], _Objective],
     ) -> Tensor:
         pairs = _Pairs(len(image), groups, image.device)
         ctx.objective, ctx.gathered = kind(pairs), pairs.total * text[:1].nbytes <= GATHERED

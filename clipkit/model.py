@@ -59,7 +59,7 @@ class CLIPConfig:
     """Shape of both towers."""
 
     image_tower: str = "convnext_atto"
-    """Name of a timm model, or clipkit_resnet, made for images of some 32 pixels."""
+    """Name of a timm model; or clipkit_resnet or clipkit_resnet9, made for images of some 32 pixels."""
     image_size: int = 32
     """Side of the square input, in pixels."""
     image_kwargs: dict[str, Any] = field(default_factory=dict)

@@ -100,6 +100,6 @@ def test_fields_are_frozen():
         "data": f"{data} max_bad_fraction mix shards sharpness_jitter val window workers",
         "optim": "beta1 beta2 decay_share final_lr lr method schedule warmup weight_decay",
         "model": f"{model} merges text_heads text_layers text_width vocab_size",
-        "loss": "kind positives",
+        "loss": "kind label_smoothing positives",
         "tune": "init init_from layer_decay lock unlock_blocks",
     }

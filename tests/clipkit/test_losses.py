@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from ranks import on_ranks
 
 from clipkit import distributed, losses
-from clipkit.losses import info_nce, sigmoid_loss
+from clipkit.errors import RecipeError
+from clipkit.losses import LossConfig, info_nce, sigmoid_loss
 
 
 def make(n=12, d=16, seed=0):
@@ -48,6 +49,27 @@ def test_groups_spread_the_target_over_all_positives():
     rows = -(same * logits.log_softmax(1)).sum(1) / same.sum(1)
     columns = -(same * logits.T.log_softmax(1)).sum(1) / same.sum(1)
     torch.testing.assert_close(info_nce(image, text, torch.tensor(9.0), groups), (rows + columns).mean() / 2)
+
+
+def test_label_smoothing_gives_every_pair_a_share_of_the_target():
+    """torch's cross_entropy smooths in the same way, over the B logits of a row."""
+    image, text, groups = make()
+    ours, theirs = leaves(image, text, torch.tensor(9.0).double()), leaves(image, text, torch.tensor(9.0).double())
+    same = (groups[:, None] == groups).double()
+    logits = theirs[2] * theirs[0] @ theirs[1].T
+    columns, rows = (
+        F.cross_entropy(x, same / same.sum(1, keepdim=True), label_smoothing=0.3) for x in (logits.T, logits)
+    )
+    smoothed = info_nce(*ours, groups, label_smoothing=0.3)
+    for a, b in zip(gradients(smoothed, *ours), gradients((rows + columns) / 2, *theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_label_smoothing_is_a_share_and_of_info_nce_alone():
+    with pytest.raises(RecipeError, match=r"label_smoothing is 1\.0; it must be in"):
+        LossConfig(label_smoothing=1.0)
+    with pytest.raises(RecipeError, match=r"label_smoothing is for loss\.kind=info_nce"):
+        LossConfig(kind="sigmoid", label_smoothing=0.1)
 
 
 def test_interchangeable_captions_cost_nothing_when_grouped():
