@@ -42,6 +42,7 @@ def metrics(capsys, *words):
     [
         ("vit_tiny_patch16_224", {"patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}, [32, 32]),
         ("clipkit_resnet", {"channels": [8, 16], "depths": [1, 2]}, [8, 16, 16]),
+        ("clipkit_resnet9", {"channels": [4, 8, 16], "depths": [1, 0]}, [8, 8, 16]),
         ("swin_tiny_patch4_window7_224", {"patch_size": 2, "window_size": 2, "depths": [1, 1], "embed_dim": 16,
          "num_heads": [1, 2]}, [16, 32]),
     ],

@@ -10,6 +10,7 @@ TOWERS = {
     "convnext": ("convnext_atto", {"patch_size": 2, "depths": [1, 1, 2, 1], "dims": [8, 8, 16, 16]}, 5),
     "resnet": ("resnet18", {"channels": [8, 8, 16, 16]}, 9),
     "small resnet": ("clipkit_resnet", {"channels": [8, 16], "depths": [1, 2]}, 3),
+    "pooled resnet": ("clipkit_resnet9", {"channels": [4, 8, 16], "depths": [1, 2]}, 5),
 }
 
 
