@@ -165,9 +165,11 @@ class _InfoNCE(_Objective):
         return slope.div_(2).sub_(self._targets(rows, columns, logits.dtype))
 
     def _targets(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
-        """[rows, columns]: an equal share for each positive; of a group's images and texts there are as many."""
-        shares = self.pairs.same(rows, columns).to(dtype).div_(self.pairs.positives[rows, None])
-        return shares.mul_(1 - self.smoothing).add_(self.smoothing / self.pairs.total)
+        """[rows, columns]: an equal share for each positive, on top of what all get; a group has as many
+        images as texts."""
+        everyone = self.smoothing / self.pairs.total
+        positive = (1 - self.smoothing) / self.pairs.positives[rows, None].to(dtype) + everyone  # [rows, 1]
+        return torch.where(self.pairs.same(rows, columns), positive, everyone)
 
 
 class _Sigmoid(_Objective):

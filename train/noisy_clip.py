@@ -92,9 +92,8 @@ class NoisyPretraining(Task):
         """Symmetric InfoNCE over all ranks; logs the mean temperature."""
         image, text, tau = features
         groups = batch.groups if self.recipe.loss.positives == "group" else None
-        return info_nce(image, text, tau, groups, self.recipe.loss.label_smoothing), {
-            "temperature": tau.detach().mean()
-        }
+        value = info_nce(image, text, tau, groups, self.recipe.loss.label_smoothing)
+        return value, {"temperature": tau.detach().mean()}
 
     def networks(self) -> Sequence[nn.Module]:
         """The image tower with its modulations."""

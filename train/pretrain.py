@@ -83,9 +83,8 @@ class Pretraining(Task):
         if self.recipe.loss.kind == "sigmoid":
             value = sigmoid_loss(image, text, scale, bias, groups)
             return value, {"logit_scale": scale.detach().mean(), "logit_bias": bias.detach().mean()}
-        return info_nce(image, text, scale, groups, self.recipe.loss.label_smoothing), {
-            "logit_scale": scale.detach().mean()
-        }
+        value = info_nce(image, text, scale, groups, self.recipe.loss.label_smoothing)
+        return value, {"logit_scale": scale.detach().mean()}
 
     def train(self, mode: bool = True) -> Pretraining:
         """Training mode, but for what is locked."""

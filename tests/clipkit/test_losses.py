@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -202,7 +204,9 @@ def _rank_share(loss, tensors, groups, bounds, gathered):
     ("bounds", "grouped"),
     [([0, 6, 12], False), ([0, 5, 12], True), ([0, 4, 8, 12], True), ([0, 2, 7, 8, 12], True)],
 )
-@pytest.mark.parametrize("loss", [info_nce, sigmoid_loss])
+@pytest.mark.parametrize(
+    "loss", [info_nce, partial(info_nce, label_smoothing=0.2), sigmoid_loss], ids=["info_nce", "smoothed", "sigmoid"]
+)
 def test_ranks_give_the_gradients_of_one_process(bounds, grouped, loss, gathered):
     """Uneven shares too; towers, logit scale and bias alike, to 1e-5 in fp32."""
     image, text, groups = make()

@@ -1,6 +1,7 @@
 """The gradient of a batch is the same however it is computed: at once, in parts, on ranks, and in parts on ranks."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from ranks import on_ranks
 
 from clipkit import distributed
 from clipkit.config import load_recipe
+from clipkit.losses import LossConfig, info_nce
 from clipkit.shards import Shards
 from clipkit.stream import Stream
+from clipkit.train.noisy_clip import NoisyPretraining
 from clipkit.train.parallel import share
 from clipkit.train.pretrain import Pretraining, PretrainRecipe
 from clipkit.train.step import backward
@@ -59,6 +62,16 @@ def test_parts_give_the_gradient_of_the_whole(packs, tmp_path, loss, parts):
     close(gradients(task, batch, parts), expected)
     assert "log_logit_scale" in expected
     assert ("logit_bias" in expected) == (loss == "sigmoid")
+
+
+@pytest.mark.parametrize("kind", [Pretraining, NoisyPretraining])
+def test_smoothing_is_what_the_recipe_says(kind):
+    image, text = torch.nn.functional.normalize(torch.randn(2, 8, 4), dim=-1)
+    features = [image, text, torch.full((8,), 9.0), torch.zeros(8)][: 4 if kind is Pretraining else 3]
+    task = SimpleNamespace(recipe=SimpleNamespace(loss=LossConfig(label_smoothing=0.3)))
+    loss, _ = kind.loss(task, features, batch=None)
+    torch.testing.assert_close(loss, info_nce(image, text, torch.tensor(9.0), label_smoothing=0.3))
+    assert loss != info_nce(image, text, torch.tensor(9.0))
 
 
 def test_parts_replay_the_masks_of_the_features_they_cached(packs, tmp_path):
