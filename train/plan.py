@@ -24,6 +24,7 @@ from clipkit.shards import Shards
 from clipkit.stream import Stream
 from clipkit.train.pretrain import PretrainRecipe
 from clipkit.train.step import EARLY
+from clipkit.train.tune import lock
 
 CLIP_VOCABULARY = 49408
 _MESSAGE = 20e-6
@@ -108,6 +109,8 @@ class Plan:
     ranks: int
     batch_per_rank: int
     parameters: int
+    trained_parameters: int
+    """Those of no locked tower."""
     flops_per_sample: float
     compute_s: float
     optimizer_s: float
@@ -127,7 +130,7 @@ class Plan:
     step_s: float
     samples_per_s: float
     weights_bytes: int
-    """Parameters, gradients, both moments and the moving average, in fp32."""
+    """Parameters and their moving average; gradients and both moments of those trained; in fp32."""
     activations_bytes: int
     loss_bytes: int
     memory_bytes: int
@@ -149,18 +152,18 @@ def plan(
     if run.batch_size % ranks:
         raise UsageError(f"batch_size {run.batch_size} does not divide over {ranks} ranks; change run.batch_size")
     batch = run.batch_size // ranks
-    flops, kept, parameters = _count_training(recipe, caption_tokens)
+    counted = _count_training(recipe, caption_tokens)
     cut = ranks if run.parallel == "fsdp" else 1
     bf16 = run.precision == "bf16" or (run.precision == "auto" and device.bf16 > 0)
     flops_per_s, half = (device.bf16 or device.fp32, 0.5) if bf16 else (device.fp32, 1.0)
-    link = device.node if ranks <= per_node else device.network
-    weights, rows = 4 * parameters, 4 * run.batch_size * recipe.model.embed_dim
     twice = 4 / 3 if run.micro_batches > 1 else 1.0  # GradCache's first forward pass
-    compute = flops * batch * twice / (flops_per_s * device.reached)
-    optimizer = 7 * weights / cut / device.memory  # gradient, weight and moments read; weight, moments, average written
-    share = (ranks - 1) / ranks
-    gradients = (2 if cut == 1 else 3) * share * weights / link
-    gathered = 3 * share * rows / link
+    compute = counted.flops * batch * twice / (flops_per_s * device.reached)
+    trained = 4 * counted.trained
+    optimizer = 7 * trained / cut / device.memory  # gradient, weight and moments read; weight, moments, average written
+    link = device.node if ranks <= per_node else device.network
+    gradients = (2 if cut == 1 else 3) * (ranks - 1) / ranks * trained / link
+    rows = 4 * run.batch_size * recipe.model.embed_dim
+    gathered = 3 * (ranks - 1) / ranks * rows / link
     ring = gathered + 3 * (ranks - 1) * _MESSAGE
     turns = rows > GATHERED and ranks > 1
     contrast = ring if turns else gathered
@@ -168,14 +171,16 @@ def plan(
     computed = compute + optimizer + gradients - hidden + contrast
     load = None if loading is None else loading * batch
     step = _with_loading(computed, load or 0.0, recipe.data.workers)
-    state, activations = 5 * weights // cut, int(kept * half * -(-batch // run.micro_batches))
+    state = (2 * 4 * counted.parameters + 3 * trained) // cut
+    activations = int(counted.kept * half * -(-batch // run.micro_batches))
     columns, blocks = (batch, 6 * rows // ranks) if turns else (run.batch_size, 4 * rows)
     loss = 5 * 4 * 128 * columns + blocks  # strips; features and gradients of all ranks or of one other, and one's own
     return Plan(
         ranks=ranks,
         batch_per_rank=batch,
-        parameters=parameters,
-        flops_per_sample=flops,
+        parameters=counted.parameters,
+        trained_parameters=counted.trained,
+        flops_per_sample=counted.flops,
         compute_s=compute,
         optimizer_s=optimizer,
         gradients_s=gradients,
@@ -198,22 +203,33 @@ def _with_loading(computed: float, load: float, workers: int) -> float:
     return max(computed, load / workers) if workers else computed + load
 
 
-def _count_training(recipe: PretrainRecipe, caption_tokens: int) -> tuple[float, float, int]:
-    """What `_count` says, of a whole training: mean operations, most bytes."""
-    flops, kept, parameters = _count(recipe, caption_tokens, recipe.model.image_size)
-    if recipe.model.early_size:
-        early = _count(recipe, caption_tokens, recipe.model.early_size)
-        flops, kept = EARLY * early[0] + (1 - EARLY) * flops, max(early[1], kept)
-    return flops, kept, parameters
+@dataclass(frozen=True)
+class _Counted:
+    """Operations of a training step and bytes kept for its backward pass, per sample; parameters, and those trained."""
+
+    flops: float
+    kept: float
+    parameters: int
+    trained: int
 
 
-def _count(recipe: PretrainRecipe, caption_tokens: int, size: int) -> tuple[float, float, int]:
-    """Operations of a training step and bytes kept for its backward pass, per sample; parameters in all."""
+def _count_training(recipe: PretrainRecipe, caption_tokens: int) -> _Counted:
+    """Mean operations and most bytes of a whole training."""
+    counted = _count(recipe, caption_tokens, recipe.model.image_size)
+    if not recipe.model.early_size:
+        return counted
+    early = _count(recipe, caption_tokens, recipe.model.early_size)
+    flops = EARLY * early.flops + (1 - EARLY) * counted.flops
+    return replace(counted, flops=flops, kept=max(early.kept, counted.kept))
+
+
+def _count(recipe: PretrainRecipe, caption_tokens: int, size: int) -> _Counted:
     config, samples = recipe.model, 4
     vocabulary = CLIP_VOCABULARY if config.merges else config.vocab_size
     with torch.device("meta"):
         model = CLIP(config, vocabulary, end_id=2)
         images = torch.zeros(samples, 3, size, size)
+    lock(model, recipe.tune)
     ids = torch.zeros(samples, min(caption_tokens, config.context_length), dtype=torch.int64)
     ids[:, -1] = 2
     own = {id(p) for p in model.parameters()}
@@ -227,6 +243,11 @@ def _count(recipe: PretrainRecipe, caption_tokens: int, size: int) -> tuple[floa
     with FlopCounterMode(display=False) as counter:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             features = [model.encode_image(images), model.encode_text(ids)]
-        torch.autograd.backward([f.sum() for f in features])
-    parameters = sum(p.numel() for p in model.parameters())
-    return counter.get_total_flops() / samples, sum(kept.values()) / samples, parameters
+        torch.autograd.backward([f.sum() for f in features if f.requires_grad])
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return _Counted(
+        flops=counter.get_total_flops() / samples,
+        kept=sum(kept.values()) / samples,
+        parameters=sum(n for n, _ in sizes),
+        trained=sum(n for n, trained in sizes if trained),
+    )

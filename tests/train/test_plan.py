@@ -54,8 +54,24 @@ def test_a_step_is_as_fast_as_its_precision():
 
 def test_weights_are_counted_exactly():
     found = planned()
+    assert found.trained_parameters == found.parameters
     assert found.weights_bytes == 5 * 4 * found.parameters
     assert planned("run.parallel=fsdp", ranks=8).weights_bytes == found.weights_bytes // 8
+
+
+def test_a_locked_tower_is_looked_through_and_not_trained():
+    whole, text, image = planned(), planned("tune.lock=text"), planned("tune.lock=image")
+    for locked in (text, image):
+        assert locked.parameters == whole.parameters
+        assert locked.weights_bytes == 4 * (2 * locked.parameters + 3 * locked.trained_parameters)
+        trained = locked.trained_parameters / whole.trained_parameters
+        assert locked.optimizer_s / whole.optimizer_s == pytest.approx(trained)
+    both = text.trained_parameters + image.trained_parameters
+    assert both == whole.parameters + 1  # the logit scale is of neither tower
+    # Of a locked tower a third is left, the forward pass.
+    towers = whole.flops_per_sample - text.flops_per_sample, whole.flops_per_sample - image.flops_per_sample
+    assert sum(towers) == pytest.approx(whole.flops_per_sample * 2 / 3, rel=0.02)
+    assert text.activations_bytes + image.activations_bytes == pytest.approx(whole.activations_bytes, rel=0.05)
 
 
 def test_parts_and_checkpoints_trade_time_for_memory():
