@@ -38,8 +38,28 @@ class BasicBlock(nn.Module):
         return F.relu(self.shortcut(x) + self.second(F.relu(self.first(x))))
 
 
-class SmallResNet(nn.Module):
-    """Pixels [B, 3, S, S] -> [B, channels[-1]]: a stem at S / 2, stages of BasicBlocks, each at half the last's side.
+class _Staged(nn.Module):
+    """A stem and stages, the i-th (from 0) at S / 2^(i + 1); timm's `feature_info` says where they are."""
+
+    def __init__(self, stem: nn.Module) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(stem, nn.ReLU())
+        self.stages = nn.Sequential()
+        self.feature_info: list[dict[str, object]] = []
+
+    def _add(self, width: int, *blocks: nn.Module) -> None:
+        at = len(self.stages)
+        self.stages.append(nn.Sequential(*blocks))
+        self.feature_info.append({"num_chs": width, "reduction": 2 ** (at + 1), "module": f"stages.{at}"})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pixels [B, 3, S, S] -> the mean over positions of the last stage's features, [B, channels[-1]]."""
+        pooled: Tensor = self.stages(self.stem(x)).mean(dim=(2, 3))
+        return pooled
+
+
+class SmallResNet(_Staged):
+    """A stem at S / 2, then stages of BasicBlocks, each at half the last's side.
 
     `in_chans` (timm's name) is not 3 for latents.
     """
@@ -47,29 +67,19 @@ class SmallResNet(nn.Module):
     def __init__(
         self, channels: Sequence[int] = (48, 96, 256), depths: Sequence[int] = (1, 1, 1), in_chans: int = 3
     ) -> None:
-        super().__init__()
         if len(channels) != len(depths) or not channels:
             raise ValueError(f"{len(channels)} channels for {len(depths)} depths; there is one of each for a stage")
-        self.stem = nn.Sequential(_conv(in_chans, channels[0], 3, 2), nn.ReLU())
-        self.stages = nn.Sequential()
-        self.feature_info: list[dict[str, object]] = []
-        inputs = channels[0]
-        for i, (outputs, depth) in enumerate(zip(channels, depths, strict=True)):
-            blocks = [
-                BasicBlock(inputs if j == 0 else outputs, outputs, 2 if i and j == 0 else 1) for j in range(depth)
-            ]
-            self.stages.append(nn.Sequential(*blocks))
-            self.feature_info.append({"num_chs": outputs, "reduction": 2 ** (i + 1), "module": f"stages.{i}"})
-            inputs = outputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The mean over positions of the last stage's features."""
-        pooled: Tensor = self.stages(self.stem(x)).mean(dim=(2, 3))
-        return pooled
+        super().__init__(_conv(in_chans, channels[0], 3, 2))
+        before = (channels[0], *channels[:-1])
+        for i, (inputs, outputs, depth) in enumerate(zip(before, channels, depths, strict=True)):
+            self._add(
+                outputs,
+                *(BasicBlock(outputs if j else inputs, outputs, 2 if i and j == 0 else 1) for j in range(depth)),
+            )
 
 
-class PooledResNet(nn.Module):
-    """Pixels [B, 3, S, S] -> [B, channels[-1]]: a stem at S, stages of a convolution, 2x2 max pooling and BasicBlocks.
+class PooledResNet(_Staged):
+    """A stem at S, then stages of a convolution, 2x2 max pooling and BasicBlocks.
 
     The plan of ResNet-9 (Page 2018, "How to train your ResNet"): features are made at the finer side and the strongest
     of four kept, where a strided convolution makes one of four. The first of `channels` are the stem's.
@@ -78,24 +88,15 @@ class PooledResNet(nn.Module):
     def __init__(
         self, channels: Sequence[int] = (32, 64, 192, 384), depths: Sequence[int] = (1, 1, 1), in_chans: int = 3
     ) -> None:
-        super().__init__()
         if len(channels) != len(depths) + 1 or not depths:
             raise ValueError(
                 f"{len(channels)} channels for {len(depths)} depths; a stage has one of each, the stem channels"
             )
-        self.stem = nn.Sequential(_conv(in_chans, channels[0], 3), nn.ReLU())
-        self.stages = nn.Sequential()
-        self.feature_info: list[dict[str, object]] = []
-        for i, (inputs, outputs, depth) in enumerate(zip(channels[:-1], channels[1:], depths, strict=True)):
+        super().__init__(_conv(in_chans, channels[0], 3))
+        for inputs, outputs, depth in zip(channels[:-1], channels[1:], depths, strict=True):
             conv, norm = _conv(inputs, outputs, 3)
             pooled = nn.Sequential(conv, nn.MaxPool2d(2), norm, nn.ReLU())
-            self.stages.append(nn.Sequential(pooled, *(BasicBlock(outputs, outputs, 1) for _ in range(depth))))
-            self.feature_info.append({"num_chs": outputs, "reduction": 2 ** (i + 1), "module": f"stages.{i}"})
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The mean over positions of the last stage's features."""
-        pooled: Tensor = self.stages(self.stem(x)).mean(dim=(2, 3))
-        return pooled
+            self._add(outputs, pooled, *(BasicBlock(outputs, outputs, 1) for _ in range(depth)))
 
 
 OURS = {"clipkit_resnet": SmallResNet, "clipkit_resnet9": PooledResNet}
