@@ -22,6 +22,7 @@ from clipkit.losses import GATHERED
 from clipkit.model import CLIP
 from clipkit.shards import Shards
 from clipkit.stream import Stream
+from clipkit.train.distil import Teachers
 from clipkit.train.pretrain import PretrainRecipe
 from clipkit.train.step import EARLY
 from clipkit.train.tune import lock
@@ -244,6 +245,9 @@ def _count(recipe: PretrainRecipe, caption_tokens: int, size: int) -> _Counted:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             features = [model.encode_image(images), model.encode_text(ids)]
         torch.autograd.backward([f.sum() for f in features if f.requires_grad])
+        if recipe.distil.teachers:
+            seen, caption = torch.zeros(samples, 3, size, size, dtype=torch.uint8), "a " * (ids.shape[1] - 2)
+            Teachers(recipe.distil, config.embed_dim)(model, seen, [caption] * samples, recipe.data.flip)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return _Counted(
         flops=counter.get_total_flops() / samples,

@@ -26,6 +26,7 @@ from clipkit.stream import Batch, packs_of
 from clipkit.tokenizer import Tokenizer
 from clipkit.towers import residual_blocks
 from clipkit.train import tune
+from clipkit.train.distil import DistilConfig, Teachers, squared_distance
 from clipkit.train.launch import launch
 from clipkit.train.step import Features, Task
 from clipkit.train.tune import TuneConfig
@@ -41,6 +42,7 @@ class PretrainRecipe(Recipe):
     model: CLIPConfig
     loss: LossConfig
     tune: TuneConfig
+    distil: DistilConfig
 
     def __post_init__(self) -> None:
         biased = self.model.init_logit_bias is not None
@@ -68,23 +70,31 @@ class Pretraining(Task):
         self.model: CLIP = CLIP(recipe.model, self.tokenizer.vocab_size, self.tokenizer.end_id)
         tune.initialise(self.model, recipe.tune)
         tune.lock(self.model, recipe.tune)
+        self.teachers = Teachers(recipe.distil, recipe.model.embed_dim) if recipe.distil.teachers else None
 
     def forward(self, batch: Batch) -> Features:
-        """Unit vectors of images and captions [b, D], and each pair's logit scale and bias [b]."""
+        """Unit vectors of images and captions [b, D], each pair's logit scale and bias [b], and what teachers make."""
         image = self.model.encode_image(batch.images)
         text = self.model.encode_text(self.tokenizer(batch.captions))
         # As rows beside the features, so that the loss is a function of features and nothing else.
-        return image, text, self.model.logit_scale.expand(len(batch)), self.model.logit_bias.expand(len(batch))
+        scales = self.model.logit_scale.expand(len(batch)), self.model.logit_bias.expand(len(batch))
+        return image, text, *scales, *self._taught(batch, image, text)
+
+    def _taught(self, batch: Batch, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+        """Features [b, D] that the teachers make of images and captions; of a locked tower its own."""
+        if self.teachers is None:
+            return ()
+        taught = self.teachers(self.model, batch.images, batch.captions, self.recipe.data.flip)
+        return tuple(own.detach() if made is None else made for made, own in zip(taught, (image, text), strict=True))
 
     def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The recipe's contrastive loss over all ranks; logs the logit scale."""
-        image, text, scale, bias = features
-        groups = batch.groups if self.recipe.loss.positives == "group" else None
-        if self.recipe.loss.kind == "sigmoid":
-            value = sigmoid_loss(image, text, scale, bias, groups)
-            return value, {"logit_scale": scale.detach().mean(), "logit_bias": bias.detach().mean()}
-        value = info_nce(image, text, scale, groups, self.recipe.loss.label_smoothing)
-        return value, {"logit_scale": scale.detach().mean()}
+        """The recipe's contrastive loss over all ranks, and the distance to the teachers; logs the logit scale."""
+        image, text, scale, bias, *taught = features
+        value, logged = _contrastive(self.recipe.loss, (image, text, scale, bias), batch)
+        if taught:
+            distance = squared_distance(image, taught[0]) + squared_distance(text, taught[1])
+            value, logged = value + self.recipe.distil.weight * distance, {**logged, "distance": distance.detach()}
+        return value, logged
 
     def train(self, mode: bool = True) -> Pretraining:
         """Training mode, but for what is locked."""
@@ -131,6 +141,16 @@ class Pretraining(Task):
     def texts(self) -> Mapping[str, str]:
         """The tokenizer belongs to the weights."""
         return {"tokenizer.json": self.tokenizer.to_json()}
+
+
+def _contrastive(config: LossConfig, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    image, text, scale, bias = features
+    groups = batch.groups if config.positives == "group" else None
+    if config.kind == "sigmoid":
+        value = sigmoid_loss(image, text, scale, bias, groups)
+        return value, {"logit_scale": scale.detach().mean(), "logit_bias": bias.detach().mean()}
+    value = info_nce(image, text, scale, groups, config.label_smoothing)
+    return value, {"logit_scale": scale.detach().mean()}
 
 
 def make_tokenizer(recipe: PretrainRecipe, shards: Shards) -> Tokenizer:

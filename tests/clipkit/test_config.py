@@ -102,4 +102,5 @@ def test_fields_are_frozen():
         "model": f"{model} merges text_heads text_layers text_width vocab_size",
         "loss": "kind label_smoothing positives",
         "tune": "init init_from layer_decay lock unlock_blocks",
+        "distil": "teachers weight",
     }

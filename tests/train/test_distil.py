@@ -1,0 +1,164 @@
+"""Distillation: what is to be made is the mean of what teachers make, and a student comes to make it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import on_ranks
+from worlds import TINY
+
+import clipkit
+from clipkit import distributed, pretrained
+from clipkit.config import load_recipe
+from clipkit.errors import CheckpointError, RecipeError
+from clipkit.shards import Shards
+from clipkit.stream import Stream
+from clipkit.train import pretrain
+from clipkit.train.distil import squared_distance
+from clipkit.train.plan import DEVICES, plan
+from clipkit.train.pretrain import Pretraining, PretrainRecipe
+from clipkit.train.step import backward
+
+VIT = (
+    "model.image_tower=vit_tiny_patch16_224",
+    "model.image_kwargs={patch_size=8, depth=1, embed_dim=32, num_heads=2}",
+)
+
+
+@pytest.fixture(scope="module")
+def teachers(packs, tmp_path_factory):
+    """Two CLIPs, the second of them what further training made of the first."""
+    runs = [tmp_path_factory.mktemp(name) for name in ("first", "second")]
+    for run, more in zip(runs, ((), (f"tune.init_from={runs[0]}", "optim.lr=1e-2")), strict=True):
+        pretrain.run(
+            "drawings_clip", [*TINY, *VIT, f"data.shards={packs / 'train'}", "data.val=", f"run.out={run}", *more]
+        )
+    return [str(run) for run in runs]
+
+
+def recipe(packs, out, teachers, *more):
+    words = [*TINY, *VIT, f"data.shards={packs / 'train'}", "data.val=", f"run.out={out}"]
+    return load_recipe(PretrainRecipe, "drawings_clip", [*words, f"distil.teachers={list(teachers)}", *more])
+
+
+def make(packs, out, teachers, *more, size=12):
+    made = recipe(packs, out, teachers, *more)
+    torch.manual_seed(0)
+    task = Pretraining(made, Shards(made.data.shards))
+    batch = next(Stream(Shards(made.data.shards), made.data, task.image_size, size, 0).batches(0, 1))
+    return task.eval(), batch
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_the_mean_of_the_teachers_is_what_is_wanted(packs, tmp_path, teachers, mirrored):
+    task, batch = make(packs, tmp_path, teachers, f"data.flip={str(mirrored).lower()}")
+    clips = [clipkit.load(teacher, "cpu") for teacher in teachers]
+    views = [batch.images, batch.images.flip(-1)][: 1 + mirrored]
+    with torch.no_grad():
+        images = sum(clip.model.encode_image(view) for clip in clips for view in views)
+        texts = sum(clip.model.encode_text(clip.tokenizer(batch.captions)) for clip in clips)
+        image, text, *_, wanted_image, wanted_text = task(batch)
+    torch.testing.assert_close(wanted_image, F.normalize(images, dim=-1))
+    torch.testing.assert_close(wanted_text, F.normalize(texts, dim=-1))
+    loss, logged = task.loss((image, text, *_, wanted_image, wanted_text), batch)
+    plain, _ = task.loss((image, text, *_), batch)
+    distance = ((image - wanted_image) ** 2).sum(1).mean() + ((text - wanted_text) ** 2).sum(1).mean()
+    torch.testing.assert_close(logged["distance"], distance)
+    torch.testing.assert_close(loss, plain + 10 * distance)
+
+
+def test_teachers_are_no_part_of_the_model(packs, tmp_path, teachers):
+    task, batch = make(packs, tmp_path, teachers)
+    alone, _ = make(packs, tmp_path, [])
+    assert task.state_dict().keys() == alone.state_dict().keys()
+    before = [pretrained.fingerprint(clip.model) for clip in task.teachers.clips]
+    backward(task.train(), batch)
+    assert all(p.grad is None for clip in task.teachers.clips for p in clip.model.parameters())
+    assert before == [pretrained.fingerprint(clip.model) for clip in task.teachers.clips]
+    assert not any(clip.model.training for clip in task.teachers.clips)
+
+
+def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(packs, tmp_path, teachers):
+    task, batch = make(packs, tmp_path, teachers[:1], f"tune.init_from={teachers[0]}", "data.flip=false")
+    assert backward(task, batch)[1]["distance"] < 1e-10
+
+
+@pytest.mark.parametrize("locked", ["image", "text"])
+def test_a_locked_tower_is_not_taught(packs, tmp_path, teachers, locked, monkeypatch):
+    task, batch = make(packs, tmp_path, teachers, f"tune.init_from={teachers[0]}", f"tune.lock={locked}")
+    for clip in task.teachers.clips:
+        monkeypatch.setattr(clip.model, f"encode_{locked}", lambda *_: pytest.fail("asked"))
+    image, text, *_, wanted_image, wanted_text = task(batch)
+    own, wanted = (image, wanted_image) if locked == "image" else (text, wanted_text)
+    assert torch.equal(own, wanted)
+    assert not torch.equal(image - text, wanted_image - wanted_text)
+
+
+def test_teachers_of_another_side_see_resized_pictures(packs, tmp_path, teachers):
+    task, batch = make(packs, tmp_path, teachers, "model.image_size=24")
+    assert batch.images.shape[-1] == 24
+    assert task(batch)[4].shape == task(batch)[0].shape
+    flat = torch.full((2, 3, 24, 24), 77, dtype=torch.uint8)
+    same = torch.full((2, 3, 32, 32), 77, dtype=torch.uint8)
+    found = [task.teachers(task.model, x, ["a"], False)[0] for x in (flat, same)]
+    assert torch.equal(*found)
+
+
+def _on_rank(packs, out, teachers, bounds):
+    task, batch = make(packs, out, teachers)
+    where = slice(bounds[distributed.rank()], bounds[distributed.rank() + 1])
+    image, _, *_, wanted, _ = task(batch)
+    return squared_distance(image[where], wanted[where]).detach()
+
+
+@pytest.mark.parametrize("bounds", [[0, 6, 12], [0, 5, 12]])
+def test_the_mean_over_ranks_is_that_over_all_pairs(packs, tmp_path, teachers, bounds):
+    task, batch = make(packs, tmp_path, teachers)
+    image, _, *_, wanted, _ = task(batch)
+    ranks = on_ranks(2, _on_rank, packs, tmp_path, teachers, bounds)
+    torch.testing.assert_close(torch.stack(ranks).mean(), (image - wanted).square().sum(1).mean().detach())
+
+
+@pytest.mark.parametrize("parts", [2, 5])
+def test_parts_give_the_gradient_of_the_whole(packs, tmp_path, teachers, parts):
+    task, batch = make(packs, tmp_path, teachers)
+    found = []
+    for n in (1, parts):
+        task.zero_grad()
+        backward(task, batch, n)
+        found.append([p.grad.clone() for p in task.model.parameters() if p.grad is not None])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_a_student_comes_nearer(packs, tmp_path, teachers):
+    """A run with a teacher ends nearer to it than the same run without, and loads as any other."""
+    task, batch = make(packs, tmp_path, teachers[:1], "data.flip=false")
+    distances = []
+    for name, taught in (("taught", teachers[:1]), ("alone", [])):
+        words = [*TINY, *VIT, f"data.shards={packs / 'train'}", "data.val=", "run.steps=30", "optim.lr=3e-3"]
+        pretrain.run("drawings_clip", [*words, f"run.out={tmp_path / name}", f"distil.teachers={taught}"])
+        student = clipkit.load(tmp_path / name, "cpu").model.requires_grad_(True)
+        wanted, _ = task.teachers(student, batch.images, batch.captions, False)
+        distances.append(squared_distance(student.encode_image(batch.images), wanted))
+    assert distances[0] < 0.7 * distances[1]
+
+
+def test_plans_count_what_teachers_do(packs, tmp_path, teachers):
+    def flops(*more, of=teachers):
+        return plan(recipe(packs, tmp_path, of, *more), 1, DEVICES["a100"]).flops_per_sample
+
+    alone, one, two, mirrored = flops(of=[]), flops(of=teachers[:1]), flops(), flops("data.flip=true")
+    assert alone < one < two < mirrored
+    assert two - alone == pytest.approx(2 * (one - alone))
+    assert one - alone == pytest.approx(alone / 3, rel=0.15)  # a forward pass of three as much
+
+
+def test_what_is_refused(packs, tmp_path, teachers):
+    with pytest.raises(CheckpointError, match=r"features of 128 dimensions, this model of 64; .*model.embed_dim=128"):
+        make(packs, tmp_path, teachers, "model.embed_dim=64")
+    with pytest.raises(CheckpointError, match="nowhere"):
+        make(packs, tmp_path, ["nowhere"])
+    with pytest.raises(RecipeError, match=r"distil\.weight is 0\.0; it must be above 0"):
+        recipe(packs, tmp_path, teachers, "distil.weight=0")
+    with pytest.raises(RecipeError, match=r"distil\.teachers"):
+        load_recipe(PretrainRecipe, "drawings_clip", ["distil.teachers=runs/one"])

@@ -1,0 +1,88 @@
+"""Distillation: a CLIP learns to make the features that others make of the same pictures and captions.
+
+Feature mimicry, of all that CLIP-KD compares what works best (Yang et al. 2024, arXiv 2307.12732, section 3.2); teacher
+and student see the same views (Beyer et al. 2022, arXiv 2106.05237, section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipkit import distributed
+from clipkit.errors import CheckpointError, RecipeError
+from clipkit.model import CLIP
+from clipkit.pretrained import load
+
+
+@dataclass(frozen=True)
+class DistilConfig:
+    """Whose features are learned beside the pairs."""
+
+    teachers: tuple[str, ...] = ()
+    """CLIPs to learn from, each as `--model` takes it. Of several the mean of the features is learned, so that their
+    texts must mean the same: those of runs that started from one another, or were trained against one locked tower."""
+    weight: float = 10.0
+    """What the squared distance to the teachers' features weighs beside the contrastive loss."""
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise RecipeError(f"distil.weight is {self.weight}; it must be above 0")
+
+
+class Teachers:
+    """The CLIPs of a recipe, as they are: not trained, not saved, and no part of the model."""
+
+    def __init__(self, config: DistilConfig, embed_dim: int) -> None:
+        """Raises CheckpointError for a teacher that is none, or whose features are of another width."""
+        self.clips = [load(name, "cpu") for name in config.teachers]
+        for name, clip in zip(config.teachers, self.clips, strict=True):
+            if (found := clip.model.config.embed_dim) != embed_dim:
+                raise CheckpointError(
+                    f"{name} has features of {found} dimensions, this model of {embed_dim}; a student needs its "
+                    f"teachers' width: model.embed_dim={found}"
+                )
+
+    @torch.no_grad()
+    def __call__(
+        self, student: CLIP, images: Tensor, captions: Sequence[str], mirrored: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The direction of the mean of what teachers make of images and captions, [b, D] each.
+
+        images: uint8 [b, 3, S, S]; seen mirrored, too, if they may be. None for a tower of which nothing is trained.
+        """
+        image, text = (any(p.requires_grad for p in tower.parameters()) for tower in (student.image, student.text))
+        return (
+            self._of_images([images, images.flip(-1)] if mirrored else [images]) if image else None,
+            self._of_texts(captions, images.device) if text else None,
+        )
+
+    def _of_images(self, views: Sequence[Tensor]) -> Tensor:
+        models = [clip.model.to(views[0].device) for clip in self.clips]
+        return _direction(model.encode_image(_resized(view, model)) for model in models for view in views)
+
+    def _of_texts(self, captions: Sequence[str], device: torch.device) -> Tensor:
+        return _direction(clip.model.to(device).encode_text(clip.tokenizer(captions)) for clip in self.clips)
+
+
+def _direction(features: Iterable[Tensor]) -> Tensor:
+    return F.normalize(torch.stack(list(features)).sum(dim=0), dim=-1)
+
+
+def _resized(images: Tensor, model: CLIP) -> Tensor:
+    """uint8 [b, 3, S, S] at the side that the model was made for."""
+    size = model.config.image_size
+    if images.shape[-1] == size:
+        return images
+    resized = F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True)
+    return resized.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def squared_distance(made: Tensor, wanted: Tensor) -> Tensor:
+    """Of rows [b, D], summed over D: a scalar whose mean over ranks is the mean over the rows of all of them."""
+    sizes = distributed.batch_sizes(len(made))
+    return (made.float() - wanted.float()).square().sum() * (len(sizes) / sum(sizes))
