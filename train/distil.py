@@ -25,7 +25,8 @@ class DistilConfig:
 
     teachers: tuple[str, ...] = ()
     """CLIPs to learn from, each as `--model` takes it. Of several the mean of the features is learned, so that their
-    texts must mean the same: those of runs that started from one another, or were trained against one locked tower."""
+    texts must mean the same: those of runs that started from one another, or were trained against one locked tower.
+    With data.flip they see each picture mirrored as well."""
     weight: float = 10.0
     """What the squared distance to the teachers' features weighs beside the contrastive loss."""
 
