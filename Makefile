@@ -40,17 +40,21 @@ tiny-imagenet: .venv/installed
 	$(BIN)/clipkit pack $(DATA)/tiny-imagenet-32/train.tar.xz packs/tiny-imagenet --classnames train/recipes/tiny_imagenet_names.json
 	$(BIN)/clipkit pack $(DATA)/tiny-imagenet-32/val.tar.xz packs/tiny-imagenet-val --classnames $(DATA)/tiny-imagenet-32/classes.json
 
-# clipkit-tiny: three hours and a half on 2 CPU cores that compute in bf16, longer on others. Each part goes on where it was stopped.
+# clipkit-tiny: six hours on 2 CPU cores that compute in bf16, longer on others. Each part goes on where it was stopped.
 weights: .venv/installed tiny-imagenet
 	$(BIN)/clipkit pack $(DATA)/noto-emoji/images.tar.xz packs/emoji --csv $(DATA)/noto-emoji/captions.csv --holdout 500
 	$(BIN)/clipkit pack drawings packs/drawings --count 20000
 	$(RANKS) train/pretrain.py tiny_imagenet_clip.toml
 	$(RANKS) train/pretrain.py clipkit_tiny_text_clip.toml
 	$(RANKS) train/pretrain.py clipkit_tiny_clip.toml
+	$(RANKS) train/pretrain.py clipkit_tiny_more_clip.toml
+	test -d runs/average/checkpoints || $(BIN)/clipkit average runs/more runs/clipkit-tiny runs/average --shares 0.7,0.3
+	$(RANKS) train/pretrain.py clipkit_tiny_distilled_clip.toml
 	$(BIN)/clipkit demo --out runs/demo
 	$(BIN)/clipkit denoiser clipkit_tiny_denoiser.toml
 	rm -rf clipkit/data/clipkit-tiny/clip clipkit/data/clipkit-tiny/denoiser clipkit/data/clipkit-tiny/noisy_clip
-	$(BIN)/clipkit release runs/clipkit-tiny clipkit/data/clipkit-tiny
+	$(BIN)/clipkit release runs/distilled clipkit/data/clipkit-tiny
+	$(BIN)/clipkit release runs/clipkit-tiny/denoiser clipkit/data/clipkit-tiny
 	$(BIN)/clipkit release runs/demo/noisy_clip clipkit/data/clipkit-tiny
 
 lint: .venv/installed
