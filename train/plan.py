@@ -163,19 +163,13 @@ def plan(
     optimizer = 7 * trained / cut / device.memory  # gradient, weight and moments read; weight, moments, average written
     link = device.node if ranks <= per_node else device.network
     gradients = (2 if cut == 1 else 3) * (ranks - 1) / ranks * trained / link
-    rows = 4 * run.batch_size * recipe.model.embed_dim
-    gathered = 3 * (ranks - 1) / ranks * rows / link
-    ring = gathered + 3 * (ranks - 1) * _MESSAGE
-    turns = rows > GATHERED and ranks > 1
-    contrast = ring if turns else gathered
+    contrast = _count_contrast(run.batch_size, recipe.model.embed_dim, ranks, link)
     hidden = 0.0 if device.bytes == 0 else 0.8 * min(gradients, compute / 2)  # behind the backward pass
-    computed = compute + optimizer + gradients - hidden + contrast
+    computed = compute + optimizer + gradients - hidden + contrast.seconds
     load = None if loading is None else loading * batch
     step = _with_loading(computed, load or 0.0, recipe.data.workers)
     state = (2 * 4 * counted.parameters + 3 * trained) // cut
     activations = int(counted.kept * half * -(-batch // run.micro_batches))
-    columns, blocks = (batch, 6 * rows // ranks) if turns else (run.batch_size, 4 * rows)
-    loss = 5 * 4 * 128 * columns + blocks  # strips; features and gradients of all ranks or of one other, and one's own
     return Plan(
         ranks=ranks,
         batch_per_rank=batch,
@@ -185,18 +179,39 @@ def plan(
         compute_s=compute,
         optimizer_s=optimizer,
         gradients_s=gradients,
-        contrast_s=contrast,
-        contrast_gathered_s=gathered,
-        contrast_ring_s=ring,
+        contrast_s=contrast.seconds,
+        contrast_gathered_s=contrast.gathered,
+        contrast_ring_s=contrast.ring,
         loading_s=load,
         workers_wanted=None if load is None else math.ceil(load / computed),
         step_s=step,
         samples_per_s=run.batch_size / step,
         weights_bytes=state,
         activations_bytes=activations,
-        loss_bytes=loss,
-        memory_bytes=state + activations + loss,
+        loss_bytes=contrast.memory,
+        memory_bytes=state + activations + contrast.memory,
     )
+
+
+@dataclass(frozen=True)
+class _Contrast:
+    """Seconds that features of all ranks take to reach each, in the way the loss takes and in both; bytes it holds."""
+
+    seconds: float
+    gathered: float
+    ring: float
+    memory: int
+
+
+def _count_contrast(batch: int, embed_dim: int, ranks: int, link: float) -> _Contrast:
+    features = 4 * batch * embed_dim
+    gathered = 3 * (ranks - 1) / ranks * features / link
+    ring = gathered + 3 * (ranks - 1) * _MESSAGE
+    turns = features > GATHERED and ranks > 1
+    columns, blocks = (batch // ranks, 6 * features // ranks) if turns else (batch, 4 * features)
+    strips = 5 * 4 * 128 * columns
+    # Beside the strips: features and gradients of all ranks, or of one other, and one's own.
+    return _Contrast(ring if turns else gathered, gathered, ring, strips + blocks)
 
 
 def _with_loading(computed: float, load: float, workers: int) -> float:

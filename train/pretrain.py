@@ -92,7 +92,7 @@ class Pretraining(Task):
         image, text, scale, bias, *taught = features
         value, logged = _contrastive(self.recipe.loss, (image, text, scale, bias), batch)
         if taught:
-            distance = squared_distance(image, taught[0]) + squared_distance(text, taught[1])
+            distance = squared_distance(torch.cat([image, text], dim=1), torch.cat(taught, dim=1))
             value, logged = value + self.recipe.distil.weight * distance, {**logged, "distance": distance.detach()}
         return value, logged
 
