@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from foreign import CONFIGS, TEXT, theirs, written
 from ranks import on_ranks
 from worlds import TINY
 
@@ -101,6 +102,24 @@ def test_teachers_of_another_side_see_resized_pictures(packs, tmp_path, teachers
     same = torch.full((2, 3, 32, 32), 77, dtype=torch.uint8)
     found = [task.teachers(task.model, x, ["a"], False)[0] for x in (flat, same)]
     assert torch.equal(*found)
+
+
+def test_a_teacher_of_open_clip(packs, tmp_path, monkeypatch):
+    """Of its own words, side, means and deviations: what open_clip makes of the same pairs is what is learned."""
+    open_clip = pytest.importorskip("open_clip")
+    monkeypatch.chdir(tmp_path)
+    config = {**CONFIGS["ViT-B-32"], "text_cfg": TEXT}
+    model, seen = theirs(config), {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
+    teacher = written(tmp_path / "theirs", config, model, **seen)
+    task, batch = make(packs, tmp_path / "out", [teacher.name], "model.embed_dim=32", "model.image_size=64")
+    assert batch.images.shape[1:] == (3, 64, 64)
+    mean, std = (torch.tensor(seen[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        *_, wanted_image, wanted_text = task(batch)
+        images = model.encode_image((batch.images / 255 - mean) / std, normalize=True)
+        texts = model.encode_text(open_clip.tokenize(batch.captions), normalize=True)
+    torch.testing.assert_close(wanted_image, images, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(wanted_text, texts, rtol=1e-4, atol=1e-5)
 
 
 def _on_rank(packs, out, teachers, bounds):
