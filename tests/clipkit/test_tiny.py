@@ -1,6 +1,8 @@
 """The model that comes along works straight away, offline, and is what its card says."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from importlib.resources import files
@@ -21,6 +23,7 @@ from clipkit.zeroshot.similarity import classify
 
 KINDS = ("clip", "denoiser", "noisy_clip")
 FOLDER = Path(str(files("clipkit"))) / "data" / clipkit.DEFAULT_MODEL
+DATA = Path(os.environ.get("DATA", Path(__file__).parents[3] / "shared" / "data"))  # as the Makefile has it
 
 
 def run(capsys, *words):
@@ -95,6 +98,21 @@ def test_the_card_has_the_numbers_that_the_recipes_say():
         assert f"{run_['steps']:,} steps of {run_['batch_size']}" in card
     for word in ("tiny-imagenet", "emoji", "drawings", "CIFAR-10", "seed"):
         assert word in card
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (DATA / "cifar10").is_dir(), reason="DATA names no folder with cifar10/ and tiny-imagenet-32/")
+def test_it_sees_what_its_card_says(tmp_path, capsys):
+    """On photographs, from the archives: what it was made to reach, and the card's figures."""
+    tiny = DATA / "tiny-imagenet-32"
+    run(capsys, "pack", tiny / "val.tar.xz", tmp_path / "val", "--classnames", tiny / "classes.json")
+    sets = {"tiny-imagenet val": f"shards:{tmp_path / 'val'}", "CIFAR-10": f"tar:{DATA / 'cifar10' / 'images.tar.xz'}"}
+    card = (FOLDER / "README.md").read_text(encoding="utf-8")
+    for (name, where), hoped in zip(sets.items(), (0.45, 0.50), strict=True):
+        found = json.loads(run(capsys, "zeroshot", "--dataset", where, "--json"))["top1"]
+        said = re.search(rf"^\| {name}.*top-1 \| ([0-9.]+) %", card, re.MULTILINE)
+        assert found >= hoped
+        assert 100 * found == pytest.approx(float(said[1]), abs=0.15)  # another machine rounds otherwise
 
 
 @pytest.mark.slow
