@@ -69,11 +69,23 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Named tensors put together from all ranks' shares, on rank 0 and its CPU; every rank must call this."""
     found = {}
-    for name, tensor in tensors.items():  # one by one: a device holds no more than one of them whole
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    for name, tensor in tensors.items():  # one by one: a device has one of them at a time to hold whole
+        full = _joined(tensor) if isinstance(tensor, DTensor) else tensor
         if distributed.rank() == 0:
             found[name] = full.cpu() if full is not tensor else full
     return found
+
+
+def _joined(tensor: DTensor) -> Tensor:
+    """All ranks' rows of a tensor, on every rank.
+
+    Not by `DTensor.full_tensor`, which can break the heap: gloo's two threads note the collective that each did last in
+    one string, without a lock (torch 2.15, ProcessGroupGloo::runLoop), and where its name has 16 letters or more two of
+    them free the same memory. DTensor's is ALLGATHER_COALESCED.
+    """
+    share = -(-len(tensor) // distributed.world_size())  # FSDP's, as torch.chunk cuts: the last ranks may have less
+    rows = [len(range(len(tensor))[r * share : (r + 1) * share]) for r in range(distributed.world_size())]
+    return distributed.gather_rows(local(tensor), rows)
 
 
 def shares(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -76,8 +76,8 @@ class Pretraining(Task):
         """Unit vectors of images and captions [b, D], each pair's logit scale and bias [b], and what teachers make."""
         image = self.model.encode_image(batch.images)
         text = self.model.encode_text(self.tokenizer(batch.captions))
-        # As rows beside the features, so that the loss is a function of features and nothing else.
-        scales = self.model.logit_scale.expand(len(batch)), self.model.logit_bias.expand(len(batch))
+        # As rows beside the features, so that the loss is a function of features and nothing else; FSDP wants no views.
+        scales = self.model.logit_scale.repeat(len(batch)), self.model.logit_bias.repeat(len(batch))
         return image, text, *scales, *self._taught(batch, image, text)
 
     def _taught(self, batch: Batch, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
