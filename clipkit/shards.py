@@ -35,7 +35,6 @@ MAX_CAPTION = 4096
 PICKLES = (".pkl", ".pickle", ".pyd", ".pt", ".pth", ".joblib")
 _OPEN_FILES = 64
 _IMAGE, _TEXT, _META = 0, 1, 2
-_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -56,14 +55,14 @@ class StrictTarInfo(tarfile.TarInfo):
     """
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> StrictTarInfo:
-        """Parse one 512-byte header block. Raises ShardError for anything but a header or the end block."""
+    def fromtarfile(cls, archive: tarfile.TarFile) -> StrictTarInfo:
+        """Parse the next header, with those that extend it. Raises ShardError for anything else but the end block."""
         try:
-            return super().frombuf(buf, encoding, errors)
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
         except tarfile.HeaderError as error:
-            if len(buf) == _BLOCK and not any(buf):
-                raise
-            raise ShardError(f"damaged tar header ({error}) after {len(buf)} bytes read") from None
+            raise ShardError(f"damaged tar header ({error}) at byte {archive.offset}") from None
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ def csv_source(table: Path, source: Path) -> Source:
     captions: dict[str, list[str]] = {}
     try:
         with table.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(line.replace("\0", " ") for line in file)  # Python 3.10 reads no NUL
             if reader.fieldnames is None or not {"image", "caption"} <= set(reader.fieldnames):
                 raise DataError(f"{table} has the columns {reader.fieldnames}; it needs image,caption")
             for row in reader:

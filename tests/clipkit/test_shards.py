@@ -41,6 +41,17 @@ def test_shortened_shard(folder):
         Shards(folder)
 
 
+def test_a_shard_cut_in_what_extends_a_header(packs, tmp_path):
+    """Newer Pythons find that such a header is invalid, and take it for the end of the archive."""
+    whole = (packs / "heldout" / "shard-000000.tar").read_bytes()
+    extended = [at for at in range(0, len(whole), 512) if whole[at + 156 : at + 157] == b"x"]
+    assert extended[1:]
+    for cut in (extended[1] + 1, extended[1] + 512, extended[1] + 522, extended[-1] + 522):
+        (tmp_path / "cut.tar").write_bytes(whole[:cut])
+        with pytest.raises(ShardError, match="damaged tar header"):
+            scan(tmp_path / "cut.tar")
+
+
 def test_a_flipped_bit_anywhere_is_found(folder):
     path = folder / "shard-000000.tar"
     data = bytearray(path.read_bytes())

@@ -44,6 +44,8 @@ def test_no_bit_flip_in_a_header_is_silent(packs, tmp_path, times):
     path = packs / "heldout" / "shard-000000.tar"
     whole, expected = bytearray(path.read_bytes()), scan(path).offsets
     headers = [int(o) - 512 for o in expected[:, ::2].flatten() if o >= 0]
+    extended = [at for at in range(0, len(whole), 512) if whole[at + 156 : at + 157] == b"x"]
+    headers += [at + block for at in extended for block in (0, 512)]  # of what extends another, the text too
     flipped, chance = tmp_path / "flipped.tar", random.Random(0)
     flipped.write_bytes(whole)
     with flipped.open("r+b") as file:
