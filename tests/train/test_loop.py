@@ -142,6 +142,7 @@ def test_a_hundred_steps_follow_the_same_curve(packs, tmp_path, plain_curve, var
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
+@pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # of Python 3.13.0 alone
 def test_a_compiled_run_follows_the_curve(packs, tmp_path):
     tower = "model.image_kwargs={patch_size=6, depth=1, embed_dim=32, num_heads=2}"
     vit = ["model.image_tower=vit_tiny_patch16_224", tower]
