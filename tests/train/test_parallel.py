@@ -38,6 +38,7 @@ def test_a_run_in_pieces_is_a_run(packs, tmp_path):
     expected = pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
     done = torchrun("pretrain", "drawings_clip", *words(packs, tmp_path / "cut"), FSDP)
     assert done.returncode == 0, done.stderr
+    assert "returned a view" not in done.stderr  # torch 2.15 warns of it at each step
     assert losses(tmp_path / "cut") == expected
     shapes = {n: t.shape for n, t in load(tmp_path / "whole").model.state_dict().items()}
     assert {n: t.shape for n, t in load(tmp_path / "cut").model.state_dict().items()} == shapes
