@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -69,8 +70,22 @@ def _complain(message: str, every_rank: bool) -> None:
     click.echo(f"clipkit: {message}" + (f" [rank {rank}]" if rank != "0" else ""), err=True)
 
 
+def _os_reason(error: OSError) -> str:
+    """A file that cannot be read or written, in one line."""
+    paths = [
+        os.fsdecode(name) if isinstance(name, (str, bytes)) else str(name)
+        for name in (error.filename, error.filename2)
+        if name is not None
+    ]
+    return f"{' -> '.join(paths)}: {error.strerror or error}"
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point: runs the command and turns what went wrong into one line and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # A file name that the terminal's encoding cannot show is escaped; it must not end the command.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         cli.main(args=None if arguments is None else list(arguments), prog_name="clipkit", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -82,6 +97,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except ClipkitError as error:
         _complain(str(error), every_rank=not isinstance(error, UsageError))
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # `clipkit models | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _complain(_os_reason(error), every_rank=False)
+        sys.exit(1)
     except (KeyboardInterrupt, click.exceptions.Abort):
         click.echo("clipkit: interrupted; the same command goes on from the last checkpoint", err=True)
         sys.exit(130)
