@@ -43,7 +43,7 @@ _SUPERSAMPLE = 4
 _DARK, _LIGHT = (48, 48, 56), (236, 240, 244)
 
 
-class _Pen:
+class Pen:
     """Draws in object coordinates: x and y from -1 to 1, y down, scaled and shifted onto the canvas."""
 
     def __init__(self, image: Image.Image, centre: Point, radius: float, colour: tuple[int, int, int]) -> None:
@@ -55,22 +55,27 @@ class _Pen:
         return [(cx + r * x, cy + r * y) for x, y in points]
 
     def polygon(self, *points: Point, fill: tuple[int, int, int] | None = None) -> None:
+        """Fill a polygon."""
         self._draw.polygon(self._at(points), fill=fill or self.colour)
 
     def box(self, x0: float, y0: float, x1: float, y1: float, fill: tuple[int, int, int] | None = None) -> None:
+        """Fill a rectangle."""
         self._draw.rectangle(self._at([(x0, y0), (x1, y1)]), fill=fill or self.colour)
 
     def ellipse(self, x0: float, y0: float, x1: float, y1: float, fill: tuple[int, int, int] | None = None) -> None:
+        """Fill an ellipse."""
         self._draw.ellipse(self._at([(x0, y0), (x1, y1)]), fill=fill or self.colour)
 
     def pie(self, x0: float, y0: float, x1: float, y1: float, start: float, end: float) -> None:
+        """Fill the sector of an ellipse between two angles in degrees."""
         self._draw.pieslice(self._at([(x0, y0), (x1, y1)]), start, end, fill=self.colour)
 
     def arc(self, x0: float, y0: float, x1: float, y1: float, start: float, end: float, width: float) -> None:
+        """Draw part of an ellipse's outline; `width` in radii of the object."""
         self._draw.arc(self._at([(x0, y0), (x1, y1)]), start, end, fill=self.colour, width=round(width * self._radius))
 
 
-def _rocket(p: _Pen) -> None:
+def _rocket(p: Pen) -> None:
     p.polygon((0, -1), (0.34, -0.45), (0.34, 0.6), (-0.34, 0.6), (-0.34, -0.45))
     p.polygon((0.34, 0.1), (0.75, 0.8), (0.34, 0.6))
     p.polygon((-0.34, 0.1), (-0.75, 0.8), (-0.34, 0.6))
@@ -78,7 +83,7 @@ def _rocket(p: _Pen) -> None:
     p.polygon((-0.22, 0.62), (0.22, 0.62), (0, 1), fill=(255, 176, 32))
 
 
-def _house(p: _Pen) -> None:
+def _house(p: Pen) -> None:
     p.polygon((0, -0.95), (1, -0.1), (-1, -0.1))
     p.box(-0.75, -0.1, 0.75, 0.9)
     p.box(-0.18, 0.3, 0.2, 0.9, _DARK)
@@ -86,14 +91,14 @@ def _house(p: _Pen) -> None:
     p.box(0.32, 0.1, 0.6, 0.4, _LIGHT)
 
 
-def _tree(p: _Pen) -> None:
+def _tree(p: Pen) -> None:
     p.box(-0.14, 0.3, 0.14, 1, _DARK)
     p.ellipse(-0.8, -0.5, 0.15, 0.45)
     p.ellipse(-0.15, -0.5, 0.8, 0.45)
     p.ellipse(-0.5, -1, 0.5, 0.05)
 
 
-def _car(p: _Pen) -> None:
+def _car(p: Pen) -> None:
     p.polygon((-0.55, -0.05), (-0.3, -0.5), (0.35, -0.5), (0.62, -0.05))
     p.box(-1, -0.06, 1, 0.38)
     p.polygon((-0.36, -0.08), (-0.2, -0.38), (0, -0.38), (0, -0.08), fill=_LIGHT)
@@ -102,21 +107,21 @@ def _car(p: _Pen) -> None:
     p.ellipse(0.25, 0.15, 0.75, 0.65, _DARK)
 
 
-def _boat(p: _Pen) -> None:
+def _boat(p: Pen) -> None:
     p.polygon((-1, 0.35), (1, 0.35), (0.6, 0.9), (-0.6, 0.9))
     p.box(-0.05, -0.95, 0.05, 0.35, _DARK)
     p.polygon((0.1, -0.9), (0.85, 0.2), (0.1, 0.2))
     p.polygon((-0.1, -0.6), (-0.65, 0.2), (-0.1, 0.2))
 
 
-def _fish(p: _Pen) -> None:
+def _fish(p: Pen) -> None:
     p.ellipse(-1, -0.5, 0.55, 0.5)
     p.polygon((0.35, 0), (1, -0.55), (1, 0.55))
     p.ellipse(-0.72, -0.24, -0.46, 0.02, _LIGHT)
     p.ellipse(-0.66, -0.17, -0.54, -0.05, _DARK)
 
 
-def _bird(p: _Pen) -> None:
+def _bird(p: Pen) -> None:
     p.ellipse(-0.6, -0.3, 0.55, 0.55)
     p.ellipse(-0.85, -0.75, -0.2, -0.1)
     p.polygon((0.4, 0.05), (1, -0.3), (0.9, 0.25))
@@ -126,7 +131,7 @@ def _bird(p: _Pen) -> None:
     p.box(0.12, 0.5, 0.22, 0.9, _DARK)
 
 
-def _cat(p: _Pen) -> None:
+def _cat(p: Pen) -> None:
     p.polygon((-0.8, -0.95), (-0.1, -0.5), (-0.75, 0))
     p.polygon((0.8, -0.95), (0.1, -0.5), (0.75, 0))
     p.ellipse(-0.85, -0.65, 0.85, 0.85)
@@ -137,7 +142,7 @@ def _cat(p: _Pen) -> None:
     p.polygon((-0.14, 0.28), (0.14, 0.28), (0, 0.48), fill=_DARK)
 
 
-def _flower(p: _Pen) -> None:
+def _flower(p: Pen) -> None:
     p.box(-0.07, 0.1, 0.07, 1, (60, 140, 70))
     for k in range(6):
         x, y = 0.42 * math.cos(k * math.pi / 3), -0.35 + 0.42 * math.sin(k * math.pi / 3)
@@ -145,44 +150,44 @@ def _flower(p: _Pen) -> None:
     p.ellipse(-0.24, -0.59, 0.24, -0.11, _LIGHT)
 
 
-def _star(p: _Pen) -> None:
+def _star(p: Pen) -> None:
     radii = [(1.0 if k % 2 == 0 else 0.42, math.pi * (k / 5 - 0.5)) for k in range(10)]
     p.polygon(*[(r * math.cos(t), r * math.sin(t)) for r, t in radii])
 
 
-def _heart(p: _Pen) -> None:
+def _heart(p: Pen) -> None:
     p.ellipse(-0.95, -0.8, 0.03, 0.18)
     p.ellipse(-0.03, -0.8, 0.95, 0.18)
     p.polygon((-0.91, -0.1), (0, -0.32), (0.91, -0.1), (0, 0.95))
 
 
-def _moon(p: _Pen) -> None:
+def _moon(p: Pen) -> None:
     # The crescent is drawn as its outline, so that the background shows through where the moon is not.
     outer = [(math.cos(t), math.sin(t)) for t in np.linspace(-2.2, 2.2, 40) + math.pi]
     inner = [(0.32 + 0.78 * math.cos(t), 0.78 * math.sin(t)) for t in np.linspace(math.pi - 2.0, math.pi + 2.0, 40)]
     p.polygon(*[(float(x) + 0.2, float(y)) for x, y in [*outer, *reversed(inner)]])
 
 
-def _cup(p: _Pen) -> None:
+def _cup(p: Pen) -> None:
     p.arc(0.25, -0.35, 1, 0.45, -100, 100, 0.18)
     p.polygon((-0.85, -0.6), (0.6, -0.6), (0.45, 0.75), (-0.7, 0.75))
     p.ellipse(-0.85, -0.78, 0.6, -0.42, _LIGHT)
 
 
-def _key(p: _Pen) -> None:
+def _key(p: Pen) -> None:
     p.arc(-1, -0.5, -0.02, 0.48, 0, 360, 0.24)
     p.box(-0.06, -0.13, 1, 0.11)
     p.box(0.5, 0.1, 0.66, 0.5)
     p.box(0.82, 0.1, 0.98, 0.6)
 
 
-def _umbrella(p: _Pen) -> None:
+def _umbrella(p: Pen) -> None:
     p.box(-0.05, -0.1, 0.05, 0.85, _DARK)
     p.box(-0.05, 0.76, 0.3, 0.86, _DARK)
     p.pie(-1, -0.95, 1, 0.95, 180, 360)
 
 
-def _mushroom(p: _Pen) -> None:
+def _mushroom(p: Pen) -> None:
     p.box(-0.24, 0, 0.24, 0.9, _LIGHT)
     p.pie(-0.95, -0.9, 0.95, 0.9, 180, 360)
     p.ellipse(-0.55, -0.5, -0.25, -0.2, _LIGHT)
@@ -190,7 +195,7 @@ def _mushroom(p: _Pen) -> None:
     p.ellipse(0.4, -0.34, 0.66, -0.08, _LIGHT)
 
 
-OBJECTS: dict[str, Callable[[_Pen], None]] = {
+OBJECTS: dict[str, Callable[[Pen], None]] = {
     "rocket": _rocket,
     "house": _house,
     "tree": _tree,
@@ -270,7 +275,7 @@ def draw(split: str, seed: int, index: int, size: int = SIZE) -> Drawing:
     x, y = rng.uniform(-1, 1, 2) * (0.47 - radius) / 2 + 0.5
     canvas = size * _SUPERSAMPLE
     image = Image.new("RGB", (canvas, canvas), BACKGROUNDS[background])
-    OBJECTS[object_](_Pen(image, (x * canvas, y * canvas), radius * canvas, COLOURS[colour]))
+    OBJECTS[object_](Pen(image, (x * canvas, y * canvas), radius * canvas, COLOURS[colour]))
     image = image.resize((size, size), Image.Resampling.BOX)
     alias = ALIASES[object_][index // len(SPLITS[split]) % len(ALIASES[object_])]
     captions = _captions(object_, alias, colour, background, "big" if big else "small")
