@@ -96,14 +96,15 @@ class Denoising(Task):
         if self.autoencoder is not None:
             x0 = self.autoencoder.encode(x0)
         config = self.model.diffusion
-        lam, eps = sample_log_snr(config.schedule, len(x0)).to(x0.device), torch.randn_like(x0)
+        drawn, eps = sample_log_snr(config.schedule, len(x0)), torch.randn_like(x0)
+        lam = drawn.to(x0.device)
         x = add_noise(x0, eps, lam)
         output, fraction = self.model.output(x, lam, self._described(batch))
         errors = loss_of(config, output, target(config.prediction, x0, eps, lam), lam)
         if fraction is not None:  # the hybrid loss: 0.001 of the bound, whose 1,000 terms one level stands for
-            later = later_log_snr(config.schedule, lam)
-            bound = variational_loss(x0, from_output(config.prediction, output, x, lam).x0, fraction, lam, later)
-            errors = errors + torch.where(later > lam + 1e-6, bound, 0.0)
+            later = later_log_snr(config.schedule, drawn)  # in float64, which not every device has
+            said = from_output(config.prediction, output, x, lam).x0
+            errors = errors + variational_loss(x0, said, fraction, drawn, later)
         return (errors,)
 
     def _described(self, batch: Batch) -> Condition | None:
