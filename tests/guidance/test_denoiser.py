@@ -309,7 +309,9 @@ def test_the_bound_is_that_of_the_papers_formula():
 
 def test_the_bound_from_pure_noise():
     """A schedule with zero terminal SNR begins at lambda = -infinity."""
-    loss, gradient = hybrid(torch.tensor([-math.inf, -math.inf]), torch.tensor([-8.0, -math.inf]).double(), torch.float32)
+    loss, gradient = hybrid(
+        torch.tensor([-math.inf, -math.inf]), torch.tensor([-8.0, -math.inf]).double(), torch.float32
+    )
     assert loss.isfinite().all()
     assert gradient.isfinite().all()
     assert loss[1] == 0
