@@ -43,6 +43,15 @@ def psnr(x: Tensor, y: Tensor, data_range: float = 2.0) -> Tensor:
     return 10 * (data_range**2 / (x - y).square().flatten(1).mean(dim=1)).log10()
 
 
+def mean_psnr(decibels: Tensor) -> tuple[float, int]:
+    """Mean PSNR [B] of the pairs that differ, and how many are equal: with one of those the mean would be infinite.
+
+    Infinite when all are equal.
+    """
+    differing = decibels[decibels.isfinite()].double()
+    return float(differing.mean()) if len(differing) else torch.inf, len(decibels) - len(differing)
+
+
 def ssim(x: Tensor, y: Tensor, data_range: float = 2.0) -> Tensor:
     """Structural similarity of each pair, [B] (Wang et al. 2004, equation 13): Gaussian window of deviation 1.5.
 

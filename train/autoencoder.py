@@ -20,7 +20,7 @@ from clipkit.config import Recipe
 from clipkit.errors import RecipeError
 from clipkit.guidance.autoencoder import Autoencoder, AutoencoderConfig, Discriminator, frozen_scores
 from clipkit.guidance.extractors import activations
-from clipkit.guidance.likeness import lpips, psnr
+from clipkit.guidance.likeness import lpips, mean_psnr, psnr
 from clipkit.images import decode, preprocess
 from clipkit.pretrained import load
 from clipkit.shards import Shards
@@ -167,7 +167,7 @@ class Reconstruction(Task):
         self.model.steps += 1
 
     def evaluate(self, device: torch.device) -> dict[str, float]:
-        """PSNR in dB of pictures that came back, on the first of the validation set."""
+        """PSNR in dB of pictures that came back, on the first of the validation set; exact ones are counted."""
         if not self.recipe.data.val:
             return {}
         shards, model = Shards(self.recipe.data.val, verify=False), self.model.autoencoder
@@ -177,7 +177,9 @@ class Reconstruction(Task):
                 pixels = preprocess(decode(shards.read(i).image), self.image_size)[None].to(device)
                 x = pixels.float() / 127.5 - 1
                 found.append(psnr(model.decode(model.encode(x)).clamp(-1, 1), x))
-        return {"psnr": float(torch.cat(found).mean()), "latent_spread": float(model.spread)}
+        decibels, exact = mean_psnr(torch.cat(found))
+        scores = {"latent_spread": float(model.spread), **({"exact": exact} if exact else {})}
+        return scores if exact == len(found) else {"psnr": decibels, **scores}
 
 
 run = partial(launch, AutoencoderRecipe, Reconstruction)
