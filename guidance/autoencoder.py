@@ -308,12 +308,20 @@ _NAMES = (
 )
 
 
+_DIFFUSERS = "diffusion_pytorch_model.safetensors"
+
+
+def is_diffusers(folder: Path) -> bool:
+    """Are there weights as diffusers saves them?"""
+    return (folder / _DIFFUSERS).is_file()
+
+
 def from_diffusers(folder: Path) -> Autoencoder:
     """An AutoencoderKL that diffusers saved: config.json and its weights. Raises CheckpointError for what it is not."""
     about = read_object(folder / "config.json")
     if about.get("_class_name") != "AutoencoderKL":
         raise CheckpointError(f"{folder} holds a {about.get('_class_name')}; an AutoencoderKL is needed")
-    config, file = _from_config(about, folder), folder / "diffusion_pytorch_model.safetensors"
+    config, file = _from_config(about, folder), folder / _DIFFUSERS
     model, tensors = Autoencoder(config), {}
     for name, tensor in archives.read(file).tensors.items():
         own = _renamed(name, config)

@@ -6,8 +6,9 @@ clipkit autoencoder emoji_autoencoder.toml run.steps=200   # the same on one pro
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +23,7 @@ from clipkit.guidance.autoencoder import Autoencoder, AutoencoderConfig, Discrim
 from clipkit.guidance.extractors import activations
 from clipkit.guidance.likeness import lpips, mean_psnr, psnr
 from clipkit.images import decode, preprocess
-from clipkit.pretrained import load
+from clipkit.pretrained import TRAINED_WITH, identity, load
 from clipkit.shards import Shards
 from clipkit.stream import Batch
 from clipkit.train.launch import launch
@@ -88,6 +89,7 @@ class Reconstruction(Task):
         clip = load(self.weights.features, "cpu").model if self.weights.perceptual else None
         self.seen_size = clip.config.image_size if clip is not None else 0
         self.tower = clip.image.requires_grad_(False).eval() if clip is not None else None
+        self.trained_with = {"reconstruction.features": identity(clip.image)} if clip is not None else {}
         self._variance = torch.ones(())
         self._logged: dict[str, Tensor] = {}
 
@@ -153,6 +155,10 @@ class Reconstruction(Task):
         share = len(sizes) / sum(sizes)
         values = {"distance": distance.mean(), "discriminator": judged.detach().mean(), **self._logged}
         return (total.sum() + judged.sum()) * share, values
+
+    def texts(self) -> Mapping[str, str]:
+        """What the training used."""
+        return {TRAINED_WITH: json.dumps(self.trained_with)}
 
     @torch.no_grad()
     def after_step(self) -> None:

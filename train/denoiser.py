@@ -40,7 +40,7 @@ from clipkit.guidance.dit import DiTConfig
 from clipkit.guidance.loading import load_autoencoder
 from clipkit.guidance.schedule import add_noise, later_log_snr, sample_log_snr
 from clipkit.guidance.unet import UNetConfig
-from clipkit.pretrained import load
+from clipkit.pretrained import TRAINED_WITH, identity, load
 from clipkit.shards import Shards
 from clipkit.stream import Batch, packs_of
 from clipkit.tokenizer import Tokenizer
@@ -88,7 +88,13 @@ class Denoising(Task):
                     f"the network's image_size is {recipe.network.image_size}; the latents of {where} have a side of "
                     f"{shape.latent_size}"
                 )
-        self.model: Denoiser = Denoiser(recipe.network, recipe.diffusion, _conditioner(recipe, shards), channels)
+        conditioner = _conditioner(recipe, shards)
+        self.model: Denoiser = Denoiser(recipe.network, recipe.diffusion, conditioner, channels)
+        self.trained_with: dict[str, str] = {}
+        if self.autoencoder is not None:
+            self.trained_with["latent.autoencoder"] = identity(self.autoencoder)
+        if isinstance(conditioner, TextCondition):
+            self.trained_with["condition.clip"] = identity(conditioner.tower)
 
     def forward(self, batch: Batch) -> Features:
         """Each image's loss [b], at noise levels stratified over the batch."""
@@ -128,7 +134,7 @@ class Denoising(Task):
         found = dict(self.model.conditioner.texts()) if self.model.conditioner is not None else {}
         if self.autoencoder is not None:
             found["latent.json"] = json.dumps({"channels": self.model.latent_channels})
-        return found
+        return {**found, TRAINED_WITH: json.dumps(self.trained_with)}
 
     def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over the images of all ranks."""
