@@ -144,7 +144,9 @@ def _misfit(guide: Guide, there: Checkpoint, denoiser: Denoiser, autoencoder: Au
 
 def _clip(path: str | Path, device: str, runs: Sequence[tuple[Checkpoint, str]]) -> Pretrained:
     """The clean CLIP beside the first of some runs, or where a key of their recipes says."""
-    places = list(dict.fromkeys(place for found, key in runs for place in _places(path, found, key)))
+    themselves = [Path(os.path.abspath(_run(found))) for found, _ in runs]
+    every = dict.fromkeys(place for found, key in runs for place in _places(path, found, key))
+    places = [place for place in every if place not in themselves]
     published = (name for name in (_recorded(found, key) for found, key in runs) if hub.find(name) is not None)
     names: list[str | Path] = [*_all_at(places, "clip"), *published]
     if names:
