@@ -1,12 +1,13 @@
 """Train an autoencoder, whose latents a denoiser can learn instead of pixels.
 
 torchrun --nproc_per_node 2 train/autoencoder.py emoji_autoencoder.toml
-clipkit autoencoder emoji_autoencoder.toml run.steps=200   # the same on one process
+clipkit autoencoder emoji_autoencoder.toml run.batch_size=8   # the same on one process
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from clipkit import DEFAULT_MODEL, distributed
 from clipkit.config import Recipe
 from clipkit.errors import RecipeError
-from clipkit.guidance.autoencoder import Autoencoder, AutoencoderConfig, Discriminator, frozen_scores
+from clipkit.guidance.autoencoder import SMALLEST, Autoencoder, AutoencoderConfig, Discriminator, frozen_scores
 from clipkit.guidance.extractors import activations
 from clipkit.guidance.likeness import lpips, mean_psnr, psnr
 from clipkit.images import decode, preprocess
@@ -49,8 +50,12 @@ class ReconstructionConfig:
 
     def __post_init__(self) -> None:
         for name in ("perceptual", "regularisation", "adversarial", "adversarial_from"):
-            if getattr(self, name) < 0:
-                raise RecipeError(f"reconstruction.{name} is {getattr(self, name)}; it must be at least 0")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise RecipeError(f"reconstruction.{name} is {getattr(self, name)}; it must be finite and at least 0")
+        if self.perceptual and not self.features:
+            raise RecipeError(
+                "reconstruction.features names no CLIP for reconstruction.perceptual; give one, or 0 to it"
+            )
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,21 @@ class AutoencoderRecipe(Recipe):
     autoencoder: AutoencoderConfig
     reconstruction: ReconstructionConfig
 
+    def __post_init__(self) -> None:
+        judged = self.reconstruction
+        if not judged.adversarial:
+            return
+        if judged.adversarial_from >= self.run.steps:
+            raise RecipeError(
+                f"reconstruction.adversarial_from is {judged.adversarial_from}, and run.steps {self.run.steps}: the "
+                "discriminator would never come in; give an earlier step, or reconstruction.adversarial=0"
+            )
+        if self.autoencoder.image_size < SMALLEST:
+            raise RecipeError(
+                f"pictures of {self.autoencoder.image_size} pixels are too small for the discriminator, which needs "
+                f"{SMALLEST}; give reconstruction.adversarial=0"
+            )
+
 
 class Adversaries(nn.Module):
     """The autoencoder, its discriminator, and how many steps they have had: what a checkpoint holds."""
@@ -68,7 +88,7 @@ class Adversaries(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        self.autoencoder, self.discriminator = Autoencoder(config), Discriminator()
+        self.autoencoder, self.discriminator = Autoencoder(config), Discriminator(image_size=config.image_size)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
 

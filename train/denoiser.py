@@ -61,6 +61,8 @@ class DenoiserRecipe(Recipe):
     def __post_init__(self) -> None:
         if (self.unet is None) == (self.dit is None):
             raise RecipeError("a denoiser needs one network: give the recipe a section [unet] or [dit], not both")
+        if self.condition.kind != "none" and self.condition.drop == 1:
+            raise RecipeError("condition.drop is 1, so that no description would be learned; it must be below 1")
 
     @property
     def network(self) -> NetworkConfig:

@@ -21,7 +21,7 @@ from clipkit import distributed
 from clipkit.config import Recipe
 from clipkit.errors import RecipeError
 from clipkit.guidance.classifier import NoisyClassifier
-from clipkit.guidance.noisy_clip import NoisyCLIP, noised
+from clipkit.guidance.noisy_clip import NoisyCLIP, check_start, noised
 from clipkit.guidance.schedule import sample_log_snr
 from clipkit.pretrained import TRAINED_WITH, identity, load
 from clipkit.shards import Shards
@@ -43,6 +43,11 @@ class ClassifierConfig:
     """Share of clean images in each batch."""
     image_size: int = 0
     """Pixels of the denoiser's pictures; 0: the CLIP's."""
+
+    def __post_init__(self) -> None:
+        check_start(self.clip, self.width, self.clean_fraction)
+        if self.image_size < 0:
+            raise RecipeError(f"model.image_size is {self.image_size}; it must be at least 0, the CLIP's")
 
 
 @dataclass(frozen=True)
