@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from clipkit.errors import CheckpointError
 from clipkit.images import preprocessing
 from clipkit.model import CLIP, CLIPConfig
 from clipkit.records import read_object
+from clipkit.release import half
 from clipkit.tokenizer import AnyTokenizer, ForeignTokenizer, Tokenizer
 
 
@@ -68,7 +69,7 @@ def load(name: str | Path = DEFAULT_MODEL, device: str = "auto") -> Pretrained:
     path, quick_gelu = folder_of(name), None
     if not path.exists() and (published := hub.find(str(name))) is not None:
         path, quick_gelu = hub.fetch(published), published.quick_gelu
-    if path.is_file() or any((path / config).is_file() for config in _CONFIGS):
+    if is_foreign(path):
         return _load_foreign(path, device, quick_gelu)
     if not path.exists() and (meant := hub.suggestion(str(name))):
         raise CheckpointError(f"{name} is neither a folder nor a published model; {meant}")
@@ -86,6 +87,11 @@ def _ready(model: CLIP, tokenizer: AnyTokenizer, device: str) -> Pretrained:
 
 
 _CONFIGS = ("open_clip_config.json", "config.json")
+
+
+def is_foreign(path: Path) -> bool:
+    """Is there what `load` takes for weights that are not a run's: a file, or a folder with a configuration?"""
+    return path.is_file() or any((path / config).is_file() for config in _CONFIGS)
 
 
 def _load_foreign(path: Path, device: str, quick_gelu: bool | None) -> Pretrained:
@@ -182,8 +188,21 @@ def load_weights(model: torch.nn.Module, found: Checkpoint) -> None:
 
 def fingerprint(model: torch.nn.Module) -> str:
     """Hash of a model's weights."""
+    return _hash(model.state_dict())
+
+
+TRAINED_WITH = "trained_with.json"
+"""File of a checkpoint: the recipe's key of each model that the training used, with its `identity`."""
+
+
+def identity(model: torch.nn.Module) -> str:
+    """Hash of a model's weights that is the same before and after `release`, which halves the precision of some."""
+    return _hash({name: half(tensor) for name, tensor in model.state_dict().items()})
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

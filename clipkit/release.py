@@ -30,7 +30,7 @@ def release(runs: Path, out: Path) -> list[Path]:
 
 def _write(found: Checkpoint, out: Path) -> Path:
     texts = {p.name: p.read_text(encoding="utf-8") for p in found.path.iterdir() if _belongs(p)}
-    averaged = {name: _half(tensor) for name, tensor in found.stream("ema")}
+    averaged = {name: half(tensor) for name, tensor in found.stream("ema")}
     out.mkdir(parents=True, exist_ok=True)
     return checkpoint.save(out, _without_folders(found.state), {"ema": averaged}, texts, keep_last=1)
 
@@ -48,6 +48,6 @@ def _belongs(file: Path) -> bool:
     return file.suffix == ".json" and file.name not in ("state.json", "manifest.json")
 
 
-def _half(tensor: Tensor) -> Tensor:
+def half(tensor: Tensor) -> Tensor:
     """Matrices and convolutions in half precision; norms, biases and statistics weigh nothing and keep theirs."""
     return tensor.half() if tensor.is_floating_point() and tensor.ndim > 1 else tensor

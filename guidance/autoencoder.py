@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipkit import archives, distributed
+from clipkit.config import from_dict
 from clipkit.errors import CheckpointError, RecipeError
 from clipkit.records import read_object
 
@@ -43,6 +44,13 @@ class AutoencoderConfig:
     """Groups of the normalisation."""
 
     def __post_init__(self) -> None:
+        for name in ("image_size", "channels", "blocks", "latent_channels", "codes", "groups"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"autoencoder.{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise RecipeError(
+                f"autoencoder.multipliers are {list(self.multipliers)}; give one of at least 1 for each resolution"
+            )
         if self.image_size % self.factor:
             raise RecipeError(f"image_size {self.image_size} does not divide by {self.factor}; choose a multiple of it")
         if self.channels % self.groups:
@@ -308,12 +316,20 @@ _NAMES = (
 )
 
 
+_DIFFUSERS = "diffusion_pytorch_model.safetensors"
+
+
+def is_diffusers(folder: Path) -> bool:
+    """Are there weights as diffusers saves them?"""
+    return (folder / _DIFFUSERS).is_file()
+
+
 def from_diffusers(folder: Path) -> Autoencoder:
     """An AutoencoderKL that diffusers saved: config.json and its weights. Raises CheckpointError for what it is not."""
     about = read_object(folder / "config.json")
     if about.get("_class_name") != "AutoencoderKL":
         raise CheckpointError(f"{folder} holds a {about.get('_class_name')}; an AutoencoderKL is needed")
-    config, file = _from_config(about, folder), folder / "diffusion_pytorch_model.safetensors"
+    config, file = _from_config(about, folder), folder / _DIFFUSERS
     model, tensors = Autoencoder(config), {}
     for name, tensor in archives.read(file).tensors.items():
         own = _renamed(name, config)
@@ -338,15 +354,18 @@ def _from_config(about: Mapping[str, Any], folder: Path) -> AutoencoderConfig:
             raise CheckpointError(f"{folder}: {key} is {about[key]!r}; clipkit has autoencoders with {known!r} only")
     try:
         widths = about["block_out_channels"]
-        return AutoencoderConfig(
-            image_size=int(about.get("sample_size", 64)),
-            channels=widths[0],
-            multipliers=tuple(width // widths[0] for width in widths),
-            blocks=about.get("layers_per_block", 1),
-            latent_channels=about["latent_channels"],
-            groups=about.get("norm_num_groups", 32),
-        )
-    except (KeyError, TypeError, IndexError, RecipeError) as error:
+        if any(width % widths[0] for width in widths):
+            raise RecipeError(f"block_out_channels are {widths}; all must be multiples of the first")
+        shape = {
+            "image_size": about.get("sample_size", 64),
+            "channels": widths[0],
+            "multipliers": tuple(width // widths[0] for width in widths),
+            "blocks": about.get("layers_per_block", 1),
+            "latent_channels": about["latent_channels"],
+            "groups": about.get("norm_num_groups", 32),
+        }
+        return from_dict(AutoencoderConfig, shape)
+    except (KeyError, TypeError, IndexError, ArithmeticError, RecipeError) as error:
         raise CheckpointError(f"{folder / 'config.json'} describes no autoencoder that clipkit has: {error}") from None
 
 
@@ -363,16 +382,21 @@ def _renamed(name: str, config: AutoencoderConfig) -> str:
 
 
 class Discriminator(nn.Module):
-    """Patches of images -> how real each looks: [B, 3, S, S] -> [B, 1, ., .] (Isola et al. 2017, arXiv 1611.07004)."""
+    """Patches of images -> how real each looks: [B, 3, S, S] -> [B, 1, ., .] (Isola et al. 2017, arXiv 1611.07004).
 
-    def __init__(self, channels: int = 32, layers: int = 3) -> None:
+    The first `layers` convolutions halve the side, or as many of them as leave a patch of images of `image_size`.
+    """
+
+    def __init__(self, channels: int = 32, layers: int = 3, image_size: int = 64) -> None:
         super().__init__()
-        found: list[nn.Module] = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
+        # Each convolution halves the side or takes one from it, and at least one place must be left by all.
+        halvings = max((n for n in range(layers + 1) if image_size >> n >= layers - n + 3), default=0)
+        found: list[nn.Module] = [nn.Conv2d(3, channels, 4, 2 if halvings else 1, 1), nn.LeakyReLU(0.2)]
         width = channels
         for i in range(1, layers + 1):
             wider = channels * min(2**i, 8)
             # Group rather than batch statistics: a score depends on its own picture alone.
-            stride = 2 if i < layers else 1
+            stride = 2 if i < halvings else 1
             found += [nn.Conv2d(width, wider, 4, stride, 1, bias=False), nn.GroupNorm(8, wider), nn.LeakyReLU(0.2)]
             width = wider
         self.layers = nn.Sequential(*found, nn.Conv2d(width, 1, 4, 1, 1))
@@ -380,6 +404,10 @@ class Discriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         out: Tensor = self.layers(images)
         return out
+
+
+SMALLEST = 6
+"""Side of the smallest pictures in which the discriminator sees a patch."""
 
 
 def frozen_scores(discriminator: nn.Module, images: Tensor) -> Tensor:

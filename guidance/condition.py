@@ -37,6 +37,8 @@ class ConditionConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.drop <= 1:
             raise RecipeError(f"condition.drop is {self.drop}; it must be in [0, 1]")
+        if self.width < 1:
+            raise RecipeError(f"condition.width is {self.width}; it must be at least 1")
         if (self.kind == "text") != bool(self.clip):
             raise RecipeError('condition.clip names the CLIP that reads captions: give it with condition.kind = "text"')
 

@@ -13,20 +13,20 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from clipkit import distributed
 from clipkit._version import __version__
-from clipkit.errors import CheckpointError, UsageError, did_you_mean
+from clipkit.errors import UsageError, did_you_mean
 from clipkit.guidance import samplers
 from clipkit.guidance.autoencoder import Autoencoder
 from clipkit.guidance.condition import TextCondition, split
 from clipkit.guidance.denoiser import Denoise, Denoiser, clipped
 from clipkit.guidance.guiders import between, contrast, inpaint, like, mean_shift, mixed, score_shift
-from clipkit.guidance.loading import Guide, has_guide, load_autoencoder, load_denoiser, load_guide
+from clipkit.guidance.loading import Guide
 from clipkit.guidance.noisy_clip import Wish
+from clipkit.guidance.parts import load_parts
 from clipkit.guidance.schedule import Spacing, add_noise, karras, log_snr, spaced
 from clipkit.images import preprocess, to_image
 from clipkit.model import CLIP
-from clipkit.pretrained import Pretrained, load
+from clipkit.pretrained import Pretrained
 from clipkit.records import progress
 
 SAMPLERS: dict[str, samplers.Sampler] = {
@@ -108,30 +108,9 @@ class Studio:
 
     @classmethod
     def open(cls, path: str | Path, device: str = "auto") -> Studio:
-        """Load the runs `clip`, `denoiser`, `noisy_clip` and, for latents, `autoencoder` in the folder `path`.
-
-        Raises CheckpointError, also for a denoiser of latents without its autoencoder.
-        """
-        where = distributed.choose_device(device)
-        denoiser = load_denoiser(path).to(where)
-        # A denoiser that takes descriptions draws by itself; for others there must be a guide.
-        guide = load_guide(path) if denoiser.conditioner is None or has_guide(path) else None
-        if guide is not None:
-            seen = len(guide.model.clip.config.conventions.image_mean)
-            if seen != denoiser.channels:
-                raise CheckpointError(
-                    f"the noise-aware CLIP of {path} sees {seen} channels, the denoiser {denoiser.channels}; train it "
-                    "with model.autoencoder as the denoiser's latent.autoencoder"
-                )
-            size = guide.model.clip.config.image_size
-            if size != denoiser.image_size:
-                raise CheckpointError(
-                    f"the noise-aware CLIP of {path} sees {size} pixels, the denoiser draws {denoiser.image_size}; "
-                    f"train it with model.image_size={denoiser.image_size}"
-                )
-            guide.model.to(where)
-        autoencoder = load_autoencoder(path).to(where) if denoiser.latent_channels else None
-        return cls(denoiser, guide, load(path, device), autoencoder)
+        """Load a denoiser with what belongs to it, as `load_parts` finds them. Raises CheckpointError."""
+        parts = load_parts(path, device)
+        return cls(parts.denoiser, parts.guide, parts.clip, parts.autoencoder)
 
     @property
     def scales(self) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import os
 import platform
 import signal
@@ -29,6 +30,7 @@ from clipkit import checkpoint, distributed
 from clipkit._version import __version__
 from clipkit.config import Recipe, from_dict
 from clipkit.errors import CheckpointError, NonFiniteError, StoppedError, UsageError
+from clipkit.pretrained import TRAINED_WITH
 from clipkit.records import Records, say
 from clipkit.saver import Saver, lock
 from clipkit.stream import Batch, Stream
@@ -104,6 +106,7 @@ class _Loop:
         if found is None:
             return 0
         _same_recipe(found, self.recipe)
+        _same_models(found, self.task.texts())
         for there, here in (("model", self.task.model.state_dict()), ("ema", self.ema.shadow)):
             for name, tensor in found.stream(there):
                 here[name].copy_(parallel.like(tensor, here[name]))
@@ -392,6 +395,18 @@ def _same_recipe(found: checkpoint.Checkpoint, recipe: Recipe) -> None:
             f"{found.path.parent.parent} holds a run of another recipe ({'; '.join(changed)}); "
             "give run.out another folder, or the recipe its old values"
         )
+
+
+def _same_models(found: checkpoint.Checkpoint, texts: Mapping[str, str]) -> None:
+    """Refuse to resume with other models than the run was trained with so far. Raises CheckpointError."""
+    there, here = (json.loads(text) for text in (found.text(TRAINED_WITH, "{}"), texts.get(TRAINED_WITH, "{}")))
+    for key in here:
+        if there.get(key, here[key]) != here[key]:
+            section, name = key.split(".")
+            raise CheckpointError(
+                f"{found.path.parent.parent} was trained with another {key}: {found.state['recipe'][section][name]} "
+                f"has changed since ({there[key]} then, {here[key]} now); put it back, or give run.out another folder"
+            )
 
 
 def _show(value: Any) -> str:

@@ -24,7 +24,7 @@ _SPACINGS = ["karras", "linspace", "leading", "trailing"]
 @click.command("guided-sample")
 @click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
 @click.option(
-    "--model", default=DEFAULT_MODEL, show_default=True, help="Folder of the runs clip, denoiser, noisy_clip."
+    "--model", default=DEFAULT_MODEL, show_default=True, help="A denoiser's run, or a folder of the runs it draws with."
 )
 @click.option("--n", type=click.IntRange(min=1), default=16, show_default=True, help="Pictures.")
 @click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True, help="Sampler steps.")
@@ -158,7 +158,7 @@ def _white(mask: Tensor) -> Tensor:
 
 
 @click.command("noise-curve")
-@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Folder of the runs clip and noisy_clip.")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="A noisy_clip run, or a folder of one.")
 @click.option("--shards", required=True, help="A pack: its classes are told apart, or its captions if it has none.")
 @click.option("--n", type=click.IntRange(min=2), default=1000, show_default=True, help="Pictures, evenly spread.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also draw the curve into this file (PNG, SVG, PDF).")
@@ -178,16 +178,14 @@ def noise_curve(model: str, shards: str, n: int, out: Path | None, device: str, 
 
     from clipkit.commands.pictures import save_figure
     from clipkit.guidance import curve
-    from clipkit.guidance.loading import load_guide
+    from clipkit.guidance.parts import load_guide_and_clip
     from clipkit.images import decode, preprocessing
-    from clipkit.pretrained import load
     from clipkit.records import progress
     from clipkit.shards import Shards
     from clipkit.zeroshot.heads import class_head, embed_texts
 
-    clip, guide, pack = load(model, device), load_guide(model), Shards(shards)
+    (guide, clip), pack = load_guide_and_clip(model, device), Shards(shards)
     where = clip.model.log_logit_scale.device
-    guide.model.to(where)
     if len(guide.model.clip.config.conventions.image_mean) != 3:
         raise UsageError(f"the noise-aware CLIP of {model} sees latents, which the clean one does not; compare others")
     samples = [pack.read(int(i)) for i in np.linspace(0, len(pack) - 1, min(n, len(pack))).astype(int)]
