@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 from clipkit.config import DataConfig
 from clipkit.errors import SampleError
+from clipkit.orientation import orientation_of, upright
 
 if TYPE_CHECKING:
     from clipkit.model import CLIPConfig
@@ -38,7 +40,7 @@ _DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeEr
 
 
 def decode(data: bytes, reduce_to: int = 0, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Bytes of a JPEG, PNG or WebP -> RGB image, upright (EXIF), transparency laid on white.
+    """Bytes of a JPEG, PNG or WebP -> RGB image, upright (EXIF, XMP), transparency laid on white.
 
     With `reduce_to`, a JPEG is decoded at an eighth, a quarter or half of its size, as long as its shorter side keeps
     that many pixels. `max_pixels` limits what is decoded, after that reduction.
@@ -53,14 +55,25 @@ def decode(data: bytes, reduce_to: int = 0, max_pixels: int = MAX_PIXELS) -> Ima
 
 def _open(data: bytes) -> Image.Image:
     """What the header says, nothing decoded yet."""
+    file = io.BytesIO(data)
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = _Jpeg(file) if format_of(data) == "jpeg" else Image.open(file, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise SampleError("too many pixels", str(error).split(",")[0]) from error
     except _DECODE_ERRORS as error:
         raise SampleError("not an image", f"no readable {', '.join(FORMATS)} header in {len(data)} bytes") from error
     _check_pixels(image, MAX_PIXELS)
     return image
+
+
+class _Jpeg(JpegImageFile):
+    """A JPEG whose EXIF is left alone: Pillow looks for the resolution in there, and warns of all that is odd.
+
+    Nor are the other pictures in the same file looked for (MPO), as they are when Pillow opens it.
+    """
+
+    def _read_dpi_from_exif(self) -> None:
+        pass
 
 
 def _check_pixels(image: Image.Image, limit: int) -> None:
@@ -76,8 +89,7 @@ def _reduce(image: Image.Image, most: int) -> None:
 
 def _finish(image: Image.Image) -> Image.Image:
     try:
-        image.load()
-        return to_rgb(ImageOps.exif_transpose(image) if "exif" in image.info else image)
+        return to_rgb(upright(image))
     except _DECODE_ERRORS as error:
         raise SampleError("damaged image", str(error)) from error
 
@@ -106,10 +118,11 @@ def preprocess(
 ) -> Tensor:
     """Evaluation transform -> uint8 [3, size, size]: shorter side to `size`, then the middle; or both sides to `size`.
 
+    An image that still carries an orientation (EXIF, XMP) is turned first, so that it looks as `decode` shows it.
     What torchvision's Resize and CenterCrop make of a Pillow image, as OpenAI and open_clip evaluate, without the
     pixels that the crop would throw away.
     """
-    image = to_rgb(image)
+    image = to_rgb(upright(image))
     if image.size != (size, size):
         box = _middle(*image.size, size) if resize == "crop" else None
         image = image.resize((size, size), Image.Resampling[interpolation.upper()], box=box)
@@ -152,11 +165,7 @@ def random_view(data: bytes, size: int, config: DataConfig, rng: np.random.Gener
 
 
 def _is_plain_jpeg(image: Image.Image) -> bool:
-    try:
-        upright = "exif" not in image.info or image.getexif().get(0x0112, 1) == 1
-    except _DECODE_ERRORS:
-        return False
-    return image.format == "JPEG" and upright
+    return image.format == "JPEG" and orientation_of(image) == 1
 
 
 def _decode_reduced(image: Image.Image, most: int) -> tuple[Tensor, float]:
