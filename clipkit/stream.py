@@ -216,6 +216,11 @@ class Stream:
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self._damage: ShardError | None = None
 
+    @property
+    def not_indexed(self) -> dict[str, int]:
+        """What was not taken when the packs, or the indexes of shards made elsewhere, were made, by reason."""
+        return dict(sum((Counter(pack.skipped) for pack in self.samples.packs), Counter[str]()))
+
     def epoch(self, step: int) -> int:
         """Which epoch of the first pack a step begins in."""
         share = self.samples.mixture.quotas[0] / BLOCK
