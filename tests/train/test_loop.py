@@ -3,10 +3,10 @@ import json
 import os
 import re
 import shutil
-import tarfile
 import signal
 import subprocess
 import sys
+import tarfile
 from contextlib import contextmanager
 from itertools import pairwise
 
