@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import math
 import struct
+import zlib
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Literal
@@ -55,15 +56,22 @@ def decode(data: bytes, reduce_to: int = 0, max_pixels: int = MAX_PIXELS) -> Ima
 
 def _open(data: bytes) -> Image.Image:
     """What the header says, nothing decoded yet."""
-    file = io.BytesIO(data)
     try:
-        image = _Jpeg(file) if format_of(data) == "jpeg" else Image.open(file, formats=FORMATS)
+        try:
+            image = _opened(data)
+        except _DECODE_ERRORS:  # of what lies beside the pixels, perhaps
+            image = _opened(_without_metadata(data))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise SampleError("too many pixels", str(error).split(",")[0]) from error
     except _DECODE_ERRORS as error:
         raise SampleError("not an image", f"no readable {', '.join(FORMATS)} header in {len(data)} bytes") from error
     _check_pixels(image, MAX_PIXELS)
     return image
+
+
+def _opened(data: bytes) -> Image.Image:
+    file = io.BytesIO(data)
+    return _Jpeg(file) if format_of(data) == "jpeg" else Image.open(file, formats=FORMATS)
 
 
 class _Jpeg(JpegImageFile):
@@ -74,6 +82,32 @@ class _Jpeg(JpegImageFile):
 
     def _read_dpi_from_exif(self) -> None:
         pass
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """A JPEG or PNG with what its pixels and their orientation need; other bytes as they are.
+
+    Pillow gives a picture up for a large text in a PNG, a wrong checksum of one, or a short segment of Photoshop's.
+    """
+    parts, at = [], 0
+    if format_of(data) == "png":
+        parts, at = [data[:8]], 8
+        while at < len(data):
+            end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+            kind, content = data[at + 4 : at + 8], data[at + 4 : end - 4]
+            sound = zlib.crc32(content) == int.from_bytes(data[end - 4 : end], "big")
+            if kind[:1].isupper() or (kind in (b"tRNS", b"eXIf") and sound):
+                parts.append(data[at:end])
+            at = end
+    elif format_of(data) == "jpeg":
+        parts, at = [data[:2]], 2
+        while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] not in (b"", b"\xda"):
+            marker, end = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+            needed = marker in (0xE0, 0xEE) or data[at + 4 : at + 10] == b"Exif\0\0"  # JFIF, Adobe's colours
+            if needed or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+                parts.append(data[at:end])
+            at = end
+    return b"".join([*parts, data[at:]])
 
 
 def _check_pixels(image: Image.Image, limit: int) -> None:

@@ -142,9 +142,12 @@ def test_mutated_exif_and_xmp_cost_no_picture(times):
             sizes.add(image.size)
             assert np.array_equal(np.sort(np.asarray(image), axis=None), expected)
             assert random_view(data, 8, config, np.random.default_rng(i)).shape == (3, 8, 8)
-            with warnings.catch_warnings():  # of a caller's own opening
-                warnings.simplefilter("ignore")
-                opened = Image.open(io.BytesIO(data))
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    opened = Image.open(io.BytesIO(data))
+            except OSError:  # Pillow by itself loses some of them
+                continue
             assert torch.equal(preprocess(opened, 8), preprocess(image, 8))
     assert sizes == {(30, 20), (20, 30)}
 
