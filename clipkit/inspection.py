@@ -60,7 +60,7 @@ def verify(source: str, per_shard: int = 16, cache: Cache | None = None) -> Repo
                 if which.any():
                     report.incomplete[reason] = report.incomplete.get(reason, 0) + int(which.sum())
             whole.append(np.flatnonzero(~np.logical_or.reduce(list(incomplete.values()))))
-        except ShardError as error:
+        except (ShardError, OSError) as error:
             report.damaged[entry["name"]] = str(error)
     if not store.remote:
         report.damaged.update(dict.fromkeys(sorted(unlisted(Path(source), index)), "it is not in the index"))

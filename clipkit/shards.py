@@ -132,6 +132,8 @@ def scan(shard: Path) -> Scan:
                 rows[-1][2 * column : 2 * column + 2] = [member.offset_data, member.size]
             check_end(archive)
     except (tarfile.TarError, ShardError, OSError, ValueError) as error:
+        if isinstance(error, PermissionError):
+            raise ShardError(f"shard {shard} cannot be read: {error.strerror}") from None
         raise ShardError(f"{shard} is damaged: {error}; pack it again or fetch it anew") from None
     return Scan(np.array(rows, dtype=np.int64).reshape(-1, 6), +refused)
 
@@ -373,7 +375,10 @@ class Shards:
         offsets = self._offsets(path, entry)
         if len(self._opened) >= _OPEN_FILES:
             os.close(self._opened.popitem(last=False)[1][0])
-        self._opened[shard] = os.open(path, os.O_RDONLY), offsets
+        try:
+            self._opened[shard] = os.open(path, os.O_RDONLY), offsets
+        except OSError as error:
+            raise ShardError(f"shard {path} cannot be read: {error.strerror}") from None
         return self._opened[shard]
 
     def _offsets(self, path: Path, entry: dict[str, Any]) -> npt.NDArray[np.int64]:
@@ -408,7 +413,10 @@ class Shards:
         # The members of a sample lie together: one read fetches them all.
         present = [(row[c], row[c] + row[c + 1]) for c in (0, 2, 4) if row[c] >= 0]
         start, stop = min(p[0] for p in present), max(p[1] for p in present)
-        block = os.pread(descriptor, stop - start, start)
+        try:
+            block = os.pread(descriptor, stop - start, start)
+        except OSError as error:
+            raise ShardError(f"{self.name(i)} cannot be read: {error.strerror}") from None
         image, text, meta = (
             block[row[c] - start : row[c] - start + row[c + 1]] if row[c] >= 0 else None for c in (0, 2, 4)
         )

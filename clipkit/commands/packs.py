@@ -10,7 +10,6 @@ import click
 
 from clipkit.commands.given import read_class_names, read_lines
 from clipkit.errors import UsageError, did_you_mean
-from clipkit.inputs import check_writable
 
 
 @click.command()
@@ -142,6 +141,7 @@ def inspect(shards: str, count: int, seed: int, out: Path) -> None:
     Example:
       clipkit inspect packs/photos -n 16 --out sheet.png
     """
+    from clipkit.inputs import check_writable
     from clipkit.inspection import sheet
     from clipkit.shards import Shards
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipkit.errors import SampleError, ShardError, UsageError
+from clipkit.inspection import verify
 from clipkit.remote import Cache
 from clipkit.shards import Shards, clean_caption, scan, split_key, write_index
 from clipkit.sources import pictures
@@ -376,6 +377,24 @@ def test_no_place_for_an_index_is_one_line(locked):
         Shards(folder, cache=cache)
     assert "\n" not in str(found.value)
     assert not cache.folder.exists()
+
+
+def test_a_shard_that_may_not_be_read_is_one_line(folder, monkeypatch):
+    """Who runs tests may be root, to whom everything is allowed."""
+    whole = Shards(folder, verify=False)
+
+    def denied(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("clipkit.shards.os.open", denied)
+    with pytest.raises(ShardError, match=r"shard .*shard-000000\.tar cannot be read: Permission denied"):
+        whole.read(0)
+    monkeypatch.setattr("clipkit.shards.tarfile.open", denied)
+    with pytest.raises(ShardError, match=r"shard .*shard-000000\.tar cannot be read: Permission denied"):
+        scan(folder / "shard-000000.tar")
+    monkeypatch.setattr("clipkit.inspection.sha256", denied)
+    assert all("Permission denied" in what for what in verify(str(folder)).damaged.values())
+    assert len(verify(str(folder)).damaged) == 3
 
 
 def test_shards_that_came_after_the_index(tmp_path):

@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 from itertools import accumulate
 from pathlib import Path
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clipkit.config import DataConfig
-from clipkit.errors import DataError, RecipeError
+from clipkit.errors import DataError, RecipeError, ShardError
 from clipkit.order import Order
 from clipkit.shards import Shards
 from clipkit.stream import Stream
@@ -117,6 +118,16 @@ def test_a_bad_sample_is_skipped_and_counted(tmp_path):
 def test_too_many_bad_samples_stop_the_run(tmp_path):
     with pytest.raises(DataError, match=r"not an image\), more than data.max_bad_fraction"):
         list(_with_bad_images(tmp_path, bad=20).batches(0, 60))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_goes_away_is_one_line(packs, tmp_path, workers):
+    folder = shutil.copytree(packs / "train", tmp_path / "pack")
+    stream = Stream(Shards(folder, verify=False), DataConfig("", workers=workers), 16, 16, 0, rank=1, world_size=2)
+    (folder / "shard-000001.tar").unlink()
+    with pytest.raises(ShardError) as error:
+        list(stream.batches(0, 40))
+    assert str(error.value) == f"shard {folder / 'shard-000001.tar'} is missing"
 
 
 def test_samples_of_others_without_image_or_caption_are_counted(tmp_path):
