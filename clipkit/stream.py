@@ -70,8 +70,11 @@ class Batch:
         return [Batch(self.images[c], self.captions[c], self.groups[c], self.keys[c]) for c in cuts]
 
 
-class _Samples(Dataset[Batch]):
-    """Global positions -> decoded, augmented samples; each sample's randomness comes from (seed, position)."""
+class _Samples(Dataset["Batch | ShardError"]):
+    """Global positions -> decoded, augmented samples; each sample's randomness comes from (seed, position).
+
+    A shard that cannot be read is returned as its error: raised in a loader process, it would come with a traceback.
+    """
 
     def __init__(
         self, packs: Sequence[Shards], config: DataConfig, image_size: int, seed: int, early: tuple[int, int]
@@ -95,13 +98,16 @@ class _Samples(Dataset[Batch]):
         pack, index = self.locate(position)
         return self.packs[pack].name(index)
 
-    def __getitem__(self, position: int) -> Batch:
+    def __getitem__(self, position: int) -> Batch | ShardError:
         return self.__getitems__([position])
 
-    def __getitems__(self, positions: list[int]) -> Batch:
+    def __getitems__(self, positions: list[int]) -> Batch | ShardError:
         with warnings.catch_warnings():  # Pillow warns of odd metadata; what matters, it raises
             warnings.simplefilter("ignore")
-            return self._load(positions)
+            try:
+                return self._load(positions)
+            except ShardError as error:
+                return error
 
     def _load(self, positions: list[int]) -> Batch:
         views, captions, groups, keys, rngs = [], [], [], [], []
@@ -216,6 +222,11 @@ class Stream:
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self._damage: ShardError | None = None
 
+    @property
+    def not_indexed(self) -> dict[str, int]:
+        """What was not taken when the packs, or the indexes of shards made elsewhere, were made, by reason."""
+        return dict(sum((Counter(pack.skipped) for pack in self.samples.packs), Counter[str]()))
+
     def epoch(self, step: int) -> int:
         """Which epoch of the first pack a step begins in."""
         share = self.samples.mixture.quotas[0] / BLOCK
@@ -256,9 +267,11 @@ class Stream:
         finally:
             rest.set()
 
-    def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _counted(self, batches: Iterator[Batch | ShardError]) -> Iterator[Batch]:
         config, seen, skipped = self.samples.config, 0, Counter[str]()
         for batch in batches:
+            if isinstance(batch, ShardError):
+                raise batch
             self._complain()
             seen += len(batch.captions) + batch.skipped.total()
             skipped += batch.skipped

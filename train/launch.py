@@ -10,6 +10,7 @@ import torch
 
 from clipkit import distributed
 from clipkit.config import Recipe, load_recipe, to_toml
+from clipkit.records import remark
 from clipkit.shards import Shards
 from clipkit.stream import Stream, cache_of
 from clipkit.train.loop import seed_everything, train
@@ -44,4 +45,6 @@ def train_recipe(recipe: R, make_task: MakeTask[R], device: torch.device) -> Pat
     run = recipe.run
     early = (task.early_size or task.image_size, round(EARLY * run.steps))
     stream = Stream(shards, recipe.data, task.image_size, run.batch_size, run.seed, rank, world_size, *early)
+    if stream.not_indexed:
+        remark(f"clipkit: not taken into the index: {', '.join(f'{n} {why}' for why, n in stream.not_indexed.items())}")
     return train(task, stream, recipe, device)

@@ -164,7 +164,8 @@ class _Loop:
             records.write(done, {**line, **({"skipped": skipped} if skipped else {})})
         if (epoch := stream.epoch(done)) != stream.epoch(done - 1):
             counts = distributed.sum_counts(self.epoch)
-            records.write(done, {"epoch": epoch, "seen": counts["seen"], "skipped": _without_seen(counts)})
+            indexed = {"not_indexed": stream.not_indexed} if stream.not_indexed else {}
+            records.write(done, {"epoch": epoch, "seen": counts["seen"], "skipped": _without_seen(counts), **indexed})
             self.epoch.clear()
         if evaluate and (scores := self.evaluate()):
             records.write(done, scores)

@@ -115,16 +115,17 @@ def verify(shards: str, samples: int, as_json: bool) -> None:
     else:
         click.echo(f"{report.source}: {report.samples} samples in {report.shards} shards")
         for name, count in report.skipped.items():
-            click.echo(f"  skipped when packed: {count} {name}")
+            click.echo(f"  not taken into the index: {count} {name}")
         for name, problem in report.damaged.items():
             click.echo(f"  {name}: {problem}")
+        for reason, count in report.incomplete.items():
+            click.echo(f"  {count} of {report.samples} samples: {reason}")
         for reason, count in report.bad.items():
             click.echo(f"  {count} of {report.decoded} decoded samples: {reason}")
         good = f"sound: every hash is right, {report.decoded} samples decoded"
-        click.echo(
-            f"{len(report.damaged)} damaged shards" if report.damaged else good if not report.bad else "not sound"
-        )
-    if report.damaged or report.bad:
+        unsound = report.bad or report.incomplete
+        click.echo(f"{len(report.damaged)} damaged shards" if report.damaged else "not sound" if unsound else good)
+    if report.damaged or report.bad or report.incomplete:
         sys.exit(1)
 
 
@@ -140,13 +141,15 @@ def inspect(shards: str, count: int, seed: int, out: Path) -> None:
     Example:
       clipkit inspect packs/photos -n 16 --out sheet.png
     """
+    from clipkit.inputs import check_writable
     from clipkit.inspection import sheet
     from clipkit.shards import Shards
 
-    picture = sheet(Shards(shards, verify=False), count, seed)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(out, "PNG")
-    except OSError as error:
-        raise UsageError(f"cannot write {out}: {error.strerror or error}") from None
-    click.echo(f"{out}: {count} samples of {shards}")
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise UsageError(f"--out is {out}; give the name of a .png file")
+    check_writable(out.parent)
+    pack = Shards(shards, verify=False)
+    picture = sheet(pack, count, seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(out, "PNG")
+    click.echo(f"{out}: {min(count, len(pack))} samples of {shards}")

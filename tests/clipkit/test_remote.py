@@ -171,3 +171,12 @@ def test_verify_a_url(server, cache):
     damaged = verify(server.url, 2, Cache(cache.folder / "other")).damaged
     assert list(damaged) == [NAME]
     assert json.dumps(damaged)
+
+
+def test_the_cache_is_where_xdg_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert Cache().root == tmp_path / "clipkit"
+    assert Cache(tmp_path / "own").root == tmp_path / "own"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert Cache().root == tmp_path / "home" / ".cache" / "clipkit"

@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 from itertools import accumulate
 from pathlib import Path
@@ -7,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from clipkit.config import DataConfig
-from clipkit.errors import DataError, RecipeError
+from clipkit.errors import DataError, RecipeError, ShardError
 from clipkit.order import Order
 from clipkit.shards import Shards
 from clipkit.stream import Stream
@@ -116,6 +118,36 @@ def test_a_bad_sample_is_skipped_and_counted(tmp_path):
 def test_too_many_bad_samples_stop_the_run(tmp_path):
     with pytest.raises(DataError, match=r"not an image\), more than data.max_bad_fraction"):
         list(_with_bad_images(tmp_path, bad=20).batches(0, 60))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_goes_away_is_one_line(packs, tmp_path, workers):
+    folder = shutil.copytree(packs / "train", tmp_path / "pack")
+    stream = Stream(Shards(folder, verify=False), DataConfig("", workers=workers), 16, 16, 0, rank=1, world_size=2)
+    (folder / "shard-000001.tar").unlink()
+    with pytest.raises(ShardError) as error:
+        list(stream.batches(0, 40))
+    assert str(error.value) == f"shard {folder / 'shard-000001.tar'} is missing"
+
+
+def test_samples_of_others_without_image_or_caption_are_counted(tmp_path):
+    """What is half a sample counts as one; what was not taken into the index is known, too."""
+    import webdataset
+
+    from clipkit.sources import encode_png
+
+    picture = encode_png(Image.new("RGB", (40, 40)))
+    with webdataset.TarWriter(str(tmp_path / "0.tar")) as writer:
+        for i in range(12):
+            parts = {0: {"txt": b"a"}, 1: {"png": picture}, 2: {"gif": b"x", "json": b"{}"}}.get(i)
+            writer.write({"__key__": str(i), **(parts or {"png": picture, "json": b'{"caption": "a"}'})})
+        writer.write({"__key__": "11", "pkl": b"x"})
+    stream = Stream(Shards(tmp_path), DataConfig("", workers=0, mix={str(tmp_path): 0.5}), 32, 24, 0)
+    (batch,) = stream.batches(0, 1)
+    assert batch.skipped == {"no image": 4, "no caption": 2}
+    assert batch.captions == ["a"] * 18
+    assert len({group & 0xFFFFFFFF for group in batch.groups.tolist()}) == 1
+    assert stream.not_indexed == {"pickle": 2}
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from Linux's /proc")

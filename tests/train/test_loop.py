@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -377,6 +378,19 @@ def test_the_end_of_an_epoch_is_summed_up_also_after_a_stop(packs, tmp_path, mon
     pretrain.run("drawings_clip", recipe)
     epochs = [line for line in records.read(tmp_path / "log.jsonl") if "epoch" in line]
     assert epochs == [{"step": 15 * e, "epoch": e, "seen": 240, "skipped": {}} for e in (1, 2)]
+
+
+def test_what_was_never_indexed_is_said_and_logged_with_every_epoch(packs, tmp_path, capsys):
+    folder = shutil.copytree(packs / "heldout", tmp_path / "pack", ignore=shutil.ignore_patterns("index.json"))
+    with tarfile.open(folder / "shard-000000.tar", "a") as archive:
+        link = tarfile.TarInfo("more.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "elsewhere.png"
+        archive.addfile(link)
+    pretrain.run("drawings_clip", [*words(packs, tmp_path / "run", 8), f"data.shards={folder}"])
+    assert "not taken into the index: 1 link or device" in capsys.readouterr().err
+    epochs = [line for line in records.read(tmp_path / "run" / "log.jsonl") if "epoch" in line]
+    assert epochs
+    assert all((line["skipped"], line["not_indexed"]) == ({}, {"link or device": 1}) for line in epochs)
 
 
 def test_a_shard_that_is_not_what_the_index_says_stops_the_run(packs, tmp_path):
