@@ -210,8 +210,12 @@ class Studio:
         """Of each text that is longer than what is read of it at this noise-aware scale, the last word that is read."""
         guide = self.guide if (self.scales[0] if scale is None else scale) else None
         readers = [r for r in (self.denoiser.conditioner, guide) if isinstance(r, TextCondition | Guide)]
-        read = {text: min((reader.tokenizer.fitting(text).split() for reader in readers), key=len) for text in texts}
-        return {text: (words or [""])[-1] for text, words in read.items() if words != text.split()}
+        found = {}
+        for text in texts if readers else ():
+            read = min((reader.tokenizer.fitting(text).split() for reader in readers), key=len)
+            if read != text.split():
+                found[text] = read[-1] if read else ""
+        return found
 
     def told(self, prompts: Mapping[str, float], negative: Sequence[str], cfg_scale: float) -> Denoise:
         """The denoiser by classifier-free guidance, above scale 1 away from `negative`, or from what it draws untold.

@@ -108,7 +108,7 @@ def check_counts(n: int, steps: int, seed: int) -> None:
 
 
 def check_prompts(prompts: Mapping[str, float], negative: Sequence[str]) -> None:
-    """Raises UsageError for prompts that say nothing, and for weights that do."""
+    """Raises UsageError for empty prompts, and for weights that have no effect or are not finite."""
     if not prompts or not all(text.strip() for text in [*prompts, *negative]):
         raise UsageError("the prompt is empty; say what to draw")
     for text, weight in prompts.items():
@@ -116,8 +116,8 @@ def check_prompts(prompts: Mapping[str, float], negative: Sequence[str]) -> None
             raise UsageError(f"the weight of {text!r} is {weight:g}; it must be finite and not 0")
     if len(prompts) == 1 and weight != 1:
         raise UsageError(
-            f"{text!r} has the weight {weight:g}, but weights share several prompts out; how strongly one is meant is "
-            "for --cfg-scale and --scale to say, and what to avoid for --negative"
+            f"{text!r} has the weight {weight:g}, but weights are relative among several prompts; give --cfg-scale or "
+            "--scale for the strength of one, --negative for what to avoid"
         )
 
 
