@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from clipkit import DEFAULT_MODEL
-from clipkit.errors import DataError, UsageError
+from clipkit.errors import DataError, SampleError, UsageError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
     from clipkit.guidance.draw import Start, Studio
+    from clipkit.shards import Sample, Shards
 
 _SAMPLERS = ["dpmpp-2m", "dpmpp-2m-sde", "dpmpp-2s", "heun", "unipc", "ddim", "ddpm"]
 _SPACINGS = ["karras", "linspace", "leading", "trailing"]
@@ -215,6 +218,9 @@ def _white(mask: Tensor) -> Tensor:
     return (mask.mean(dim=1, keepdim=True) > 0).float()
 
 
+_FIGURES = (".png", ".svg", ".pdf")
+
+
 @click.command("noise-curve")
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Folder of the runs clip and noisy_clip.")
 @click.option("--shards", required=True, help="A pack: its classes are told apart, or its captions if it has none.")
@@ -231,27 +237,33 @@ def noise_curve(model: str, shards: str, n: int, out: Path | None, device: str, 
     Example:
       clipkit noise-curve --model runs/drawings --shards packs/drawings-heldout --out curve.png
     """
-    import numpy as np
     import torch
 
     from clipkit.commands.pictures import save_figure
     from clipkit.guidance import curve
     from clipkit.guidance.loading import load_guide
-    from clipkit.images import decode, preprocessing
+    from clipkit.images import preprocessing
+    from clipkit.inputs import check_writable
     from clipkit.pretrained import load
     from clipkit.records import progress
     from clipkit.shards import Shards
     from clipkit.zeroshot.heads import class_head, embed_texts
 
+    if out is not None:
+        if out.suffix.lower() not in _FIGURES:
+            raise UsageError(f"--out {out} must end in {', '.join(_FIGURES)}")
+        check_writable(out.parent)
     clip, guide, pack = load(model, device), load_guide(model), Shards(shards)
     where = clip.model.log_logit_scale.device
     guide.model.to(where)
     if len(guide.model.clip.config.conventions.image_mean) != 3:
         raise UsageError(f"the noise-aware CLIP of {model} sees latents, which the clean one does not; compare others")
-    samples = [pack.read(int(i)) for i in np.linspace(0, len(pack) - 1, min(n, len(pack))).astype(int)]
-    pictures = [decode(sample.image) for sample in samples]
-    labels = [sample.label for sample in samples] if pack.classes else list(range(len(samples)))
-    wanted, found, targets = torch.tensor(labels, device=where), {}, 0
+    samples, pictures, skipped = _evenly(pack, n)
+    texts = list(dict.fromkeys(sample.captions[0] for sample in samples))  # equal captions are one target
+    labels = [sample.label if pack.classes else texts.index(sample.captions[0]) for sample in samples]
+    if (targets := len(pack.classes or texts)) < 2:
+        raise UsageError(f"{shards} has one class or caption, which is always right; give a pack with several")
+    wanted, found = torch.tensor(labels, device=where), {}
     for name, towers, tokenizer, encode in (
         ("noise-aware", guide.model.clip, guide.tokenizer, curve.noise_aware(guide.model)),
         ("clean", clip.model, clip.tokenizer, curve.clean(clip.model)),
@@ -259,19 +271,45 @@ def noise_curve(model: str, shards: str, n: int, out: Path | None, device: str, 
         if pack.classes:
             head = class_head(towers, tokenizer, pack.classes, pack.templates)
         else:
-            head = embed_texts(towers, tokenizer, [sample.captions[0] for sample in samples])
+            head = embed_texts(towers, tokenizer, texts)
         seen = preprocessing(towers.config)
         x0 = torch.stack([seen(picture) for picture in pictures]).to(where).float() / 127.5 - 1
         levels = progress(curve.LEVELS, len(curve.LEVELS), name)
         found[name] = [curve.accuracy_at(encode, head, x0, wanted, level) for level in levels]
-        targets = len(head)
     if out is not None:
         save_figure(curve.figure(curve.LEVELS, found, 1 / targets), out)
     names = ["clean" if math.isinf(level) else f"{level:g}" for level in curve.LEVELS]
     if as_json:
-        click.echo(json.dumps({"n": len(samples), "targets": targets, "log_snr": names, **found}))
+        about = {"n": len(samples), "targets": targets, "skipped": skipped, "log_snr": names}
+        click.echo(json.dumps({**about, **found}))
         return
-    click.echo(f"top-1 of {len(samples)} pictures among {targets}")
+    reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "none"
+    click.echo(f"top-1 of {len(samples)} pictures among {targets}; skipped: {reasons}")
     click.echo("log SNR  " + "  ".join(f"{name:>11}" for name in found))
     for row, name in enumerate(names):
         click.echo(f"{name:>7}  " + "  ".join(f"{values[row]:11.1%}" for values in found.values()))
+
+
+def _evenly(pack: Shards, n: int) -> tuple[list[Sample], list[Image], dict[str, int]]:
+    """At most `n` samples of a pack, evenly spread, with their pictures; and how many were skipped, by reason.
+
+    Raises DataError when none is left.
+    """
+    import numpy as np
+
+    from clipkit.images import decode
+
+    samples, pictures, skipped = [], [], Counter[str]()
+    for i in np.linspace(0, len(pack) - 1, min(n, len(pack))).astype(int):
+        try:
+            sample = pack.read(int(i))
+            if pack.classes and not (isinstance(sample.label, int) and 0 <= sample.label < len(pack.classes)):
+                raise SampleError("no label of its classes")
+            pictures.append(decode(sample.image))
+            samples.append(sample)
+        except SampleError as error:
+            skipped[error.reason] += 1
+    if not samples:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "none"
+        raise DataError(f"no picture of {pack.source} can be used; skipped: {reasons}")
+    return samples, pictures, dict(skipped)
