@@ -2,8 +2,8 @@
 
 import io
 import json
-import tarfile
 import math
+import tarfile
 
 import pytest
 import torch
