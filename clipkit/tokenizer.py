@@ -14,7 +14,7 @@ import re
 import string
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,12 @@ class Tokenizer(AnyTokenizer):
         ids[:, 1:][inside] = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=lengths.sum())
         ids[np.arange(len(rows)), lengths + 1] = self.end_id
         return torch.from_numpy(ids)
+
+    def fitting(self, text: str) -> str:
+        """The words of `text` that fit into the context whole; what comes after them is cut."""
+        words, room = text.split(), self.context_length - 2
+        ends = accumulate(map(len, self._encode(words)))
+        return " ".join(words[: sum(end <= room for end in ends)])
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text: of plain ASCII word by word from memory, of anything else by the encoder."""

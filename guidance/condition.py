@@ -7,7 +7,6 @@ random, so that the same network is also the unconditional one that classifier-f
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -19,6 +18,7 @@ from clipkit.errors import RecipeError, UsageError, did_you_mean
 from clipkit.model import CLIP
 from clipkit.shards import Shards
 from clipkit.tokenizer import Tokenizer
+from clipkit.words import split
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,6 @@ class TextCondition(nn.Module):
 
 
 Conditioner = ClassCondition | TextCondition
-
-
-def split(text: str) -> list[str]:
-    """A text's words in lower case, in their order."""
-    return re.findall(r"\w+", text.lower())
 
 
 def words_of(packs: Sequence[Shards], limit: int = 500_000) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import click
 import pytest
@@ -226,3 +227,54 @@ def test_no_traceback_from_a_real_process(tmp_path):
 def test_python_dash_m_says_its_name():
     done = subprocess.run([sys.executable, "-m", "clipkit", "--version"], capture_output=True, text=True)
     assert done.stdout.startswith("clipkit, version")
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (
+            ["a", "red", "rocket"],
+            'quote one of several words, "a red rocket", or write several with their',
+        ),
+        (["red", "rocket"], "2 prompts of a word each"),
+        (["a rocket", "cat", "--negative", "a"], '"a" alone says nothing; put quotes around a prompt'),
+        (["a cat", "The", "dog"], '"The" alone says nothing'),
+        (["a cat", "a cat:0.5"], "the prompt 'a cat' is given twice"),
+        (["a cat:0.5"], "weights are relative among several prompts"),
+        (["a cat:inf", "red"], "the weight of 'a cat' is inf"),
+        (["a cat", "red:-1"], "the weights of the prompts add up to 0"),
+        (["a cat", "red:-2"], "add up to -1; their sum must be above 0"),
+        (["a cat", "--strength", 0.5], "--strength says how much of --init is drawn anew; give --init too"),
+        (["a cat", "--scale", "nan"], "the noise-aware scale is nan"),
+        (["a cat", "--cfg-scale", "inf"], "the classifier-free scale is inf"),
+        (["a cat", "--negative", "a dog", "--cfg-scale", 1], "a negative prompt has no effect"),
+        (["a cat", "--shift", "score"], "--shift: for the noise-aware CLIP, whose scale is 0"),
+        (["a cat", "--image-prompt", "dot.png"], "--image-prompt: for the noise-aware CLIP"),
+        (["a cat", "--init", "dot.png", "--strength", 1], "at strength 1 nothing is left"),
+        (["a cat", "--init", "dot.png", "--mask", "dot.png"], "the mask is white all over"),
+        (["a cat", "--seed", 2**64], "it must be from 0 to 4294967295"),
+        (["a cat", "--out", "x.tif"], "does not say what to write"),
+        (["a cat", "--out", "dot.png/"], "cannot write into dot.png"),
+        (["a cat", "--gif", "x.png"], "must end in .gif"),
+    ],
+)
+def test_a_drawing_that_would_not_be_what_was_asked_for_is_refused(command, monkeypatch, tmp_path, words, part):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (24, 24), "white").save("dot.png")
+    code, out, err = command("guided-sample", *words, "--n", 1, "--steps", 1)
+    assert (code, out) == (2, "")
+    one_line(err.splitlines()[-1], part)
+    assert [file.name for file in tmp_path.iterdir()] == ["dot.png"]
+
+
+def test_pictures_are_read_once_so_that_they_may_be_pipes(command, tmp_path):
+    pipe, picture = tmp_path / "pipe", tmp_path / "red.png"
+    Image.new("RGB", (24, 24), "red").save(picture)
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(picture.read_bytes(),))
+    writer.start()
+    words = ["guided-sample", "a cat", "--n", 1, "--steps", 2, "--json", "--out", tmp_path / "a.png", "--init"]
+    code, out, _ = command(*words, pipe)
+    writer.join()
+    assert code == 0
+    assert json.loads(out)["init"]["sha256"] == json.loads(command(*words, picture)[1])["init"]["sha256"]
