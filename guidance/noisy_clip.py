@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipkit.config import require
 from clipkit.guidance.guiders import LogProb, softmax_log_prob
 from clipkit.guidance.layers import noise_embedding
 from clipkit.guidance.schedule import expand
@@ -43,6 +44,11 @@ class NoisyCLIPConfig:
     """What that tower is: a timm name."""
     image_kwargs: dict[str, Any] = field(default_factory=dict)
     """Its arguments."""
+
+    def __post_init__(self) -> None:
+        require("even and at least 2", "model", self, "width")  # sines and cosines
+        require("in [0, 1]", "model", self, "clean_fraction")
+        require("at least 0", "model", self, "bank", "image_size")
 
 
 @dataclass(frozen=True)

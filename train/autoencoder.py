@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipkit import DEFAULT_MODEL, distributed
-from clipkit.config import Recipe
-from clipkit.errors import RecipeError
+from clipkit.config import Recipe, require
 from clipkit.guidance.autoencoder import Autoencoder, AutoencoderConfig, Discriminator, frozen_scores
 from clipkit.guidance.extractors import activations
 from clipkit.guidance.likeness import lpips, psnr
@@ -47,9 +46,8 @@ class ReconstructionConfig:
     """Step at which the discriminator comes in."""
 
     def __post_init__(self) -> None:
-        for name in ("perceptual", "regularisation", "adversarial", "adversarial_from"):
-            if getattr(self, name) < 0:
-                raise RecipeError(f"reconstruction.{name} is {getattr(self, name)}; it must be at least 0")
+        names = ("perceptual", "regularisation", "adversarial", "adversarial_from")
+        require("at least 0", "reconstruction", self, *names)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipkit import distributed
-from clipkit.config import Recipe
+from clipkit.config import Recipe, require
 from clipkit.errors import RecipeError
 from clipkit.guidance.classifier import NoisyClassifier
 from clipkit.guidance.noisy_clip import NoisyCLIP, noised
@@ -43,6 +43,11 @@ class ClassifierConfig:
     """Share of clean images in each batch."""
     image_size: int = 0
     """Pixels of the denoiser's pictures; 0: the CLIP's."""
+
+    def __post_init__(self) -> None:
+        require("even and at least 2", "model", self, "width")  # sines and cosines
+        require("in [0, 1]", "model", self, "clean_fraction")
+        require("at least 0", "model", self, "image_size")
 
 
 @dataclass(frozen=True)
