@@ -28,7 +28,7 @@ TOWERS = {
     "small": ("clipkit_resnet", "{channels=[6, 8], depths=[1, 1]}"),
     "pooled": ("clipkit_resnet9", "{channels=[4, 6, 8], depths=[1, 1]}"),
     "timm": ("resnet18", "{channels=[4, 8, 8, 16], layers=[1, 1, 1, 1], stem_width=4}"),
-    "timm, norm and activation in one": ("regnetx_002", "{stem_width=8, depth=2, w0=8, wa=4.0, wm=2.0, group_size=8}"),
+    "timm, norm and activation in one": ("lcnet_035", "{}"),
 }
 SMALL = ("model.embed_dim=8", "model.text_width=16", "model.text_heads=2", "model.text_layers=1")
 
@@ -187,11 +187,11 @@ def tower(name, packs, out, *words):
 
 
 def shaken(task):
-    """In float64, with no gain at zero: a gain that is hides what is behind it."""
+    """With no gain at zero: a gain that is hides what is behind it."""
     generator = torch.Generator().manual_seed(3)
     for parameter in task.model.parameters():
         parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return task.double().train()
+    return task.train()
 
 
 def of_clip(name, packs, out, *words):
@@ -199,7 +199,7 @@ def of_clip(name, packs, out, *words):
     torch.manual_seed(0)
     shards = Shards(recipe.data.shards)
     task = Pretraining(recipe, shards)
-    return shaken(task), next(Stream(shards, recipe.data, task.image_size, 11, 0).batches(0, 1))
+    return shaken(task).double(), next(Stream(shards, recipe.data, task.image_size, 11, 0).batches(0, 1))
 
 
 def of_noisy(kind, packs, clip):
@@ -208,14 +208,17 @@ def of_noisy(kind, packs, clip):
         "noisy_clip": (noisy_clip, NoisyCLIPRecipe),
         "noisy_classifier": (noisy_classifier, ClassifierRecipe),
     }[kind]
-    module.sample_log_snr = lambda schedule, n: torch.zeros(n, dtype=torch.float64)
-    module.noised = lambda x0, lam, noise, clean: (x0.double() * 0.7, lam)
+    module.sample_log_snr = lambda schedule, n: torch.zeros(n)
+    module.noised = lambda x0, lam, noise, clean: (x0 * 0.7, lam)
     words = [f"data.shards={packs / 'train'}", "run.out=nowhere", f"model.clip={clip}", "data.workers=0"]
     recipe = load_recipe(recipe_kind, f"drawings_{kind}", words)
     torch.manual_seed(0)
     shards = Shards(recipe.data.shards)
     task = (NoisyPretraining if kind == "noisy_clip" else Classification)(recipe, shards)
-    return shaken(task), next(Stream(shards, recipe.data, task.image_size, 11, 0).batches(0, 1))
+    shaken(task)
+    tower = task.model.clip if kind == "noisy_clip" else task.model.tower.clip
+    tower.image.double()  # at a bend of a ReLU, float32's rounding is no small thing
+    return task, next(Stream(shards, recipe.data, task.image_size, 11, 0).batches(0, 1))
 
 
 def gradients(task, batch, micro_batches=1, module=None):
@@ -304,13 +307,12 @@ def test_two_unequal_ranks_have_the_gradient_and_statistics_of_one(packs, tmp_pa
     losses = torch.stack([rank[name][0]["loss"] for rank in two_ranks])
     torch.testing.assert_close(losses.mean(), value)
     for rank in two_ranks[:1] if name == "pieces" else two_ranks:
-        same({n: g for n, g in rank[name][0].items() if n != "loss"}, expected)
-        same(rank[name][1], kept)
-    moved = {statistic for statistic in kept if not torch.equal(kept[statistic], before[statistic])}
-    assert any("running_var" in statistic for statistic in moved)
-    assert any("stem" in statistic for statistic in moved) == (
-        name in ("small", "pooled", "student", "noisy_clip", "noisy_classifier") or "one" in name
-    )
+        exact = 1e-4 if name.startswith("noisy") else 1e-5
+        same({n: g for n, g in rank[name][0].items() if n != "loss"}, expected, exact)
+        same(rank[name][1], kept, exact)
+    resting = [n for n in kept if torch.equal(kept[n], before[n])]
+    assert len(resting) < len(kept)
+    assert all(name == "locked" and not n.startswith("image.trunk.stages.1") for n in resting)
 
 
 def test_a_teacher_rests(packs, tmp_path, clip):
