@@ -117,8 +117,6 @@ class RunConfig:
         require("at least 0", "run", self, "seed", "save_minutes", "keep_every", "eval_every", "grad_clip")
         require("above 0", "run", self, "timeout_minutes")
         require("in [0, 1)", "run", self, "ema_decay")
-        if self.seed > _LARGEST:
-            raise RecipeError(f"run.seed is {self.seed}; it must be below 2^63")
         if self.timeout_minutes > _LONGEST:
             raise RecipeError(f"run.timeout_minutes is {self.timeout_minutes:g}; it must be at most {_LONGEST:g}")
         if self.micro_batches > self.batch_size:
@@ -303,7 +301,7 @@ def _finite(value: Any, where: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise RecipeError(f"{where} is {value}; it must be a finite number")
     if isinstance(value, int) and abs(value) > _LARGEST:
-        raise RecipeError(f"{where} is a number beyond 64 bits; it must be within -2^63 and 2^63")
+        raise RecipeError(f"{where} is a number beyond 64 bits; it must be between -2^63 and 2^63")
     return value
 
 
