@@ -7,7 +7,7 @@ BIN := .venv/bin
 
 # Tiny ImageNet and the emoji (tiny-imagenet-32/, noto-emoji/), which are not in this repository.
 DATA ?= ../shared/data
-# The CLIPs of clipkit-tiny: as many ranks as theirs had, a thread each. BatchNorm's statistics are those of a rank.
+# The CLIPs of clipkit-tiny: as many ranks as theirs had, a thread each. Theirs had run.sync_batchnorm = false: BatchNorm's statistics were those of a rank.
 RANKS := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2
 
 demo: .venv/installed

@@ -49,7 +49,7 @@ def choose_device(wanted: str = "auto") -> torch.device:
         wanted = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(wanted)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" holds no number
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {wanted!r} is not available here: {str(error).splitlines()[0][:100]}") from None
     return device
@@ -113,8 +113,8 @@ def explain(error: Exception, step: int, timeout_minutes: float) -> Exception:
     silent = _silent_ranks()
     who = f"rank {', '.join(map(str, silent))} does not answer" if silent else "the connection was lost"
     return RankError(
-        f"step {step}: {who} (run.timeout_minutes = {timeout_minutes:g}); rank {rank()} stops. The same command goes "
-        "on from the last checkpoint"
+        f"step {step}: {who} (run.timeout_minutes = {timeout_minutes:g}); rank {rank()} stops. The same command "
+        "resumes from the last checkpoint"
     )
 
 
@@ -162,7 +162,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average_buffers(model: nn.Module) -> None:
-    """Make the floating buffers (BatchNorm's running statistics) the same on all ranks: their mean."""
+    """Make the floating buffers (running statistics of a rank by itself) the same on all ranks: their mean."""
     buffers = [b for b in model.buffers() if b.is_floating_point() and b.numel()]
     if not active() or not buffers:
         return

@@ -30,6 +30,8 @@ _PATTERN = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _ASCII_WORDS = re.compile(
     r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+"
 ).findall  # the same, for lower-case ASCII
+SMALLEST_VOCABULARY = 2 + 2 * 256
+"""Tokens of a vocabulary without merges: START, END, each byte inside a word and at its end."""
 _CLIP_MERGES = 49152 - 256 - 2
 _REMEMBERED_WORDS = 500_000
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)

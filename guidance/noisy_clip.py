@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipkit.config import require
 from clipkit.errors import RecipeError
 from clipkit.guidance.guiders import LogProb, softmax_log_prob
 from clipkit.guidance.layers import noise_embedding
@@ -46,29 +47,24 @@ class NoisyCLIPConfig:
     """Its arguments."""
 
     def __post_init__(self) -> None:
-        check_start(self.clip, self.width, self.clean_fraction)
+        check_start(self.clip, self)
         if self.bank < 2:
             raise RecipeError(f"model.bank is {self.bank}; a prompt needs alternatives: at least 2 captions")
-        if self.image_size < 0:
-            raise RecipeError(f"model.image_size is {self.image_size}; it must be at least 0, the clean CLIP's")
         if self.autoencoder and self.image_size:
-            raise RecipeError("model.image_size has no effect on latents; leave it away, or model.autoencoder")
+            raise RecipeError("model.image_size has no effect on latents; omit it, or model.autoencoder")
         if not self.autoencoder and (self.image_kwargs or self.image_tower != "clipkit_resnet"):
             raise RecipeError("model.image_tower and image_kwargs make a tower for latents; give model.autoencoder too")
         if "in_chans" in self.image_kwargs:
-            raise RecipeError(
-                "model.image_kwargs has in_chans, which are the autoencoder's latent channels; leave it away"
-            )
+            raise RecipeError("model.image_kwargs has in_chans, which are the autoencoder's latent channels; omit it")
 
 
-def check_start(clip: str, width: int, clean_fraction: float) -> None:
+def check_start(clip: str, config: object) -> None:
     """What the section [model] of a noise-aware CLIP and of a classifier have in common. Raises RecipeError."""
     if not clip:
         raise RecipeError("model.clip is empty; it names the CLIP to start from")
-    if width < 2 or width % 2:
-        raise RecipeError(f"model.width is {width}; it must be even, for sines and cosines of the noise level")
-    if not 0 <= clean_fraction < 1:
-        raise RecipeError(f"model.clean_fraction is {clean_fraction}; it must be in [0, 1)")
+    require("even and at least 2", "model", config, "width")  # sines and cosines of the noise level
+    require("in [0, 1)", "model", config, "clean_fraction")
+    require("at least 0", "model", config, "image_size")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ clipkit autoencoder emoji_autoencoder.toml run.batch_size=8   # the same on one 
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipkit import DEFAULT_MODEL, distributed
-from clipkit.config import Recipe
+from clipkit.config import Recipe, require
 from clipkit.errors import RecipeError
 from clipkit.guidance.autoencoder import SMALLEST, Autoencoder, AutoencoderConfig, Discriminator, frozen_scores
 from clipkit.guidance.extractors import activations
@@ -49,9 +48,8 @@ class ReconstructionConfig:
     """Step at which the discriminator comes in."""
 
     def __post_init__(self) -> None:
-        for name in ("perceptual", "regularisation", "adversarial", "adversarial_from"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise RecipeError(f"reconstruction.{name} is {getattr(self, name)}; it must be finite and at least 0")
+        names = ("perceptual", "regularisation", "adversarial", "adversarial_from")
+        require("at least 0", "reconstruction", self, *names)
         if self.perceptual and not self.features:
             raise RecipeError(
                 "reconstruction.features names no CLIP for reconstruction.perceptual; give one, or 0 to it"

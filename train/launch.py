@@ -9,7 +9,9 @@ from typing import TypeVar
 import torch
 
 from clipkit import distributed
-from clipkit.config import Recipe, load_recipe, to_toml
+from clipkit.config import Recipe, RunConfig, load_recipe, to_toml
+from clipkit.errors import RecipeError
+from clipkit.inputs import check_writable
 from clipkit.records import remark
 from clipkit.shards import Shards
 from clipkit.stream import Stream, cache_of
@@ -37,9 +39,19 @@ def launch(
 
 
 def train_recipe(recipe: R, make_task: MakeTask[R], device: torch.device) -> Path:
-    """Open the pack, build the task and its stream, train -> the run's folder."""
+    """Open the pack, build the task and its stream, train -> the run's folder.
+
+    What can be told from the recipe alone is checked first. Raises RecipeError for a batch that does not divide over
+    the ranks, UsageError for a `run.out` that cannot be written, ShardError for a `data.val` that is no pack.
+    """
     rank, world_size = distributed.rank(), distributed.world_size()
+    _check_batch(recipe.run, world_size)
+    if rank == 0:
+        check_writable(Path(recipe.run.out))
+    distributed.barrier()
     shards = Shards(recipe.data.shards, verify=False, cache=cache_of(recipe.data))  # hashed while training
+    if recipe.data.val:
+        Shards(recipe.data.val, verify=False)  # a missing one is missed now, not after the last step
     seed_everything(recipe.run.seed, 0, 0)  # the same initial weights on every rank
     task = make_task(recipe, shards)
     run = recipe.run
@@ -48,3 +60,13 @@ def train_recipe(recipe: R, make_task: MakeTask[R], device: torch.device) -> Pat
     if stream.not_indexed:
         remark(f"clipkit: not taken into the index: {', '.join(f'{n} {why}' for why, n in stream.not_indexed.items())}")
     return train(task, stream, recipe, device)
+
+
+def _check_batch(run: RunConfig, ranks: int) -> None:
+    share, rest = divmod(run.batch_size, ranks)
+    if rest:
+        raise RecipeError(f"run.batch_size is {run.batch_size}; it must be a multiple of the {ranks} ranks")
+    if run.micro_batches > share:
+        raise RecipeError(
+            f"run.micro_batches is {run.micro_batches}, more than the {share} samples that each of {ranks} ranks has"
+        )

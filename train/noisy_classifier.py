@@ -45,9 +45,7 @@ class ClassifierConfig:
     """Pixels of the denoiser's pictures; 0: the CLIP's."""
 
     def __post_init__(self) -> None:
-        check_start(self.clip, self.width, self.clean_fraction)
-        if self.image_size < 0:
-            raise RecipeError(f"model.image_size is {self.image_size}; it must be at least 0, the CLIP's")
+        check_start(self.clip, self)
 
 
 @dataclass(frozen=True)

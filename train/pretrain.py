@@ -23,7 +23,7 @@ from clipkit.model import CLIP, CLIPConfig
 from clipkit.records import write_atomically
 from clipkit.shards import Shards
 from clipkit.stream import Batch, packs_of
-from clipkit.tokenizer import Tokenizer
+from clipkit.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from clipkit.towers import residual_blocks
 from clipkit.train import tune
 from clipkit.train.distil import DistilConfig, Teachers, squared_distance
@@ -164,7 +164,13 @@ def make_tokenizer(recipe: PretrainRecipe, shards: Shards) -> Tokenizer:
     if config.merges:
         return Tokenizer.clip(config.merges, config.context_length)
     path = Path(recipe.run.out) / "tokenizer.json"
-    if distributed.rank() == 0 and not path.is_file():
+    # One without checkpoints may be of another recipe, whose run did not begin.
+    if distributed.rank() == 0 and not (path.is_file() and (path.parent / "checkpoints").is_dir()):
+        if config.vocab_size < SMALLEST_VOCABULARY:
+            raise RecipeError(
+                f"model.vocab_size is {config.vocab_size}; it must be at least {SMALLEST_VOCABULARY}: each has every "
+                "byte, inside a word and at its end"
+            )
         captions = sorted({c for pack in packs_of(shards, recipe.data) for c in pack.captions(_CAPTIONS)})
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, Tokenizer.train(captions, config.vocab_size).to_json())

@@ -161,7 +161,8 @@ def bad_inputs(chain, packs, tmp):
         "bias without sigmoid": (2, ["pretrain", "drawings_clip", "model.init_logit_bias=-10"], "InfoNCE cannot learn"),
         "sigmoid with noise": (2, ["noisy-clip", "drawings_noisy_clip", "loss.kind=sigmoid"], "learns by InfoNCE"),
         "layer decay": (2, ["pretrain", "drawings_clip", "tune.layer_decay=2"], "must be in (0, 1]"),
-        "batchnorm over CPUs": (2, ["pretrain", "drawings_clip", out, data, "run.sync_batchnorm=true"], "needs GPUs"),
+        "learning rate": (2, ["pretrain", "drawings_clip", "optim.lr=-1"], "optim.lr is -1.0; it must be above 0"),
+        "not a number": (2, ["denoiser", "drawings_denoiser", "run.grad_clip=nan"], "run.grad_clip is nan"),
         "no run to start from": (
             1,
             ["pretrain", "drawings_clip", out, data, f"tune.init_from={tmp / 'none'}"],

@@ -81,7 +81,7 @@ def test_told_to_stop_it_saves_and_ends_well(packs, whole, tmp_path, times, numb
         os.kill(process.pid, number)
         process.join(60)
         assert process.exitcode == code, err.read_text()
-        assert "the same command goes on" in err.read_text()
+        assert "the same command resumes" in err.read_text()
         assert "Traceback" not in err.read_text()
         assert checkpoint.latest(out).step == steps_done(out)  # not a step is lost
     run(tiny(packs, out, STEPS), err)

@@ -71,11 +71,11 @@ def _clipped(max_norm):
     return norm, parallel.whole({"cut": cut.grad}), scalar.grad
 
 
-@pytest.mark.parametrize("max_norm", [1.0, 1e6])
+@pytest.mark.parametrize("max_norm", [1.0, 1e6, 0.0])
 def test_the_norm_is_that_of_the_whole_gradient(max_norm):
     matrix, scalar = torch.arange(10.0).view(5, 2), torch.tensor(3.5)
     expected = (matrix.square().sum() + scalar.square()).sqrt()
-    factor = min(1.0, max_norm / float(expected))
+    factor = min(1.0, max_norm / float(expected)) if max_norm else 1.0
     results = on_ranks(2, _clipped, max_norm)
     torch.testing.assert_close(results[0][1]["cut"], matrix * factor)
     for norm, _, alone in results:
