@@ -57,6 +57,12 @@ def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+def remark(message: str) -> None:
+    """`say` what all ranks of torchrun would say alike: rank 0 does."""
+    if os.environ.get("RANK", "0") == "0":
+        say(message)
+
+
 class Records:
     """Log lines of one run, on rank 0; other ranks make one with `enabled=False`.
 

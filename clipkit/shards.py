@@ -65,6 +65,16 @@ class StrictTarInfo(tarfile.TarInfo):
             raise ShardError(f"damaged tar header ({error}) at byte {archive.offset}") from None
 
 
+def split_key(name: str) -> tuple[str, str]:
+    """A member's sample and suffix: the key ends before the first dot of the base name, as webdataset has it.
+
+    "a.b/000.seg.png" -> ("a.b/000", ".seg.png").
+    """
+    folder, slash, base = str(PurePosixPath(name)).rpartition("/")  # PurePosixPath drops "./"
+    stem, dot, suffix = base.partition(".")
+    return f"{folder}{slash}{stem}", f"{dot}{suffix}"
+
+
 @dataclass(frozen=True)
 class Scan:
     """What a walk through a shard found.

@@ -11,7 +11,7 @@ import pytest
 from foreign import write_fashion_mnist
 from PIL import Image
 
-from clipkit.errors import DataError, UsageError
+from clipkit.errors import DataError, SampleError, UsageError
 from clipkit.images import decode
 from clipkit.shards import Shards
 from clipkit.zeroshot.datasets import ImageSet, as_source, known, open_set
@@ -67,13 +67,13 @@ def test_what_is_not_there(tmp_path, name, error, message):
 def test_an_image_that_is_not_one(folder, tmp_path):
     (folder / "boat" / "0.jpg").write_text("hello")
     images = open_set(f"folder:{folder}", tmp_path)
-    with pytest.raises(DataError, match=r"boat/0.jpg: not an image"):
+    with pytest.raises(SampleError, match=r"not an image: folder:.*, boat/0.jpg: no readable"):
         _ = images[0]
 
 
 def test_a_folder_without_classes(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises(DataError, match="no <class>/<image> files"):
+    with pytest.raises(DataError, match="no <class>/<image> layout: a.png lies in no class folder"):
         open_set(f"folder:{tmp_path}", tmp_path)
 
 
