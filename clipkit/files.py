@@ -169,9 +169,9 @@ def members(source: Path) -> Iterator[tuple[str, tarfile.TarInfo, Callable[[], b
         while True:
             archive = tarfile.open(fileobj=stream, mode="r:", tarinfo=StrictTarInfo)  # noqa: SIM115
             while (member := archive.next()) is not None:
-                archive.members.clear()  # else it keeps every header
+                archive.members.clear()  # type: ignore[attr-defined]  # else it keeps every header
                 yield posixpath.normpath(member.name.lstrip("/")), member, partial(_extract, source, archive, member)
-            stream.seek(archive.offset)  # type: ignore[attr-defined]
+            stream.seek(archive.offset)
             if not _to_data(stream):
                 return
 

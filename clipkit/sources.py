@@ -83,7 +83,8 @@ def class_layout(files: Files, known: Collection[str] = ()) -> Layout:
     if not files.names:
         aside = f"; not taken: {counted(files.counts())}" if files.counts() else ""
         raise DataError(
-            f"{files.source} has no <class>/<image> layout: no picture in a format that is read (JPEG, PNG, WebP){aside}"
+            f"{files.source} has no <class>/<image> layout: no picture in a format that is read (JPEG, PNG, WebP)"
+            f"{aside}"
         )
     found = layout(files.source, files.names, known)
     if barren := found.barren(name for name, reason in files.aside if reason != "not a picture"):

@@ -62,7 +62,7 @@ def read_table(path: Path, columns: Sequence[str]) -> list[Row]:
         number, line = bad[0]
         more = f", and {len(bad) - 1} more are wrong" if len(bad) > 1 else ""
         raise DataError(
-            f"{path}, row {number} has {len(line)} fields, the header {len(header)}{more}; put quotes around a text "
+            f"{path}, row {number} has {len(line)} where the header has {len(header)} fields{more}; put quotes around a text "
             f"that holds {separator!r}"
         )
     places = {_plain(name): i for i, name in reversed(list(enumerate(header)))}

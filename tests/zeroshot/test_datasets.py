@@ -73,7 +73,7 @@ def test_an_image_that_is_not_one(folder, tmp_path):
 
 def test_a_folder_without_classes(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises(DataError, match="no <class>/<image> layout: a.png lies in no class folder"):
+    with pytest.raises(DataError, match=r"no <class>/<image> layout: a\.png lies in no class folder"):
         open_set(f"folder:{tmp_path}", tmp_path)
 
 
