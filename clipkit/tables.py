@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,27 +46,32 @@ def read_table(path: Path, columns: Sequence[str]) -> list[Row]:
     text = decoded(path).replace("\0", " ")  # Python 3.10 reads no NUL
     if text[:4].lower() == "sep=":  # written for Excel
         text = text.partition("\n")[2]
-    separator = _separator(path, text, columns)
     limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
-        header, *lines = reader
-    except csv.Error as error:
-        raise DataError(f"{path} is not a readable CSV: {error}, in line {reader.line_num}") from None
+        separator = _separator(path, text, columns)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+        try:
+            (_, header), *rows = _filled(reader)
+        except csv.Error as error:
+            raise DataError(f"{path} is not a readable CSV: {error}, in line {reader.line_num}") from None
     finally:
         csv.field_size_limit(limit)
-    while header and not header[-1].strip():  # of a separator at the end of the line
+    while not header[-1].strip():  # of a separator at the end of the line
         header.pop()
-    filled = [(number, line) for number, line in enumerate(lines, 2) if any(field.strip() for field in line)]
-    if bad := [(n, line) for n, line in filled if len(line) < len(header) or any(map(str.strip, line[len(header) :]))]:
-        number, line = bad[0]
+    if bad := [(n, row) for n, row in rows if len(row) < len(header) or any(map(str.strip, row[len(header) :]))]:
+        number, row = bad[0]
         more = f", and {len(bad) - 1} more are wrong" if len(bad) > 1 else ""
         raise DataError(
-            f"{path}, row {number} has {len(line)} where the header has {len(header)} fields{more}; put quotes around a text "
-            f"that holds {separator!r}"
+            f"{path}, row {number} has {len(row)} where the header has {len(header)} fields{more}; put quotes around a "
+            f"text that holds {separator!r}"
         )
-    places = {_plain(name): i for i, name in reversed(list(enumerate(header)))}
-    return [Row(number, {c: line[places[c]].strip() for c in columns}) for number, line in filled]
+    places = {_plain(name): i for i, name in enumerate(header)}
+    return [Row(number, {c: row[places[c]].strip() for c in columns}) for number, row in rows]
+
+
+def _filled(reader: Iterable[list[str]]) -> Iterator[tuple[int, list[str]]]:
+    """Numbered rows that hold something."""
+    return ((number, row) for number, row in enumerate(reader, 1) if any(map(str.strip, row)))
 
 
 def _plain(name: str) -> str:
@@ -74,10 +79,10 @@ def _plain(name: str) -> str:
 
 
 def _separator(path: Path, text: str, columns: Sequence[str]) -> str:
-    first = next((line for line in io.StringIO(text, newline="") if line.strip()), "")
     found: list[str] = []
     for separator in _SEPARATORS:
-        names = [_plain(name) for name in next(csv.reader([first], delimiter=separator), [])]
+        _, header = next(_filled(csv.reader(io.StringIO(text, newline=""), delimiter=separator)), (0, []))
+        names = [_plain(name) for name in header]
         if set(columns) <= set(names):
             if twice := [c for c in columns if names.count(c) > 1]:
                 raise DataError(f"{path} has two columns {twice[0]!r}; keep one of them")

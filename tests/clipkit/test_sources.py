@@ -53,7 +53,7 @@ def test_classes_in_an_object_name_their_folders(tmp_path):
 
 def test_templates_are_checked_before_anything_is_read(tmp_path):
     put(tmp_path / "red/0.jpg")
-    with pytest.raises(UsageError, match="template 'a {x}' must hold exactly one"):
+    with pytest.raises(UsageError, match=r"template 'a \{x\}' must hold exactly one"):
         class_source(tmp_path, None, ["a {x}"], 0)
 
 

@@ -33,6 +33,11 @@ def test_as_spreadsheet_programs_write_it(tmp_path, encoding, separator, end):
     assert pairs(table(tmp_path, data)) == [("0.jpg", "a café"), ("1.jpg", "a, b; c")]
 
 
+def test_empty_lines_before_the_header_and_lines_in_it(tmp_path):
+    (row,) = read_table(table(tmp_path, '\n\nimage;"size\n(in, cm)";caption\n0.jpg;3;a\n'), COLUMNS)
+    assert (row.number, row.values) == (4, {"image": "0.jpg", "caption": "a"})
+
+
 def test_a_separator_that_is_named_in_the_first_line(tmp_path):
     assert pairs(table(tmp_path, "sep=;\r\nimage;caption\r\n0.jpg;a, b\r\n")) == [("0.jpg", "a, b")]
 

@@ -218,6 +218,15 @@ def test_a_data_set_in_its_own_format(name, tmp_path, monkeypatch):
     assert known()[name]["source"]
 
 
+def test_a_damaged_file_of_a_named_set_is_one_bad_image(tmp_path, monkeypatch):
+    food101(tmp_path, monkeypatch)
+    (tmp_path / "food-101" / "images" / "apple_pie" / "1.jpg").write_bytes(b"hello")
+    images = open_set("food101", tmp_path)
+    with pytest.raises(SampleError, match="damaged image: food101, image 0: cannot identify"):
+        images[0]
+    assert images[1][1] == (1,)
+
+
 @pytest.mark.parametrize("name", sorted(known()))
 def test_without_its_files_a_set_says_how_to_get_it(name, tmp_path):
     with pytest.raises(DataError, match=f"{name} is not in|pip install scipy") as found:
