@@ -33,7 +33,18 @@ if TYPE_CHECKING:
     from clipkit.model import CLIPConfig
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp")
+"""Of files in these formats, as Pillow has them."""
+# fmt: off
+OTHER_SUFFIXES = (
+    ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif", ".avifs", ".heic", ".heics", ".heif", ".heifs", ".hif",
+    ".svg", ".svgz", ".ico", ".icns", ".cur", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".jxl", ".jxr",
+    ".jls", ".psd", ".xcf", ".tga", ".dds", ".exr", ".hdr", ".pcx", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".qoi",
+    ".sgi", ".xbm", ".xpm", ".emf", ".wmf", ".eps", ".raw", ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw",
+    ".srf", ".sr2", ".orf", ".rw2", ".raf", ".pef", ".srw",
+)
+# fmt: on
+"""Of pictures in formats that are not read; they are counted, never dropped in silence."""
 MAX_PIXELS = 50_000_000
 
 # What Pillow raises on damaged bytes: it has no base class for it, and decoders differ.

@@ -51,7 +51,7 @@ def test_zeroshot_json_is_one_object_and_nothing_else(command, chain, packs):
     result = json.loads(out)
     assert code == 0
     assert list(result)[:6] == ["dataset", "model", "n", "top1", "top5", "mean_per_class"]
-    assert list(result)[6:] == ["top1_low", "top1_high", "ece"]
+    assert list(result)[6:] == ["top1_low", "top1_high", "ece", "skipped"]
     assert result["n"] == 64
     assert 0 <= result["top1_low"] <= result["top1"] <= result["top1_high"] <= 1
     assert result["top1"] <= result["top5"] <= 1
