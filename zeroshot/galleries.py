@@ -111,13 +111,16 @@ class Pack:
 
 
 def open_gallery(source: str) -> Gallery:
-    """A folder of images, or a pack (folder or URL). Raises DataError for a folder without images."""
-    if "://" in source or (Path(source) / "index.json").is_file():
+    """A folder of images, or a pack (folder or URL). Raises DataError for a folder with neither images nor shards."""
+    folder = Path(source)
+    if "://" in source or (folder / "index.json").is_file():
         return Pack(source)
-    if not Path(source).is_dir():
+    if not folder.is_dir():
         raise DataError(f"no folder at {source}")
-    gallery = Folder(Path(source))
+    gallery = Folder(folder)
     if not len(gallery):
+        if any(folder.glob("*.tar")):  # shards that nobody has indexed yet
+            return Pack(source)
         raise DataError(f"{source} holds no images (JPEG, PNG or WebP)")
     return gallery
 
