@@ -54,15 +54,19 @@ class Folder:
         return len(self._paths)
 
     @cached_property
+    def _keys(self) -> list[str]:
+        return [path.relative_to(self._folder).as_posix() for path in self._paths]
+
+    @cached_property
     def _marks(self) -> list[tuple[int, int]]:
         return [_size_and_time(path) for path in self._paths]
 
     def identity(self) -> str:
-        files = [(self.key(i), *mark) for i, mark in enumerate(self._marks)]
+        files = [(key, *mark) for key, mark in zip(self._keys, self._marks, strict=True)]
         return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
     def key(self, i: int) -> str:
-        return self._paths[i].relative_to(self._folder).as_posix()
+        return self._keys[i]
 
     def mark(self, i: int) -> str:
         return "{}-{}".format(*self._marks[i])

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from clipkit.errors import SampleError, UsageError
+from clipkit.errors import UsageError
 from clipkit.images import decode, preprocessing
 from clipkit.model import CLIP
-from clipkit.records import progress, say
+from clipkit.records import progress
 from clipkit.shards import Shards
 from clipkit.tokenizer import AnyTokenizer
 from clipkit.zeroshot.heads import embed_texts
@@ -58,33 +57,19 @@ def recalls(images: Tensor, texts: Tensor, owner: Sequence[int]) -> dict[str, fl
 
 @torch.no_grad()
 def evaluate(model: CLIP, tokenizer: AnyTokenizer, shards: Shards, batch_size: int = 256) -> dict[str, float]:
-    """Recall over every image of a pack and all of its distinct captions.
-
-    Samples that cannot be read are skipped, and counted on stderr by reason. Raises UsageError when none is left.
-    """
+    """Recall over every image of a pack and all of its distinct captions."""
     device, preprocess = model.log_logit_scale.device, preprocessing(model.config)
-    images, captions, owner = [], list[str](), list[int]()
-    skipped, n = Counter[str](), 0
+    images, captions, owner = [], [], []
     starts = range(0, len(shards), batch_size)
     for start in progress(starts, len(starts), "retrieval"):
-        pixels = []
-        for i in range(start, min(start + batch_size, len(shards))):
-            try:
-                sample = shards.read(i)
-                pixels.append(preprocess(decode(sample.image)))
-            except SampleError as error:
-                skipped[error.reason] += 1
-                continue
+        samples = [shards.read(i) for i in range(start, min(start + batch_size, len(shards)))]
+        pixels = torch.stack([preprocess(decode(s.image)) for s in samples])
+        images.append(model.encode_image(pixels.to(device)))
+        for i, sample in enumerate(samples, start):
             distinct = list(dict.fromkeys(sample.captions))
             captions += distinct
-            owner += [n] * len(distinct)
-            n += 1
-        if pixels:
-            images.append(model.encode_image(torch.stack(pixels).to(device)))
-    reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+            owner += [i] * len(distinct)
     if not images:
-        raise UsageError(f"{shards.source} holds no image with a caption; skipped: {reasons or 'none'}")
-    if skipped:
-        say(f"retrieval skipped {reasons}")
+        raise UsageError(f"{shards.source} holds no sample")
     found = recalls(torch.cat(images), embed_texts(model, tokenizer, captions), owner)
-    return {"n": n, "texts": len(captions), **({"skipped": skipped.total()} if skipped else {}), **found}
+    return {"n": len(shards), "texts": len(captions), **found}

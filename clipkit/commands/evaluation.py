@@ -10,7 +10,6 @@ import click
 from clipkit import DEFAULT_MODEL
 from clipkit.commands.given import MODEL_HELP, read_class_list, read_class_names, read_templates
 from clipkit.errors import UsageError
-from clipkit.inputs import check_writable
 
 
 @click.command()
@@ -68,8 +67,6 @@ def zeroshot(
     from clipkit.zeroshot.datasets import open_set
     from clipkit.zeroshot.report import write_report
 
-    if report is not None:
-        check_writable(report)
     sets = [open_set(name, data_dir, download) for name in datasets]
     prompts = evaluation.Prompts(
         classes=read_class_list(classnames, sets[0].classes) if classnames else None,
