@@ -41,8 +41,9 @@ from clipkit.guidance.sheet import grid
 from clipkit.images import decode
 from clipkit.pretrained import Pretrained, fingerprint, load
 from clipkit.records import say
+from clipkit.zeroshot.galleries import Gallery, open_gallery
 from clipkit.zeroshot.heads import CACHE, embed_texts
-from clipkit.zeroshot.index import Gallery, Hit, Index, build, open_gallery
+from clipkit.zeroshot.index import Hit, Index, build
 from clipkit.zeroshot.similarity import classify, embed_images
 
 MAX_BYTES = 20_000_000

@@ -17,10 +17,18 @@ T = TypeVar("T")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file that is there as a whole or not at all."""
+    """Write a file that is there as a whole or not at all; nothing stays behind when that fails.
+
+    Bytes of a file name that are not UTF-8 (lone surrogates in a text) are escaped: in JSON they are read as they were.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-    os.replace(aside, path)
+    try:
+        aside.write_bytes(content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content)
+        os.replace(aside, path)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink()
+        raise
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -147,7 +147,7 @@ class Tokenizer(AnyTokenizer):
         pairs = [tuple(line.split()) for line in lines[1 : _CLIP_MERGES + 1]]
         if len(pairs) != _CLIP_MERGES or any(len(p) != 2 for p in pairs):
             raise UsageError(f"{path} is not CLIP's merges file: {_CLIP_MERGES} lines of two tokens expected")
-        characters = _byte_characters()
+        characters = list(_byte_characters().values())
         tokens = [*characters, *(c + "</w>" for c in characters), *("".join(p) for p in pairs), START, END]
         return cls(_encoder({t: i for i, t in enumerate(tokens)}, [(p[0], p[1]) for p in pairs]), context_length)
 
@@ -202,6 +202,16 @@ class Tokenizer(AnyTokenizer):
     def _encode_all(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self._encoder.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
 
+    def whole_words(self) -> list[str]:
+        """Words that are one token each, sorted; single letters, and endings of longer words, are among them."""
+        byte_of = {character: byte for byte, character in _byte_characters().items()}
+        found = []
+        for token in self._encoder.get_vocab():
+            if token.endswith("</w>"):
+                spelled = bytes(byte_of[character] for character in token.removesuffix("</w>"))
+                found.append(spelled.decode("utf-8", errors="ignore"))
+        return sorted(filter(None, found))
+
 
 def _is_plain(text: str) -> bool:
     return text.isascii() and text.isprintable() and "&" not in text  # nothing for ftfy or html to mend
@@ -248,8 +258,8 @@ def _encoder(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Any:
     return encoder
 
 
-def _byte_characters() -> list[str]:
+def _byte_characters() -> dict[int, str]:
     """GPT-2's printable character for each byte, in the order of CLIP's vocabulary."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [b for b in range(256) if b not in printable]
-    return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}

@@ -6,6 +6,7 @@ clipkit pretrain drawings_clip.toml run.steps=200          # the same on one pro
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from clipkit.train.distil import DistilConfig, Teachers, squared_distance
 from clipkit.train.launch import launch
 from clipkit.train.step import Features, Task
 from clipkit.train.tune import TuneConfig
+from clipkit.words import split
 
 _CAPTIONS = 500_000
 """Samples whose captions are enough for a vocabulary."""
@@ -139,8 +141,10 @@ class Pretraining(Task):
         return {"zeroshot_top1": scores.top1, "zeroshot_top5": scores.top5}
 
     def texts(self) -> Mapping[str, str]:
-        """The tokenizer belongs to the weights."""
-        return {"tokenizer.json": self.tokenizer.to_json()}
+        """The tokenizer belongs to the weights, and so do the words of the captions, if they are known."""
+        noted = Path(self.recipe.run.out) / "words.json"
+        words = {"words.json": noted.read_text(encoding="utf-8")} if noted.is_file() else {}
+        return {"tokenizer.json": self.tokenizer.to_json(), **words}
 
 
 def _contrastive(config: LossConfig, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -156,7 +160,8 @@ def _contrastive(config: LossConfig, features: Features, batch: Batch) -> tuple[
 def make_tokenizer(recipe: PretrainRecipe, shards: Shards) -> Tokenizer:
     """The tokenizer of the text tower to start from; or CLIP's, if the recipe names its merges file; or a trained one.
 
-    That is trained on captions of all packs, once, on rank 0, and kept in the run's folder.
+    That is trained on captions of all packs, once, on rank 0, and kept in the run's folder; so are their words, if none
+    of the captions is left out.
     """
     config, source = recipe.model, recipe.tune.source
     if source is not None and recipe.tune.init != "image":
@@ -171,8 +176,15 @@ def make_tokenizer(recipe: PretrainRecipe, shards: Shards) -> Tokenizer:
                 f"model.vocab_size is {config.vocab_size}; it must be at least {SMALLEST_VOCABULARY}: each has every "
                 "byte, inside a word and at its end"
             )
-        captions = sorted({c for pack in packs_of(shards, recipe.data) for c in pack.captions(_CAPTIONS)})
+        packs = packs_of(shards, recipe.data)
+        captions = sorted({c for pack in packs for c in pack.captions(_CAPTIONS)})
         path.parent.mkdir(parents=True, exist_ok=True)
+        noted = path.with_name("words.json")
+        if any(pack.store.remote or len(pack) > _CAPTIONS for pack in packs):
+            noted.unlink(missing_ok=True)
+        else:
+            words = sorted({word for caption in captions for word in split(caption)})
+            write_atomically(noted, json.dumps(words, ensure_ascii=False))
         write_atomically(path, Tokenizer.train(captions, config.vocab_size).to_json())
     distributed.barrier()
     return Tokenizer.from_json(path.read_text(encoding="utf-8"), config.context_length)

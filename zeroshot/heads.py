@@ -18,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipkit import distributed
 from clipkit.classes import checked_templates, fill
 from clipkit.errors import UsageError
 from clipkit.model import CLIP
-from clipkit.records import progress, write_atomically
+from clipkit.records import progress, say, write_atomically
 from clipkit.tokenizer import AnyTokenizer
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "clipkit"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clipkit"
 """Where the command line keeps heads and features."""
 _TEXT_BATCH = 256
 
@@ -112,7 +113,16 @@ def remembered(file: Path, compute: Callable[[], Tensor]) -> Tensor:
         found: Tensor = load_file(file)["tensor"]
         return found
     computed = compute()
-    with contextlib.suppress(OSError):  # a cache that cannot be written is only slower
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, save({"tensor": computed.cpu().contiguous()}))
+    except OSError as error:  # a cache that cannot be written is only slower
+        _say_unwritable(file.parent, error.strerror or str(error))
     return computed
+
+
+@cache
+def _say_unwritable(folder: Path, reason: str) -> None:
+    """Once for each folder and reason."""
+    if distributed.rank() == 0:
+        say(f"clipkit: cannot write the cache {folder}: {reason}; what it would keep is computed each time")

@@ -142,7 +142,7 @@ def retrieval(model: str, shards: str, device: str, as_json: bool) -> None:
 @click.option("--train", required=True, help="As zeroshot takes it: folder:DIR ...; of a NAME, its training part.")
 @click.option("--test", required=True, help="The same, to count on.")
 @click.option("--shots", type=click.IntRange(min=0), default=0, show_default=True, help="Images a class; 0 is all.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Draws the shots.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Draws the shots.")
 @click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that decode.")
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")

@@ -225,6 +225,104 @@ def test_no_traceback_from_a_real_process(tmp_path):
     one_line(done.stderr)
 
 
+def clipkit_process(words, **how):
+    """The command in a process of its own; `bash` if the words are a line for it."""
+    shell = isinstance(words, str)
+    line = ["bash", "-c", words] if shell else [sys.executable, "-m", "clipkit", *map(str, words)]
+    environment = {**os.environ, "PYTHON": sys.executable, **how.pop("env", {})}
+    return subprocess.run(line, capture_output=True, env=environment, **how)
+
+
+def test_a_reader_who_has_seen_enough_is_no_error():
+    done = clipkit_process('"$PYTHON" -m clipkit models | head -1')
+    assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, b"", 1)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is always full")
+def test_a_full_disk_is_one_line():
+    done = clipkit_process('"$PYTHON" -m clipkit models > /dev/full')
+    assert done.returncode == 1
+    one_line(done.stderr.decode(), "No space left on device")
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    done = clipkit_process(["classify", "a.png", "--labels", "loop.txt"], cwd=tmp_path)
+    assert done.returncode == 2
+    one_line(done.stderr.decode(), "loop.txt")
+    done = clipkit_process(["classify", "a.png", "--labels", "x,y", "--model", "m" * 300], cwd=tmp_path)
+    assert done.returncode in (1, 2)
+    one_line(done.stderr.decode(), "m" * 100)
+
+
+STRICT = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii:strict", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def test_names_that_a_strict_terminal_cannot_show(chain, tmp_path):
+    folder = os.fsencode(tmp_path / "photos")
+    os.mkdir(folder)
+    for name in (b"caf\xe9.png", "caf\u00e9 \U0001f680.png".encode()):
+        with open(folder + b"/" + name, "wb") as file:
+            Image.new("RGB", (24, 24), "red").save(file, "PNG")
+    named = [b"photos/caf\xe9.png"]
+    for words in (
+        ["index", "photos", "ix", "--model", chain],
+        ["search", "ix", "a caf\u00e9 \U0001f680", "--out", "sheet.png"],
+        ["classify", "photos", "--labels", "caf\u00e9,\U0001f680", "--model", chain],
+        ["similarity", *named, "--text", "\U0001f680", "--model", chain],
+        ["classify", *named, "--labels", "caf\u00e9,\U0001f680", "--model", chain],
+        ["classify", b"none-caf\xe9.png", "--labels", "a,b", "--model", chain],
+    ):
+        for as_json in ([], ["--json"]) if words[0] != "index" else ([],):
+            line = [os.fsencode(str(w)) if not isinstance(w, bytes) else w for w in [*words, *as_json]]
+            done = subprocess.run(
+                [os.fsencode(sys.executable), b"-m", b"clipkit", *line],
+                cwd=tmp_path,
+                capture_output=True,
+                env={**os.environ, **STRICT},
+            )
+            assert done.returncode == (1 if words[1] == b"none-caf\xe9.png" else 0), done.stderr
+            assert b"Traceback" not in done.stderr
+            if as_json and not done.returncode:
+                json.loads(done.stdout.decode("ascii"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["models"], "clipkit: interrupted\n"),
+        (["classify", "a.png", "--labels", "a,b"], "clipkit: interrupted\n"),
+        (["pack", "drawings", "p"], "clipkit: interrupted; the same command resumes\n"),
+        (["index", "photos", "ix"], "clipkit: interrupted; the same command resumes\n"),
+        (["demo"], "clipkit: interrupted; the same command resumes\n"),
+        (["pretrain", "drawings_clip"], "clipkit: interrupted; the same command resumes\n"),
+    ],
+)
+def test_an_interrupted_command_promises_what_it_keeps(command, monkeypatch, words, said):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.commands[words[0]], "callback", interrupted)
+    assert command(*words) == (130, "", said)
+
+
+def test_seeds_have_64_bits(command, tmp_path):
+    for words in (["demo", "--out", tmp_path / "d"], ["probe", "--train", "folder:a", "--test", "folder:b"]):
+        for seed in (-1, 2**64):
+            code, _, err = command(*words, "--seed", seed)
+            assert code == 2
+            one_line(err, "is not in the range")
+    assert not (tmp_path / "d").exists()
+
+
+def test_the_demo_checks_its_folder_before_the_work(command, tmp_path):
+    (tmp_path / "file").write_text("x")
+    code, out, err = command("demo", "--out", tmp_path / "file" / "a")
+    assert (code, out) == (2, "")
+    one_line(err, f"cannot write into {tmp_path / 'file' / 'a'}: Not a directory")
+
+
 def test_python_dash_m_says_its_name():
     done = subprocess.run([sys.executable, "-m", "clipkit", "--version"], capture_output=True, text=True)
     assert done.stdout.startswith("clipkit, version")

@@ -31,7 +31,8 @@ def test_released_weights_load_by_their_folder_and_do_the_same(chain, tmp_path):
 
 def test_nothing_else_of_the_run_is_given_away(chain, tmp_path):
     (folder,) = release(chain / "clip", tmp_path / "mine")
-    assert {p.name for p in folder.iterdir()} == {"ema.safetensors", "manifest.json", "state.json", "tokenizer.json"}
+    beside = {"manifest.json", "state.json", "tokenizer.json", "words.json"}
+    assert {p.name for p in folder.iterdir()} == {"ema.safetensors", *beside}
     tensors = pretrained.find(tmp_path / "mine", "clip").tensors("ema")
     assert {t.dtype for t in tensors.values() if t.ndim > 1} == {torch.float16}
     assert torch.float16 not in {t.dtype for t in tensors.values() if t.ndim < 2}
