@@ -37,12 +37,18 @@ MAX_PIXELS = 50_000_000
 _DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error, Warning)
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes, reduce_to: int = 0, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Bytes of a JPEG, PNG or WebP -> RGB image, upright (EXIF), transparency laid on white.
 
+    With `reduce_to`, a JPEG is decoded at an eighth, a quarter or half of its size, as long as its shorter side keeps
+    that many pixels. `max_pixels` limits what is decoded, after that reduction.
     Raises SampleError: "not an image", "too many pixels" or "damaged image".
     """
-    return _finish(_open(data))
+    image = _open(data)
+    if reduce_to:
+        _reduce(image, min(image.size) // reduce_to)
+    _check_pixels(image, max_pixels)
+    return _finish(image)
 
 
 def _open(data: bytes) -> Image.Image:
@@ -53,9 +59,19 @@ def _open(data: bytes) -> Image.Image:
         raise SampleError("too many pixels", str(error).split(",")[0]) from error
     except _DECODE_ERRORS as error:
         raise SampleError("not an image", f"no readable {', '.join(FORMATS)} header in {len(data)} bytes") from error
-    if image.width * image.height > MAX_PIXELS:
-        raise SampleError("too many pixels", f"{image.width}x{image.height} is over the limit of {MAX_PIXELS}")
+    _check_pixels(image, MAX_PIXELS)
     return image
+
+
+def _check_pixels(image: Image.Image, limit: int) -> None:
+    if image.width * image.height > limit:
+        raise SampleError("too many pixels", f"{image.width}x{image.height} is over the limit of {limit}")
+
+
+def _reduce(image: Image.Image, most: int) -> None:
+    """Have a JPEG decoded at 1/8, 1/4 or 1/2 of its size, not below 1/most of it; other formats are left alone."""
+    if (reduced := next((n for n in (8, 4, 2) if n <= most), 1)) > 1:
+        image.draft(image.mode, (image.width // reduced, image.height // reduced))
 
 
 def _finish(image: Image.Image) -> Image.Image:
@@ -146,8 +162,7 @@ def _is_plain_jpeg(image: Image.Image) -> bool:
 def _decode_reduced(image: Image.Image, most: int) -> tuple[Tensor, float]:
     """Pixels [3, h, w] of a JPEG at 1/8, 1/4, 1/2 or all of its size, not below 1/most of it, and the scale."""
     width = image.width
-    if (reduced := next((n for n in (8, 4, 2) if n <= most), 1)) > 1:
-        image.draft(image.mode, (image.width // reduced, image.height // reduced))
+    _reduce(image, most)
     pixels = to_pixels(_finish(image))
     return pixels, pixels.shape[2] / width
 

@@ -53,6 +53,27 @@ def test_refuses_a_bomb_before_decoding(monkeypatch):
         images.decode(encoded(noise()))
 
 
+@pytest.mark.parametrize(
+    ("asked", "size"), [(0, (80, 120)), (61, (80, 120)), (40, (40, 60)), (39, (40, 60)), (10, (10, 15))]
+)
+def test_a_jpeg_is_reduced_while_decoding_and_turned_then(asked, size):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(noise(size=(120, 80)), "JPEG", exif=exif)
+    assert images.decode(data, reduce_to=asked).size == size
+    assert images.decode(encoded(noise(size=(120, 80))), reduce_to=asked).size == (120, 80)
+
+
+def test_a_lower_limit_counts_the_pixels_that_are_decoded():
+    jpeg, png = encoded(noise(size=(80, 80)), "JPEG"), encoded(noise(size=(80, 80)))
+    assert images.decode(jpeg, reduce_to=20, max_pixels=400).size == (20, 20)
+    for data, reduce_to in ((jpeg, 0), (png, 20)):
+        with pytest.raises(SampleError, match="80x80 is over the limit of 400"):
+            images.decode(data, reduce_to, max_pixels=400)
+    with pytest.raises(SampleError, match="40x40 is over the limit of 400"):
+        images.decode(jpeg, reduce_to=40, max_pixels=400)
+
+
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "RGBA", "LA"])
 def test_every_mode_becomes_rgb(mode):
     kind = "JPEG" if mode == "CMYK" else "PNG"
