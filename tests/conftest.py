@@ -33,6 +33,13 @@ def times(request):
     return lambda push, nightly: nightly if request.config.getoption("--nightly") else push
 
 
+@pytest.fixture
+def nightly(times):
+    """For a test that takes long and asks for little that others have not asked for: it is skipped on a push."""
+    if not times(0, 1):
+        pytest.skip("nightly: make faults")
+
+
 @pytest.fixture(scope="session")
 def packs(tmp_path_factory) -> Path:
     """A folder with the packs `train` (240 drawings) and `heldout` (64)."""

@@ -78,8 +78,12 @@ def test_a_hanging_rank_is_named_and_not_waited_for_forever(packs, tmp_path, tim
         assert f"rank {hung} does not answer (run.timeout_minutes = 0.5); rank {1 - hung} stops" in err.read_text()
 
 
+def _with_nans(packs, out, cases):
+    return [_with_nan(packs, out / f"{poisoned}{where}", poisoned, where) for poisoned, where in cases]
+
+
 def _with_nan(packs, out, poisoned, where):
-    """Train on this rank; rank `poisoned` meets a NaN in step 3. What is left, and what was said."""
+    """Train on this rank; rank `poisoned` meets a NaN in step 3. Which weights are as they were before that step."""
     from clipkit.config import load_recipe
     from clipkit.train import launch, pretrain
 
@@ -102,14 +106,16 @@ def _with_nan(packs, out, poisoned, where):
     recipe = load_recipe(pretrain.PretrainRecipe, "drawings_clip", words)
     with pytest.raises(NonFiniteError, match=r"step 3: .*no weight was changed"):
         launch.train_recipe(recipe, pretrain.Pretraining, torch.device("cpu"))
+    pretrain.Pretraining.loss = original
     return torch.tensor([torch.equal(seen["before"][n], t) for n, t in seen["model"].state_dict().items()])
 
 
 def test_a_nan_on_one_rank_stops_all_with_the_weights_unchanged(packs, tmp_path, times):
-    cases = [(rank, where, world) for world in (2, 3, 4) for rank in range(2) for where in ("loss", "gradient")]
-    for rank, where, world in cases[: times(2, 12)]:
-        for unchanged in on_ranks(world, _with_nan, packs, tmp_path / f"{rank}{where}{world}", rank, where):
-            assert unchanged.all()
+    cases = [(rank, where) for rank in range(2) for where in ("loss", "gradient")]
+    for world in (2, 3, 4)[: times(1, 3)]:
+        for found in on_ranks(world, _with_nans, packs, tmp_path / str(world), cases):
+            assert len(found) == len(cases)
+            assert all(unchanged.all() for unchanged in found)
 
 
 def test_told_to_stop_all_ranks_stop_at_the_same_step(packs, whole, tmp_path):
