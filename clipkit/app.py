@@ -109,9 +109,9 @@ class Rooms:
         clip = load(model, device) if isinstance(studio, str) else studio.clip
         mark = hashlib.sha256(f"{gallery.source} {gallery.identity()} {fingerprint(clip.model)}".encode()).hexdigest()
         folder = CACHE / "indexes" / mark[:16]
-        skipped = build(clip, model, gallery, folder)
+        build(clip, model, gallery, folder)
         index = Index(folder)
-        if skipped:
+        if skipped := index.skipped:
             reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.most_common())
             if not len(index):
                 raise DataError(f"none of the {len(gallery)} pictures of {gallery.source} can be read ({reasons})")
@@ -186,18 +186,17 @@ class Guard:
     def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
         if (named := _host(headers.get("host", ""))) not in self.names and not _is_address(named):
-            return _error(400, f"this page is not at {named or 'a host without a name'}; open it at its own address")
+            return _error(400, f"this page is not at {named!r}; open its address, or start it with --host {named}")
         if _is_foreign(headers):
             return _error(403, "another site asked; open the page itself")
-        if not scope["path"].startswith("/api/"):
-            return None
         if "transfer-encoding" in headers or not headers.get("content-length", "0").isdecimal():
             return _error(411, "a request must say how long it is")
         if (length := _length(headers)) > MAX_BYTES:
             return _error(413, f"that is {length / 1e6:.1f} MB; at most {MAX_BYTES / 1e6:.0f} are taken")
         if self._held + length > MAX_BYTES_HELD:
             return _later("many pictures are being looked at; try again later", 1)
-        if seconds := self.rate.wait((scope.get("client") or ("",))[0]):
+        who = (scope.get("client") or ("",))[0]
+        if scope["path"].startswith("/api/") and (seconds := self.rate.wait(who)):
             return _later(f"too many requests; try again in {seconds:.0f} s", int(seconds) + 1)
         return None
 

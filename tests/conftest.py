@@ -9,9 +9,11 @@ import site
 import tempfile
 from pathlib import Path
 
-_HOME = tempfile.mkdtemp()  # what these tests keep is nobody else's, and what others have kept is none of theirs
 os.environ.setdefault("PYTHONUSERBASE", site.getuserbase())
-os.environ |= {"HOME": _HOME, "XDG_CACHE_HOME": f"{_HOME}/.cache"}
+os.environ["HOME"] = (
+    tempfile.mkdtemp()
+)  # what these tests keep is nobody else's
+os.environ["XDG_CACHE_HOME"] = os.environ["HOME"] + "/.cache"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -20,7 +22,7 @@ import torch
 from hypothesis import settings
 from worlds import TINY
 
-atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
+atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
 torch.set_num_threads(1)
 settings.register_profile("clipkit", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("clipkit")

@@ -366,7 +366,11 @@ def test_too_much_at_once(client):
     many = [("pictures", (f"{i}.png", picture()[1])) for i in range(17)]
     answer = client.post("/api/similarity", files=many, data={"texts": "a"})
     assert "at most 16 are compared" in answer.json()["error"]
-    assert client.post("/api/search", content=iter([b"x"])).status_code == 411  # chunked: of unknown length
+    for path in ("/api/search", "/"):
+        assert client.post(path, content=iter([b"x"])).status_code == 411  # chunked: of unknown length
+        for length in ("-1", "²", "many"):
+            headers = {"Content-Length": length.encode("latin-1")}
+            assert client.post(path, content=b"x", headers=headers).status_code == 411
 
 
 def test_many_large_requests_at_once_wait_for_each_other(client, monkeypatch):
@@ -458,7 +462,7 @@ def test_a_host_that_was_given_is_known_by_its_names(rooms, monkeypatch):
     with TestClient(app.make_app(rooms, app.names_of("0.0.0.0")), base_url="http://desk.local:8000") as client:
         assert client.get("/api/about").status_code == 200
         assert client.get("/api/about", headers={"Host": "rebound.example"}).json() == {
-            "error": "this page is not at rebound.example; open it at its own address"
+            "error": "this page is not at 'rebound.example'; open its address, or start it with --host rebound.example"
         }
 
 
