@@ -5,10 +5,15 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import site
 import tempfile
 from pathlib import Path
 
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # heads and features of these tests are nobody else's
+os.environ.setdefault("PYTHONUSERBASE", site.getuserbase())
+os.environ["HOME"] = (
+    tempfile.mkdtemp()
+)  # what these tests keep is nobody else's
+os.environ["XDG_CACHE_HOME"] = os.environ["HOME"] + "/.cache"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -17,7 +22,7 @@ import torch
 from hypothesis import settings
 from worlds import LATENT, TINY
 
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
 torch.set_num_threads(1)
 settings.register_profile("clipkit", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("clipkit")
@@ -31,6 +36,13 @@ def pytest_addoption(parser):
 def times(request):
     """times(push, nightly) -> how often a fault is injected: on every push, or under --nightly."""
     return lambda push, nightly: nightly if request.config.getoption("--nightly") else push
+
+
+@pytest.fixture
+def nightly(times):
+    """For a test that takes long and asks for little that others have not asked for: it is skipped on a push."""
+    if not times(0, 1):
+        pytest.skip("nightly: make faults")
 
 
 @pytest.fixture(scope="session")
