@@ -21,7 +21,7 @@ from typing import IO
 from clipkit.errors import DataError, SampleError, ShardError
 from clipkit.images import OTHER_SUFFIXES, SUFFIXES
 from clipkit.records import remark
-from clipkit.shards import StrictTarInfo
+from clipkit.shards import StrictTarInfo, is_hidden
 
 Aside = list[tuple[str, str]]
 """(name, reason) of files that are not taken."""
@@ -102,11 +102,6 @@ def say_counts(source: object, counts: Mapping[str, int]) -> None:
     """A line on stderr about what is not taken of a source, if there is any."""
     if any(counts.values()):
         remark(f"clipkit: {source}: not taken: {counted(counts)}")
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a part of a path is hidden, or macOS's."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
 def _refusal(name: str) -> str:
@@ -240,8 +235,10 @@ def _linked(source: Path, links: Mapping[str, str], aside: Aside) -> Iterator[Fi
     """What links in a tar lead to, under the links' names: files, and whole folders."""
     wanted: dict[str, list[str]] = {}
     for link, target in links.items():
-        for _ in links:  # a link to a link
-            target = links.get(target, target)
+        passed = {link}
+        while target in links and target not in passed:  # a link to a link
+            passed.add(target)
+            target = links[target]
         wanted.setdefault(target, []).append(link)
     broken = set(links)
     for name, member, read in members(source):

@@ -12,7 +12,8 @@ from typing import Any
 
 import click
 
-from clipkit.errors import UsageError
+from clipkit.errors import DataError, UsageError
+from clipkit.tables import decoded
 
 TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv")
 
@@ -84,11 +85,13 @@ def _json_items(text: str, what: str) -> list[str]:
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8, with or without a byte order mark. Raises UsageError for another, OSError if unreadable."""
+    """A text file or pipe that a command was given, as `tables.decoded` reads it. Raises UsageError if it cannot."""
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not a text file in UTF-8: {error}") from None
+        return decoded(path)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from None
+    except DataError as error:
+        raise UsageError(str(error)) from None
 
 
 def check_writable(folder: Path) -> None:

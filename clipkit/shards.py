@@ -116,7 +116,7 @@ def scan(shard: Path) -> Scan:
                 if reason := _refusal(member):
                     refused[reason] += 1
                     continue
-                if member.isdir() or _is_hidden(member.name):
+                if member.isdir() or is_hidden(member.name):
                     continue
                 key, suffix = split_key(member.name)
                 if key != last_key:
@@ -152,7 +152,7 @@ def check_end(archive: tarfile.TarFile) -> None:
             )
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     """What is no data: hidden files, and what macOS puts beside others (`._photo.jpg`, `__MACOSX/`)."""
     return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 

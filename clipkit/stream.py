@@ -325,6 +325,11 @@ def packs_of(shards: Shards, config: DataConfig) -> list[Shards]:
     return [shards, *(Shards(folder, verify=False, cache=cache_of(config)) for folder in config.mix)]
 
 
+def validation_of(config: DataConfig, verify: bool = False) -> Shards | None:
+    """The validation set of a recipe, its hashes checked with `verify`; or none."""
+    return Shards(config.val, verify, cache_of(config)) if config.val else None
+
+
 def _fits(pack: Shards, order: Order, cache: Cache) -> None:
     """Two windows must fit in the cache: the one in use and the one being fetched."""
     sizes = sorted((int(e["bytes"]) for e in pack.entries), reverse=True)

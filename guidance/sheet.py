@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clipkit.errors import UsageError
 from clipkit.images import to_image
-from clipkit.inputs import check_writable
+from clipkit.inputs import check_file, check_writable
 
 
 def grid(images: Tensor, columns: int | None = None, scale: int = 4) -> Image.Image:
@@ -53,13 +53,10 @@ def check_places(out: str, gif: Path | None, n: int) -> None:
             f"--out {out} does not say what to write; end it in {', '.join(FORMATS)} for one sheet, or in / for single "
             "pictures in a folder"
         )
-    if gif is not None and gif.suffix.lower() != ".gif":
-        raise UsageError(f"--gif {gif} must end in .gif; no other animations are written")
-    for file in (gif, None if is_folder(out) else path):
-        if file is not None:
-            check_writable(file.parent)
-            if file.is_dir():
-                raise UsageError(f"{file} is a folder; give a file")
+    else:
+        check_file(path, list(FORMATS))
+    if gif is not None:
+        check_file(gif, [".gif"])
 
 
 def is_folder(out: str) -> bool:

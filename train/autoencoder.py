@@ -25,7 +25,7 @@ from clipkit.guidance.likeness import lpips, mean_psnr, psnr
 from clipkit.images import decode, preprocess
 from clipkit.pretrained import TRAINED_WITH, identity, load
 from clipkit.shards import Shards
-from clipkit.stream import Batch
+from clipkit.stream import Batch, validation_of
 from clipkit.train.launch import launch
 from clipkit.train.step import Features, Task
 
@@ -192,9 +192,9 @@ class Reconstruction(Task):
 
     def evaluate(self, device: torch.device) -> dict[str, float]:
         """PSNR in dB of pictures that came back, on the first of the validation set; exact ones are counted."""
-        if not self.recipe.data.val:
+        shards, model = validation_of(self.recipe.data), self.model.autoencoder
+        if shards is None:
             return {}
-        shards, model = Shards(self.recipe.data.val, verify=False), self.model.autoencoder
         found = []
         with torch.no_grad():
             for i in range(min(_EVALUATED, len(shards))):

@@ -14,7 +14,7 @@ from clipkit.errors import RecipeError
 from clipkit.inputs import check_writable
 from clipkit.records import remark
 from clipkit.shards import Shards
-from clipkit.stream import Stream, cache_of
+from clipkit.stream import Stream, cache_of, validation_of
 from clipkit.train.loop import seed_everything, train
 from clipkit.train.step import EARLY, Task
 
@@ -50,8 +50,7 @@ def train_recipe(recipe: R, make_task: MakeTask[R], device: torch.device) -> Pat
         check_writable(Path(recipe.run.out))
     distributed.barrier()
     shards = Shards(recipe.data.shards, verify=False, cache=cache_of(recipe.data))  # hashed while training
-    if recipe.data.val:
-        Shards(recipe.data.val, verify=False)  # a missing one is missed now, not after the last step
+    validation_of(recipe.data)  # a missing one is missed now, not after the last step
     seed_everything(recipe.run.seed, 0, 0)  # the same initial weights on every rank
     task = make_task(recipe, shards)
     run = recipe.run

@@ -28,7 +28,7 @@ from clipkit.images import decode, preprocess
 from clipkit.losses import LossConfig, info_nce
 from clipkit.pretrained import TRAINED_WITH, identity, load
 from clipkit.shards import Shards
-from clipkit.stream import Batch, packs_of
+from clipkit.stream import Batch, packs_of, validation_of
 from clipkit.train.launch import launch
 from clipkit.train.step import Features, Task
 from clipkit.train.tune import resized
@@ -107,7 +107,7 @@ class NoisyPretraining(Task):
 
     def evaluate(self, device: torch.device) -> dict[str, float]:
         """Zero-shot accuracy at several noise levels, on the first images of a classed validation set."""
-        shards = Shards(self.recipe.data.val, verify=False) if self.recipe.data.val else None
+        shards = validation_of(self.recipe.data)
         if shards is None or not shards.classes:
             return {}
         head = class_head(self.model.clip, self.tokenizer, shards.classes, shards.templates)

@@ -23,7 +23,7 @@ from clipkit.losses import LossConfig, info_nce, sigmoid_loss
 from clipkit.model import CLIP, CLIPConfig
 from clipkit.records import write_atomically
 from clipkit.shards import Shards
-from clipkit.stream import Batch, packs_of
+from clipkit.stream import Batch, packs_of, validation_of
 from clipkit.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from clipkit.towers import residual_blocks
 from clipkit.train import tune
@@ -124,7 +124,7 @@ class Pretraining(Task):
     @cached_property
     def validation(self) -> Shards | None:
         """The packed validation set, if the recipe names one."""
-        return Shards(self.recipe.data.val) if self.recipe.data.val else None
+        return validation_of(self.recipe.data, verify=True)
 
     def evaluate(self, device: torch.device) -> dict[str, float]:
         """Zero-shot scores on the validation set, or retrieval where it has no classes."""

@@ -22,9 +22,10 @@ from PIL import Image
 
 from clipkit.classes import Names, are_consecutive, checked_templates, class_name, fit_names, in_order
 from clipkit.errors import DataError, SampleError, UsageError, did_you_mean
-from clipkit.files import File, Files, is_hidden, members
+from clipkit.files import File, Files, members
 from clipkit.images import SUFFIXES, decode
-from clipkit.shards import Shards, split_key
+from clipkit.orientation import upright
+from clipkit.shards import Shards, is_hidden, split_key
 from clipkit.sources import DEFAULT_TEMPLATES, RawSample, Source, class_layout, draw_captions, encode_png
 from clipkit.tables import decoded, read_table
 from clipkit.zeroshot.heads import ensembles
@@ -342,7 +343,7 @@ def _from_torchvision(name: str, shown: str, arguments: Mapping[str, Any], data_
             image, label = data[i]
         except (OSError, ValueError, SyntaxError, EOFError) as error:  # of its files torchvision decodes each by itself
             raise SampleError("damaged image", f"{name}, image {i}: {error}") from None
-        return image, (int(label),)
+        return upright(image), (int(label),)
 
     return ImageSet(shown, classes, entry["templates"], len(data), get)
 

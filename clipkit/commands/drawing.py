@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -13,6 +12,7 @@ import click
 
 from clipkit import DEFAULT_MODEL
 from clipkit.errors import DataError, SampleError, UsageError
+from clipkit.inputs import print_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -127,7 +127,7 @@ def guided_sample(
     if gif is not None:
         save_gif(drawn.trajectory, gif)
     if as_json:
-        click.echo(json.dumps({**about, "out": out, "clip_scores": drawn.scores}))
+        print_json({**about, "out": out, "clip_scores": drawn.scores})
     else:
         _say(about, prompts, out)
         click.echo("CLIP scores: " + " ".join(f"{s:.3f}" for s in drawn.scores))
@@ -163,9 +163,9 @@ def _start(seen: dict[str, Tensor], strength: float | None) -> Start | None:
 
 def _warn(studio: Studio, texts: list[str], scale: float | None) -> None:
     """Name what the model does not know of these texts, and what it does not read, before it draws."""
-    if unknown := studio.unknown_words(texts):
-        words = ", ".join(map(repr, unknown))
-        click.echo(f"clipkit: no caption that this model learned from had {words}; it guesses", err=True)
+    from clipkit.commands.pictures import say_unknown
+
+    say_unknown(studio.unknown_words(texts))
     for text, last in studio.cut_after(texts, scale).items():
         shown = text if len(text) <= 40 else f"{text[:37]}..."
         click.echo(f"clipkit: {shown!r} is longer than what the model reads; it is cut after {last!r}", err=True)
@@ -218,9 +218,6 @@ def _white(mask: Tensor) -> Tensor:
     return (mask.mean(dim=1, keepdim=True) > 0).float()
 
 
-_FIGURES = (".png", ".svg", ".pdf")
-
-
 @click.command("noise-curve")
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="A noisy_clip run, or a folder of one.")
 @click.option("--shards", required=True, help="A pack: its classes are told apart, or its captions if it has none.")
@@ -243,15 +240,13 @@ def noise_curve(model: str, shards: str, n: int, out: Path | None, device: str, 
     from clipkit.guidance import curve
     from clipkit.guidance.parts import load_guide_and_clip
     from clipkit.images import preprocessing
-    from clipkit.inputs import check_writable
     from clipkit.records import progress
     from clipkit.shards import Shards
     from clipkit.zeroshot.heads import class_head, embed_texts
+    from clipkit.zeroshot.similarity import check_figure
 
     if out is not None:
-        if out.suffix.lower() not in _FIGURES:
-            raise UsageError(f"--out {out} must end in {', '.join(_FIGURES)}")
-        check_writable(out.parent)
+        check_figure(out)
     (guide, clip), pack = load_guide_and_clip(model, device), Shards(shards)
     where = clip.model.log_logit_scale.device
     if len(guide.model.clip.config.conventions.image_mean) != 3:
@@ -279,7 +274,7 @@ def noise_curve(model: str, shards: str, n: int, out: Path | None, device: str, 
     names = ["clean" if math.isinf(level) else f"{level:g}" for level in curve.LEVELS]
     if as_json:
         about = {"n": len(samples), "targets": targets, "skipped": skipped, "log_snr": names}
-        click.echo(json.dumps({**about, **found}))
+        print_json({**about, **found})
         return
     reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "none"
     click.echo(f"top-1 of {len(samples)} pictures among {targets}; skipped: {reasons}")

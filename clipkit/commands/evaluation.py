@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ import click
 from clipkit import DEFAULT_MODEL
 from clipkit.commands.given import MODEL_HELP, read_class_list, read_class_names, read_templates, refuse_options
 from clipkit.errors import UsageError
+from clipkit.inputs import print_json
 
 if TYPE_CHECKING:
     from clipkit.zeroshot.evaluation import Result
@@ -104,7 +104,10 @@ def _show(results: Sequence[Result], due: int, as_json: bool) -> None:
     from clipkit.zeroshot.evaluation import table
 
     found = [result.as_dict() for result in results]
-    click.echo(table(results) if not as_json else json.dumps(found[0] if due == 1 else found))
+    if as_json:
+        print_json(found[0] if due == 1 else found)
+    else:
+        click.echo(table(results))
 
 
 @click.command()
@@ -128,7 +131,7 @@ def retrieval(model: str, shards: str, device: str, as_json: bool) -> None:
     clip = load(model, device)
     found = {"shards": shards, "model": model, **room.evaluate(clip.model, clip.tokenizer, Shards(shards))}
     if as_json:
-        click.echo(json.dumps(found))
+        print_json(found)
         return
     unread = f"; {found['unread']} samples could not be read" if found["unread"] else ""
     click.echo(f"{shards}: {found['n']} images, {found['texts']} captions{unread}")
@@ -181,7 +184,7 @@ def probe(model: str, train: str, test: str, shots: int, seed: int, workers: int
     found = room.probe((x, y), (u, v), len(known), shots, seed)
     if as_json:
         skipped = {"skipped_train": unfit, "skipped_test": untested}
-        click.echo(json.dumps({"model": model, **dataclasses.asdict(found), **skipped}))
+        print_json({"model": model, **dataclasses.asdict(found), **skipped})
         return
     click.echo(f"{found.train} training images, {found.test} test images, {found.classes} classes, C = {found.C:g}")
     for name, counts in ((train, unfit), (test, untested)):

@@ -11,8 +11,8 @@ import click
 from click.core import ParameterSource
 
 from clipkit.classes import Names, checked_templates
-from clipkit.errors import ClipkitError, UsageError
-from clipkit.tables import decoded
+from clipkit.errors import UsageError
+from clipkit.inputs import file_of, read_text
 
 MODEL_HELP = "A run's folder, others' weights, or a published name (see clipkit models)."
 
@@ -26,7 +26,7 @@ def refuse_options(names: Collection[str], reason: str) -> None:
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
         if parameter.name in names and source is ParameterSource.COMMANDLINE:
-            raise UsageError(f"{parameter.opts[0]} has no effect {reason}; leave it away")
+            raise UsageError(f"{parameter.opts[0]} has no effect {reason}; omit it")
 
 
 def read_class_names(path: Path) -> dict[str, list[str]]:
@@ -42,7 +42,7 @@ def read_class_list(path: Path) -> dict[str, list[str]] | list[list[str]]:
 
     Raises UsageError for anything else, naming the key or the place in the list.
     """
-    text = _text(path)
+    text = read_text(path)
     if path.suffix.lower() != ".json" and not text.lstrip().startswith(("{", "[")):
         return [[line] for line in _lines(path, text)]
     data = _parsed(path, text)
@@ -72,7 +72,7 @@ def _names(path: Path, place: str, entry: Any) -> Names:
 
 def read_json(path: Path) -> Any:
     """Raises UsageError for a file that is not there or is not JSON."""
-    return _parsed(path, _text(path))
+    return _parsed(path, read_text(path))
 
 
 def _parsed(path: Path, text: str) -> Any:
@@ -84,7 +84,7 @@ def _parsed(path: Path, text: str) -> Any:
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file that are not empty. Raises UsageError when there are none."""
-    return _lines(path, _text(path))
+    return _lines(path, read_text(path))
 
 
 def _lines(path: Path, text: str) -> list[str]:
@@ -94,19 +94,8 @@ def _lines(path: Path, text: str) -> list[str]:
     return lines
 
 
-def _text(path: Path) -> str:
-    try:
-        return decoded(path)
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror or error}") from None
-    except ClipkitError as error:
-        raise UsageError(str(error)) from None
-
-
 def read_templates(given: str, ensembles: Mapping[str, list[str]]) -> list[str]:
     """A set of templates by its name, or the lines of a file. Raises UsageError for neither, and for bad ones."""
-    from clipkit.inputs import file_of
-
     if given in ensembles:
         return ensembles[given]
     path = file_of(given, "--templates")

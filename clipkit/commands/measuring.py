@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection
 from pathlib import Path
@@ -14,6 +13,7 @@ from click.core import ParameterSource
 from clipkit import DEFAULT_MODEL
 from clipkit.commands.given import MODEL_HELP
 from clipkit.errors import DataError, SampleError, UsageError
+from clipkit.inputs import print_json
 
 if TYPE_CHECKING:
     from clipkit.guidance.extractors import Extractor
@@ -72,10 +72,9 @@ def metrics(
         _pairs(extractor, reference, samples) if pairs else _collections(extractor, reference, samples, train, prompt)
     )
     if as_json:
-        finite = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
-        if absent := ", ".join(f"{k} is {numbers[k]}" for k, v in finite.items() if v is None):
+        if absent := ", ".join(f"{k} is {v}" for k, v in numbers.items() if not math.isfinite(v)):
             click.echo(f"clipkit: {absent}, which JSON cannot say: null stands for it", err=True)
-        click.echo(json.dumps({"extractor": extractor.name, "weights": extractor.weights, **finite}))
+        print_json({"extractor": extractor.name, "weights": extractor.weights, **numbers})
         return
     click.echo(f"features of {extractor.name}, weights {extractor.weights}")
     for name, value in numbers.items():

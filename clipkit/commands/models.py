@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -10,6 +9,7 @@ import click
 from clipkit import DEFAULT_MODEL
 from clipkit.commands.given import MODEL_HELP
 from clipkit.errors import UsageError
+from clipkit.inputs import print_json
 
 
 @click.command()
@@ -34,7 +34,7 @@ def models(pattern: str, as_json: bool) -> None:
     if not found:
         raise UsageError(f"no published model has {pattern!r} in its name; `clipkit models` lists them all")
     if as_json:
-        click.echo(json.dumps(found))
+        print_json(found)
         return
     width = max(map(len, found))
     for name, repository in found.items():

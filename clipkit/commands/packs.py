@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import click
 
 from clipkit.commands.given import read_class_names, read_templates, refuse_options
 from clipkit.errors import UsageError, did_you_mean
+from clipkit.inputs import check_file, print_json
 
 
 @click.command()
@@ -136,7 +136,7 @@ def verify(shards: str, samples: int, as_json: bool) -> None:
 
     report = inspection.verify(shards, samples)
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(report)))
+        print_json(dataclasses.asdict(report))
     else:
         click.echo(f"{report.source}: {report.samples} samples in {report.shards} shards")
         for name, count in report.skipped.items():
@@ -166,13 +166,10 @@ def inspect(shards: str, count: int, seed: int, out: Path) -> None:
     Example:
       clipkit inspect packs/photos -n 16 --out sheet.png
     """
-    from clipkit.inputs import check_writable
     from clipkit.inspection import sheet
     from clipkit.shards import Shards
 
-    if out.suffix.lower() != ".png" or out.is_dir():
-        raise UsageError(f"--out is {out}; give the name of a .png file")
-    check_writable(out.parent)
+    check_file(out, [".png"])
     pack = Shards(shards, verify=False)
     picture = sheet(pack, count, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
