@@ -7,7 +7,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from clipkit.errors import UsageError
+from clipkit.errors import UsageError, shown
 from clipkit.images import SUFFIXES
 
 TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv")
@@ -27,10 +27,9 @@ def file_of(argument: str, what: str) -> Path | None:
     suffixed = argument.lower().endswith((*TEXT_SUFFIXES, *SUFFIXES)) and not any(c in argument for c in ",\n")
     if not suffixed and not argument.startswith(("/", "./", "../", "~/")):
         return None
-    shown = argument if len(argument) <= 80 else f"{argument[:77]}..."
     if os.path.isdir(argument):
-        raise UsageError(f"{what} {shown} is a folder; give a file, or text")
-    raise UsageError(f"{what} {shown} does not exist; it looks like the path of a file")
+        raise UsageError(f"{what} {shown(argument)} is a folder; give a file, or text")
+    raise UsageError(f"{what} {shown(argument)} does not exist; it looks like the path of a file")
 
 
 def check_writable(folder: Path) -> None:

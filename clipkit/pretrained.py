@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ from torch import Tensor
 from clipkit import DEFAULT_MODEL, archives, checkpoint, distributed, hub, weights
 from clipkit.checkpoint import Checkpoint
 from clipkit.config import from_dict
-from clipkit.errors import CheckpointError
-from clipkit.images import preprocessing
+from clipkit.errors import CheckpointError, shown
+from clipkit.images import SUFFIXES, preprocessing
 from clipkit.model import CLIP, CLIPConfig
 from clipkit.records import read_object
 from clipkit.tokenizer import AnyTokenizer, ForeignTokenizer, Tokenizer
@@ -33,7 +34,7 @@ class Pretrained:
 
 def folder_of(name: str | Path) -> Path:
     """Where a model of ours is: a folder of this name, or the one that comes with the package."""
-    if str(name) == DEFAULT_MODEL and not Path(name).exists():
+    if str(name) == DEFAULT_MODEL and not os.path.exists(name):
         return Path(__file__).resolve().parent / "data" / DEFAULT_MODEL
     return Path(name)
 
@@ -46,13 +47,34 @@ def find(path: str | Path, kind: str) -> Checkpoint:
     """
     folder = folder_of(path)
     for candidate in (folder, folder / kind):
-        found = checkpoint.latest(candidate) if (candidate / "checkpoints").is_dir() else None
+        found = checkpoint.latest(candidate) if os.path.isdir(candidate / "checkpoints") else None
         if found is not None and found.state.get("kind") == kind:
             return found
         if found is not None:
             raise CheckpointError(f"{candidate} is a {found.state.get('kind')} run; a {kind} run is needed")
-    what = "does not exist" if not folder.exists() else f"holds no {kind} checkpoint"
-    raise CheckpointError(f"{folder} is not a model: it {what}; give the folder of a training run")
+    what = f"holds no {kind} checkpoint ({_contents(folder)})" if os.path.exists(folder) else "does not exist"
+    give = "the folder of a training run" + (", or a name out of `clipkit models`" if kind == "clip" else "")
+    raise CheckpointError(f"{shown(folder)} is not a model: it {what}; give {give}")
+
+
+def _contents(folder: Path) -> str:
+    """What a folder that is no model may be."""
+    if not folder.is_dir():
+        return "it is a file"
+    names = sorted(path.name for path in folder.iterdir())
+    if not names:
+        return "it is empty"
+    if any(name.startswith("part-") and name.endswith(".npy") for name in names):
+        return "it is an index of pictures, which `clipkit search` takes"
+    if any(name.endswith(".tar") for name in names):
+        return "it is a pack of pictures and captions"
+    if {"model_index.json", "diffusion_pytorch_model.safetensors"} & set(names):
+        return "it is a folder of diffusers"
+    if there := next((name for name in hub.WEIGHTS if name in names), None):
+        return f"it has {there}, but neither open_clip_config.json nor config.json"
+    if any(name.lower().endswith(SUFFIXES) for name in names):
+        return "it is a folder of pictures"
+    return f"it has {shown(names[0])}" + (f" and {len(names) - 1} more" if names[1:] else "")
 
 
 def load(name: str | Path = DEFAULT_MODEL, device: str = "auto") -> Pretrained:
@@ -66,12 +88,12 @@ def load(name: str | Path = DEFAULT_MODEL, device: str = "auto") -> Pretrained:
     or its architecture is one that clipkit does not have.
     """
     path, quick_gelu = folder_of(name), None
-    if not path.exists() and (published := hub.find(str(name))) is not None:
+    if not os.path.exists(path) and (published := hub.find(str(name))) is not None:
         path, quick_gelu = hub.fetch(published), published.quick_gelu
-    if path.is_file() or any((path / config).is_file() for config in _CONFIGS):
+    if os.path.isfile(path) or any(os.path.isfile(path / config) for config in _CONFIGS):
         return _load_foreign(path, device, quick_gelu)
-    if not path.exists() and (meant := hub.suggestion(str(name))):
-        raise CheckpointError(f"{name} is neither a folder nor a published model; {meant}")
+    if not os.path.exists(path) and (meant := hub.suggestion(str(name))):
+        raise CheckpointError(f"{shown(name)} is neither a folder nor a published model; {meant}")
     found = find(name, "clip")
     config = from_dict(CLIPConfig, found.state["recipe"]["model"])
     tokenizer = Tokenizer.from_json(found.text("tokenizer.json"), config.context_length)
