@@ -99,7 +99,8 @@ def _read_sharded(index: Path) -> Archive:
                 raise CheckpointError(f"{index.with_name(file)} holds {name}, which {index.name} puts {where}")
             tensors[name] = tensor
     if absent := sorted(placed.keys() - tensors.keys()):
-        raise CheckpointError(f"{index.with_name(placed[absent[0]])} does not hold {absent[0]}, which {index.name} lists")
+        name = absent[0]
+        raise CheckpointError(f"{index.with_name(placed[name])} does not hold {name}, which {index.name} puts there")
     return Archive(tensors, False)
 
 

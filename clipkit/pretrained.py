@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clipkit import DEFAULT_MODEL, archives, checkpoint, distributed, hub, weights
+from clipkit import DEFAULT_MODEL, archives, checkpoint, distributed, hub, processors, weights
 from clipkit.checkpoint import Checkpoint
 from clipkit.config import from_dict
-from clipkit.errors import CheckpointError, shown
+from clipkit.errors import CheckpointError, RecipeError, shown
 from clipkit.images import SUFFIXES, preprocessing
 from clipkit.model import CLIP, CLIPConfig
 from clipkit.records import read_object
@@ -115,14 +115,22 @@ def _load_foreign(path: Path, device: str, quick_gelu: bool | None) -> Pretraine
     file = path if path.is_file() else _weights_file(path)
     archive = archives.read(file)
     try:
-        config, tensors = _understand(folder, archive)
+        files = processors.read_tokenizer(folder)
+        config, tensors = _understand(folder, archive, files)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from None
+    except (AttributeError, KeyError, OverflowError, RecipeError, TypeError, ValueError, ZeroDivisionError) as error:
+        reason = shown(error if isinstance(error, RecipeError) else f"{type(error).__name__} {error}")
+        raise CheckpointError(f"{file}: the configuration beside it makes no model ({reason})") from None
     found = config.conventions.text_activation
     if quick_gelu is not None and quick_gelu != (found == "quick_gelu"):
         trained = "with quick_gelu" if quick_gelu else "without the quick GELU"
         raise CheckpointError(f"{folder} says that the activation is {found}; these weights were trained {trained}")
-    tokenizer = _tokenizer(folder, config)
+    tokenizer = _tokenizer(folder, config, files)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{folder} has a tokenizer of {tokenizer.vocab_size} tokens, and a model of {config.vocab_size}"
+        )
     model = CLIP(config, config.vocab_size, tokenizer.end_id)
     wrong = model.load_state_dict(_fitting(model, tensors, file), strict=False)
     if wrong.missing_keys or wrong.unexpected_keys:
@@ -142,17 +150,17 @@ def _fitting(model: CLIP, tensors: dict[str, Tensor], file: Path) -> dict[str, T
     return tensors
 
 
-def _understand(folder: Path, archive: archives.Archive) -> tuple[CLIPConfig, dict[str, Tensor]]:
+def _understand(
+    folder: Path, archive: archives.Archive, files: processors.TokenizerFiles
+) -> tuple[CLIPConfig, dict[str, Tensor]]:
     tensors = archive.tensors
     # Folders often have both configurations; the tensors say which of them they go with.
     theirs = (folder / "config.json").is_file() and weights.is_transformers(tensors)
     if (folder / "open_clip_config.json").is_file() and not theirs:
-        return weights.from_open_clip(read_object(folder / "open_clip_config.json"), tensors)
+        return weights.from_open_clip(read_object(folder / "open_clip_config.json"), tensors, files)
     if (folder / "config.json").is_file():
-        seen = folder / "preprocessor_config.json"
-        return weights.from_transformers(
-            read_object(folder / "config.json"), read_object(seen) if seen.is_file() else {}, tensors
-        )
+        seen = processors.read_preprocessor(folder)
+        return weights.from_transformers(read_object(folder / "config.json"), seen, tensors, files)
     if archive.scripted or weights.is_openai(tensors):
         return weights.from_openai(tensors)
     raise CheckpointError(
@@ -168,14 +176,13 @@ def _weights_file(folder: Path) -> Path:
     return found
 
 
-def _tokenizer(folder: Path, config: CLIPConfig) -> AnyTokenizer:
+def _tokenizer(folder: Path, config: CLIPConfig, files: processors.TokenizerFiles) -> AnyTokenizer:
     """The one beside the weights; for CLIP's vocabulary a merges file will do, also that of an installed open_clip."""
-    conventions, length = config.conventions, config.context_length
-    if (folder / "tokenizer.json").is_file():
-        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-        if conventions.text_cleaning == "clip":
-            return Tokenizer.from_json(text, length)
-        return ForeignTokenizer(text, length, conventions.text_cleaning, conventions.pad_id)
+    conventions, length = config.conventions, min(config.context_length, files.longest or config.context_length)
+    if files.text:
+        if files.clip_like and conventions.text_cleaning == "clip":
+            return Tokenizer.from_json(files.text, length)
+        return ForeignTokenizer(files.encoder, length, conventions.text_cleaning, conventions.pad_id)
     if conventions.text_cleaning != "clip":
         raise CheckpointError(f"{folder} has no tokenizer.json, which these weights need")
     peer = importlib.util.find_spec("open_clip")
