@@ -222,7 +222,7 @@ def _openai_resnet(tensors: Tensors) -> dict[str, Any]:
 
 # What the fields of open_clip's CLIPVisionCfg and CLIPTextCfg do here: read, with their defaults; built in; no effect.
 _VISION: dict[str, Any] = {
-    "image_size": 224, "layers": None, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": None,
+    "image_size": None, "layers": None, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": None,
     "no_ln_pre": False, "ls_init_value": None,
     "timm_model_name": None, "timm_pool": None, "timm_proj": None, "timm_proj_bias": False,
 }  # fmt: skip
@@ -288,7 +288,7 @@ def from_open_clip(
         **open_clip_pictures(whole["preprocess_cfg"] or {}),
     )
     shape = CLIPConfig(
-        image_size=square(vision["image_size"], "vision_cfg.image_size"),
+        image_size=224 if vision["image_size"] is None else square(vision["image_size"], "vision_cfg.image_size"),
         embed_dim=model["embed_dim"],
         text_width=text["width"],
         text_layers=text["layers"],
