@@ -52,3 +52,14 @@ def check_writable(folder: Path) -> None:
         for place in reversed(created):
             with suppress(OSError):
                 place.rmdir()
+
+
+def check_new(folder: Path) -> None:
+    """Check that `folder` can be written into, and holds nothing yet with which the result would be mixed.
+
+    Raises UsageError otherwise.
+    """
+    if os.path.isdir(folder) and (names := sorted(path.name for path in folder.iterdir())):
+        more = f" and {len(names) - 1} more" if names[1:] else ""
+        raise UsageError(f"{folder} is not empty: it holds {shown(names[0])}{more}; give a new folder")
+    check_writable(folder)

@@ -6,6 +6,7 @@ what stands around a caption. What they ask for is done, or refused by name.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from typing import Any
 
 from clipkit.errors import CheckpointError, shown
 from clipkit.model import Conventions
-from clipkit.records import only_known, read_object
-from clipkit.tokenizer import END, is_clip_like, read_encoder
+from clipkit.records import only_known, read_object, write_atomically
+from clipkit.tokenizer import END, START, AnyTokenizer, Tokenizer, is_clip_like, read_encoder
 
 CLIP_VOCABULARY = 49408
 """Tokens of CLIP's own vocabulary, the last of which ends a caption."""
@@ -292,3 +293,67 @@ _CLEANINGS = {
 def siglip_cleaning(files: TokenizerFiles) -> str:
     """What transformers does to captions of a SigLIP. Raises CheckpointError for classes that are not known here."""
     return _known(files.kind.removesuffix("Fast"), _CLEANINGS, "tokenizer_config.json: tokenizer_class")
+
+
+def _replace(pattern: str, content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
+
+
+_SPACES = (_replace(r"[\s\x1c-\x1f]+", " "), {"type": "Strip", "strip_left": True, "strip_right": True})
+_LOWER, _PUNCTUATION = {"type": "Lowercase"}, _replace(r"[!-/:-@\[-`{-~]", "")
+# Of what ftfy mends, that which is a matter of single characters; for the rest there is no rule in a tokenizer.json.
+_MENDED = ({"type": "NFC"}, _replace("[\u2018-\u201b\u02bc]", "'"), _replace("[\u201c-\u201f]", '"'))
+_NORMALIZERS: dict[str, tuple[dict[str, Any], ...]] = {
+    "clip": (*_MENDED, *_SPACES, _LOWER),
+    "whitespace": (*_MENDED, *_SPACES),
+    "canonical": (*_MENDED, _replace("_", " "), _PUNCTUATION, _LOWER, *_SPACES),
+    "siglip": (_LOWER, _PUNCTUATION, *_SPACES),
+    "lower": (_LOWER,),
+    "none": (),
+}
+"""What is done to captions (clipkit/tokenizer.py), for programs that only have the tokenizer.json."""
+
+
+def write_tokenizer(tokenizer: AnyTokenizer, how: Conventions, folder: Path) -> list[Path]:
+    """tokenizer.json with the cleaning and the special tokens around a caption, and what transformers wants beside it.
+
+    `tokenizers` and transformers' AutoTokenizer then give the ids that `tokenizer` gives. Of its cleaning they lack
+    what ftfy mends across characters, and HTML's entities.
+    """
+    content = json.loads(tokenizer.to_json())
+    content["truncation"] = content["padding"] = None
+    vocabulary = content["model"]["vocab"]
+    if isinstance(vocabulary, list):  # Unigram: pairs of token and score, in order
+        vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
+    names = {i: token for token, i in vocabulary.items()}
+    names |= {token["id"]: token["content"] for token in content.get("added_tokens", [])}
+    own = [content["normalizer"]] if content.get("normalizer") else []
+    content["normalizer"] = {"type": "Sequence", "normalizers": [*_NORMALIZERS[how.text_cleaning], *own]}
+    special = {"eos_token": names[tokenizer.end_id], "pad_token": names[how.pad_id]}
+    settings: dict[str, Any] = {}
+    if isinstance(tokenizer, Tokenizer):
+        content["post_processor"] = _around({START: tokenizer.start_id}, {END: tokenizer.end_id})
+        special |= {"bos_token": START}
+        settings["split_special_tokens"] = True  # no caption can end itself
+        if how.text_attention == "causal":  # what follows END is not seen, and this is what CLIP's own has there
+            special["pad_token"] = END
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": tokenizer.context_length}
+    files = {
+        "tokenizer.json": content,
+        "tokenizer_config.json": {**settings, **special, "padding_side": "right"},
+        "special_tokens_map.json": special,
+    }
+    for name, written in files.items():
+        write_atomically(folder / name, json.dumps(written, indent=2) + "\n")
+    return [folder / name for name in files]
+
+
+def _around(start: dict[str, int], end: dict[str, int]) -> dict[str, Any]:
+    first, last = ([{"SpecialToken": {"id": name, "type_id": 0}} for name in tokens] for tokens in (start, end))
+    pieces = [*first, {"Sequence": {"id": "A", "type_id": 0}}, *last]
+    return {
+        "type": "TemplateProcessing",
+        "single": pieces,
+        "pair": pieces,
+        "special_tokens": {t: {"id": t, "ids": [i], "tokens": [t]} for t, i in (start | end).items()},
+    }

@@ -7,8 +7,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     aside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     os.replace(aside, path)
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A place to write into; what is there at the end is moved into `folder`, and nothing is left of what fails."""
+    place = next(there for there in (folder, *folder.absolute().parents) if there.is_dir())
+    with tempfile.TemporaryDirectory(prefix=".clipkit-", dir=place) as aside:
+        yield Path(aside)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(Path(aside).iterdir()):
+            os.replace(path, folder / path.name)
 
 
 def read_object(path: Path) -> dict[str, Any]:
