@@ -116,8 +116,8 @@ def fetch(published: Published) -> Path:
         ) from None
     if weights is None:
         raise CheckpointError(f"hub repository {name} has no weights ({', '.join(WEIGHTS)})")
-    for file in (weights, *files):
-        _check(file)
+    for path in (weights, *files):
+        _check(path)
     return weights.parent
 
 

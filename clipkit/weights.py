@@ -231,7 +231,8 @@ _TEXT: dict[str, Any] = {
     "no_causal_mask": False, "pool_type": "argmax", "eos_id": 2, "proj_bias": False, "act_kwargs": None,
     "norm_kwargs": None, "pad_id": None, "tokenizer_kwargs": None, "hf_tokenizer_name": None,
 }  # fmt: skip
-_NO, _NOTHING = (False, None), (None, {})
+_NO: Sequence[Any] = (False, None)
+_NOTHING: Sequence[Any] = (None, {})
 _BUILT_IN: dict[str, Sequence[Any]] = {
     "block_type": (None, "default"), "qk_norm": _NO, "scaled_cosine_attn": _NO, "scale_heads": _NO,
     "scale_attn_inner": _NO, "scale_attn": _NO, "scale_fc": _NO, "final_ln_after_pool": _NO, "output_tokens": _NO,

@@ -63,7 +63,7 @@ def test_a_release_is_not_mixed_into_something_else(chain, tmp_path):
     release(chain / "clip", tmp_path / "mine")
     before = sorted(path for path in chain.rglob("*"))
     for out in (tmp_path / "mine", chain, chain / "clip"):
-        with pytest.raises(UsageError, match="is not empty: it holds .* give a new folder"):
+        with pytest.raises(UsageError, match=r"is not empty: it holds .* give a new folder"):
             release(chain / "clip", out)
     assert sorted(path for path in chain.rglob("*")) == before
 
