@@ -158,20 +158,32 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def preprocess(
     image: Image.Image,
     size: int,
-    resize: Literal["crop", "squash"] = "crop",
+    resize: Literal["crop", "squash", "pad"] = "crop",
     interpolation: Literal["bicubic", "bilinear"] = "bicubic",
+    fill: int = 0,
 ) -> Tensor:
     """Evaluation transform -> uint8 [3, size, size]: shorter side to `size`, then the middle; or both sides to `size`.
 
     An image that still carries an orientation (EXIF, XMP) is turned first, so that it looks as `decode` shows it.
     What torchvision's Resize and CenterCrop make of a Pillow image, as OpenAI and open_clip evaluate, without the
-    pixels that the crop would throw away.
+    pixels that the crop would throw away. "pad" is open_clip's resize_mode "longest": longer side to `size`, with a
+    margin of grey level `fill`.
     """
     image = to_rgb(upright(image))
+    if image.size != (size, size) and resize == "pad":
+        image = _padded(image, size, Image.Resampling[interpolation.upper()], fill)
     if image.size != (size, size):
         box = _middle(*image.size, size) if resize == "crop" else None
         image = image.resize((size, size), Image.Resampling[interpolation.upper()], box=box)
     return to_pixels(image).contiguous()
+
+
+def _padded(image: Image.Image, size: int, filter: Image.Resampling, fill: int) -> Image.Image:
+    scale = max(image.size) / size
+    width, height = (max(1, round(side / scale)) for side in image.size)
+    canvas = Image.new("RGB", (size, size), (fill, fill, fill))
+    canvas.paste(image.resize((width, height), filter), ((size - width) // 2, (size - height) // 2))
+    return canvas
 
 
 def _middle(width: int, height: int, size: int) -> tuple[float, float, float, float]:
@@ -185,7 +197,13 @@ def _middle(width: int, height: int, size: int) -> tuple[float, float, float, fl
 def preprocessing(config: CLIPConfig) -> Callable[[Image.Image], Tensor]:
     """`preprocess` as this model wants it."""
     how = config.conventions
-    return partial(preprocess, size=config.image_size, resize=how.image_resize, interpolation=how.image_interpolation)
+    return partial(
+        preprocess,
+        size=config.image_size,
+        resize=how.image_resize,
+        interpolation=how.image_interpolation,
+        fill=how.image_fill,
+    )
 
 
 def random_view(data: bytes, size: int, config: DataConfig, rng: np.random.Generator) -> Tensor:

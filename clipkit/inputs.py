@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from clipkit.errors import DataError, UsageError
+from clipkit.errors import DataError, UsageError, shown
 from clipkit.tables import decoded
 
 TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv")
@@ -37,11 +37,9 @@ def file_of(argument: str, what: str) -> Path | None:
     rooted = argument.startswith(("/", "./", "../", "~/")) or (folder and "/" in argument)
     if not suffixed and not rooted:
         return None
-    line = " ".join(argument.split())
-    shown = line if len(line) <= 80 else f"{line[:77]}..."
     if folder:
-        raise UsageError(f"{what} {shown} is a folder; give a file, or text")
-    raise UsageError(f"{what} {shown} does not exist; it looks like the path of a file")
+        raise UsageError(f"{what} {shown(argument)} is a folder; give a file, or text")
+    raise UsageError(f"{what} {shown(argument)} does not exist; it looks like the path of a file")
 
 
 def items_of(argument: str, what: str, separator: str | None = None) -> list[str]:
@@ -65,8 +63,8 @@ def items_of(argument: str, what: str, separator: str | None = None) -> list[str
         raise UsageError(f"{what}: entry {items.index('') + 1} of {len(items)} is empty")
     alike = [item.casefold() for item in items]
     if twice := [item for i, item in enumerate(items) if item.casefold() in alike[:i]]:
-        shown = ", ".join(map(repr, twice[:5])) + (" ..." if len(twice) > 5 else "")
-        raise UsageError(f"{what} has {shown} twice; keep one of each")
+        named = ", ".join(map(repr, twice[:5])) + (" ..." if len(twice) > 5 else "")
+        raise UsageError(f"{what} has {named} twice; keep one of each")
     return items
 
 
@@ -139,3 +137,14 @@ def _finite(found: Any) -> Any:
     if isinstance(found, (list, tuple)):
         return [_finite(value) for value in found]
     return None if isinstance(found, float) and not math.isfinite(found) else found
+
+
+def check_new(folder: Path) -> None:
+    """Check that `folder` can be written into, and holds nothing yet with which the result would be mixed.
+
+    Raises UsageError otherwise.
+    """
+    if os.path.isdir(folder) and (names := sorted(path.name for path in folder.iterdir())):
+        more = f" and {len(names) - 1} more" if names[1:] else ""
+        raise UsageError(f"{folder} is not empty: it holds {shown(names[0])}{more}; give a new folder")
+    check_writable(folder)

@@ -39,8 +39,9 @@ class Conventions:
     """The token whose features count: the first END, or the last of the padded caption."""
     text_projection_bias: bool = False
     """Whether the text projection has a bias."""
-    text_cleaning: Literal["clip", "canonical", "whitespace"] = "clip"
-    """What is done to captions before they are cut into tokens; "canonical" (SigLIP's) drops punctuation."""
+    text_cleaning: Literal["clip", "canonical", "whitespace", "siglip", "lower", "none"] = "clip"
+    """What is done to captions before they are cut into tokens (clipkit/tokenizer.py): "canonical" is open_clip's for
+    SigLIP, "siglip" and "lower" are transformers' for SigLIP and SigLIP 2."""
     pad_id: int = 0
     """Token that pads captions under full attention."""
     image_projection: Literal["linear", "bias", "mlp", "none"] = "linear"
@@ -49,8 +50,10 @@ class Conventions:
     """Subtracted from pixels in [0, 1]; by default the statistics of OpenAI's models."""
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     """Pixels are divided by these."""
-    image_resize: Literal["crop", "squash"] = "crop"
-    """What makes an image square: the middle of it, or a change of its proportions."""
+    image_resize: Literal["crop", "squash", "pad"] = "crop"
+    """What makes an image square: the middle of it, a change of its proportions, or a margin ("letterbox")."""
+    image_fill: int = 0
+    """Grey level of that margin, 0 to 255."""
     image_interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """How images are resized for evaluation."""
 

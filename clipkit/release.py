@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from clipkit import checkpoint
+from clipkit import checkpoint, inputs
 from clipkit.checkpoint import Checkpoint
 from clipkit.errors import CheckpointError
+from clipkit.records import written_whole
 
 KINDS = ("clip", "autoencoder", "denoiser", "noisy_clip")
 
@@ -19,13 +20,16 @@ def release(runs: Path, out: Path) -> list[Path]:
 
     They load by `out`'s name as the runs do by theirs, and cannot be trained on: the optimizer's state stays behind. So
     do the folders in which absolute paths of its record lay.
-    Raises CheckpointError when there is no run, or `out` cannot be written.
+    Raises CheckpointError when there is no run, UsageError when `out` holds something or cannot be written.
     """
     folders = [folder for folder in (runs, *(runs / kind for kind in KINDS)) if (folder / "checkpoints").is_dir()]
     found = [latest for folder in folders if (latest := checkpoint.latest(folder)) is not None]
     if not found:
         raise CheckpointError(f"{runs} is not a run and holds none ({', '.join(KINDS)})")
-    return [_write(part, out / part.state["kind"]) for part in found]
+    inputs.check_new(out)
+    with written_whole(out) as aside:
+        written = [_write(part, aside / part.state["kind"]).relative_to(aside) for part in found]
+    return [out / folder for folder in written]
 
 
 def _write(found: Checkpoint, out: Path) -> Path:

@@ -64,20 +64,38 @@ class AnyTokenizer(ABC):
         """One caption or several -> int64 [B, L]."""
 
 
+def read_encoder(text: str) -> Any:
+    """The `tokenizers.Tokenizer` of a tokenizer.json. Raises CheckpointError for what `tokenizers` does not read."""
+    from tokenizers import Tokenizer as Encoder
+
+    try:
+        return Encoder.from_str(text)
+    except Exception as error:  # the Rust side raises bare Exception
+        raise CheckpointError(f"damaged tokenizer.json: {str(error)[:80]}") from None
+
+
+def is_clip_like(encoder: Any) -> bool:
+    """Whether it cuts captions as CLIP's does, whatever its vocabulary: `Tokenizer` then takes its place."""
+    from tokenizers import models
+
+    model, words = encoder.model, encoder.pre_tokenizer
+    return (
+        isinstance(model, models.BPE)
+        and model.end_of_word_suffix == "</w>"
+        and words is not None
+        and b"'re|'ve|'m|'ll|'d|[" in words.__getstate__()
+        and encoder.token_to_id(START) is not None
+        and encoder.token_to_id(END) is not None
+    )
+
+
 class ForeignTokenizer(AnyTokenizer):
     """The tokenizer.json that came with other people's weights (SigLIP's sentencepiece, for instance), as it is.
 
     It says itself what stands around a caption; rows shorter than the longest are filled with `pad_id`.
-    Raises CheckpointError for a file that `tokenizers` does not read.
     """
 
-    def __init__(self, text: str, context_length: int, cleaning: str = "whitespace", pad_id: int = 0) -> None:
-        from tokenizers import Tokenizer as Encoder
-
-        try:
-            encoder = Encoder.from_str(text)
-        except Exception as error:  # the Rust side raises bare Exception
-            raise CheckpointError(f"damaged tokenizer.json: {str(error)[:80]}") from None
+    def __init__(self, encoder: Any, context_length: int, cleaning: str = "whitespace", pad_id: int = 0) -> None:
         super().__init__(encoder, context_length)
         encoder.enable_truncation(context_length)
         encoder.no_padding()
@@ -232,15 +250,35 @@ def canonical(text: str) -> str:
     return " ".join(_mend(text).replace("_", " ").translate(_NO_PUNCTUATION).lower().split())
 
 
-_CLEANINGS: dict[str, Callable[[str], str]] = {"clip": clean, "canonical": canonical, "whitespace": whitespace}
+def siglip(text: str) -> str:
+    """transformers' cleaning for SigLIP (SiglipTokenizer.canonicalize_text): underscores go, words stay together."""
+    return " ".join(_valid(text).lower().translate(_NO_PUNCTUATION).split())
+
+
+def lower(text: str) -> str:
+    """transformers' cleaning for SigLIP 2 (Siglip2Tokenizer): lower case, letter by letter, and nothing else."""
+    return "".join(map(str.lower, _valid(text)))
+
+
+def _valid(text: str) -> str:
+    return text[:MAX_CAPTION].encode("utf-8", errors="replace").decode("utf-8")
+
+
+_CLEANINGS: dict[str, Callable[[str], str]] = {
+    "clip": clean,
+    "canonical": canonical,
+    "whitespace": whitespace,
+    "siglip": siglip,
+    "lower": lower,
+    "none": _valid,
+}
 
 
 def _mend(text: str) -> str:
-    text = text[:MAX_CAPTION]
-    if not _is_plain(text):
+    if not _is_plain(text := text[:MAX_CAPTION]):
         import ftfy
 
-        text = ftfy.fix_text(text.encode("utf-8", errors="replace").decode("utf-8"))
+        text = ftfy.fix_text(_valid(text))
     return html.unescape(html.unescape(text))
 
 

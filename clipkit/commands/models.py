@@ -56,7 +56,7 @@ def export(model: str, out: Path, form: str, push: str | None) -> None:
     """Write a model for other libraries.
 
     open_clip and transformers read their folders with equal features; onnx and torch write two graphs, from uint8
-    pixels and from token ids to unit vectors.
+    pixels and from token ids to unit vectors. OUT is a new folder, or one with an earlier export in this format.
 
     \b
     Example:
@@ -66,8 +66,9 @@ def export(model: str, out: Path, form: str, push: str | None) -> None:
     from clipkit import hub
     from clipkit.pretrained import load
 
+    room.check_place(out, form)
     clip = load(model, "cpu")
-    for path in room.export(clip, out, form):
+    for path in room.export(clip, out, form, push or ""):
         click.echo(f"{path}")
     if push is not None:
         click.echo(hub.push(clip.model, out, push))

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import clipkit
-from clipkit import pretrained
+from clipkit import checkpoint, pretrained
 from clipkit.cli import cli
-from clipkit.errors import CheckpointError
+from clipkit.errors import CheckpointError, UsageError
 from clipkit.guidance.draw import Studio
 from clipkit.release import release
 
@@ -57,6 +57,33 @@ def test_the_command(chain, tmp_path, capsys):
     with pytest.raises(CheckpointError, match="is not a run and holds none"):
         cli.main(["release", str(tmp_path), str(tmp_path / "other")], standalone_mode=False)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_release_is_not_mixed_into_something_else(chain, tmp_path):
+    """Least of all into a run, whose checkpoints it would replace."""
+    release(chain / "clip", tmp_path / "mine")
+    before = sorted(path for path in chain.rglob("*"))
+    for out in (tmp_path / "mine", chain, chain / "clip"):
+        with pytest.raises(UsageError, match=r"is not empty: it holds .* give a new folder"):
+            release(chain / "clip", out)
+    assert sorted(path for path in chain.rglob("*")) == before
+
+
+def test_nothing_half_written_stays(chain, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match=r"cannot write into .*out: Not a directory"):
+        release(chain, tmp_path / "file" / "out")
+    save = checkpoint.save
+
+    def fails_second(run, state, *rest, **named):
+        if state["kind"] == "denoiser":
+            raise CheckpointError("could not save")
+        return save(run, state, *rest, **named)
+
+    monkeypatch.setattr(checkpoint, "save", fails_second)
+    with pytest.raises(CheckpointError, match="could not save"):
+        release(chain, tmp_path / "new" / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["file"]
 
 
 def test_released_weights_are_smaller(chain, tmp_path):

@@ -72,9 +72,27 @@ def test_a_folder_of_diffusers_gives_equal_outputs(tmp_path):
         assert torch.equal(from_diffusers(tmp_path / "old").encode(images), ours.encode(images))
     about = json.loads((tmp_path / "config.json").read_text())
     for wrong, message in (
-        ({"shift_factor": 0.1}, "shift_factor is 0.1"),
-        ({"act_fn": "gelu"}, "act_fn is 'gelu'"),
-        ({"block_out_channels": []}, "describes no autoencoder"),
+        ({"shift_factor": 0.1}, "shift_factor = 0.1 asks for an architecture"),
+        ({"act_fn": "gelu"}, "act_fn = 'gelu' asks for an architecture"),
+        ({"use_quant_conv": False}, "use_quant_conv = False asks for an architecture"),
+        ({"use_post_quant_conv": False}, "use_post_quant_conv = False asks for"),
+        ({"latents_mean": [0.0] * 4}, "latents_mean = .* asks for an architecture"),
+        ({"latents_std": [1.0] * 4}, "latents_std = .* asks for an architecture"),
+        ({"in_channels": 4}, "in_channels = 4 asks for an architecture"),
+        ({"mid_block_add_attention": False}, "mid_block_add_attention = False asks for"),
+        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 3}, "down_block_types is .* DownEncoderBlock2D only"),
+        ({"up_block_types": ["UpDecoderBlock2D"]}, "up_block_types is .* one for each width"),
+        ({"block_out_channels": [8, 20, 32]}, "they must be multiples of the first"),
+        ({"sample_size": [32, 64]}, r"sample_size is \[32, 64\]; clipkit has square images only"),
+        ({"double_z": False}, "double_z = False is unknown to clipkit, and may change what the model computes"),
+        ({"scaling_factor": None}, "scaling_factor = None must be of the type of 0.18215"),
+        ({"scaling_factor": "0.3"}, "scaling_factor = '0.3' must be of the type of"),
+        ({"scaling_factor": float("nan")}, "scaling_factor = nan must be of the type of"),
+        ({"scaling_factor": float("inf")}, "scaling_factor = inf must be of the type of"),
+        ({"scaling_factor": True}, "scaling_factor = True must be of the type of"),
+        ({"scaling_factor": 0}, "scaling_factor is 0.0; it must be above 0"),
+        ({"scaling_factor": -1}, "scaling_factor is -1.0; it must be above 0"),
+        ({"block_out_channels": [], "down_block_types": [], "up_block_types": []}, "describes no autoencoder"),
         ({"norm_num_groups": 5}, "must be a multiple of groups"),
     ):
         (tmp_path / "old" / "config.json").write_text(json.dumps({**about, **wrong}))
@@ -88,6 +106,33 @@ def test_a_folder_of_diffusers_gives_equal_outputs(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "VQModel"}))
     with pytest.raises(CheckpointError, match="holds a VQModel"):
         from_diffusers(tmp_path)
+
+
+def test_a_folder_of_diffusers_that_leaves_things_out_means_their_defaults(tmp_path):
+    """scaling_factor came with diffusers 0.12: without it latents are multiplied by 0.18215, as by Stable Diffusion."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    theirs = diffusers.AutoencoderKL(block_out_channels=(32,)).eval()
+    theirs.save_pretrained(tmp_path)
+    about = json.loads((tmp_path / "config.json").read_text())
+    kept = {key: about[key] for key in ("_class_name", "block_out_channels")}
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    ours, again = load_autoencoder(tmp_path), diffusers.AutoencoderKL.from_pretrained(tmp_path)
+    assert (again.config.scaling_factor, again.config.sample_size) == (0.18215, ours.config.image_size)
+    images = torch.rand(1, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        wanted = theirs.encode(images).latent_dist.mean * 0.18215
+        torch.testing.assert_close(ours.encode(images), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_every_argument_of_diffusers_has_been_decided():
+    import inspect
+
+    from clipkit.guidance import autoencoder
+
+    diffusers = pytest.importorskip("diffusers")
+    theirs = set(inspect.signature(diffusers.AutoencoderKL.__init__).parameters) - {"self"}
+    assert theirs <= {*autoencoder._USED, *autoencoder._BUILT_IN, *autoencoder._FREE}
 
 
 def test_a_denoiser_of_their_latents_draws(chain, packs, tmp_path):
