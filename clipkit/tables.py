@@ -40,10 +40,13 @@ def read_table(path: Path, columns: Sequence[str]) -> list[Row]:
     """The rows of a CSV, of which only `columns` are kept; other columns, case and spaces of their names do not matter.
 
     The separator is the one of `,`, `;` and tab with which the header has the columns. Empty rows are left out.
-    Raises DataError for a table without these columns, and for rows that have not one field for each column: a comma
-    in a text that is not quoted would cut it.
+    Raises DataError for a table that cannot be read or has other columns, and for rows that have not one field for each
+    column: a comma in a text that is not quoted would cut it.
     """
-    text = decoded(path).replace("\0", " ")  # Python 3.10 reads no NUL
+    try:
+        text = decoded(path).replace("\0", " ")  # Python 3.10 reads no NUL
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
     if text[:4].lower() == "sep=":  # written for Excel
         text = text.partition("\n")[2]
     limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
