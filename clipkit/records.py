@@ -35,12 +35,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """A place to write into; what is there at the end is moved into `folder`, and nothing is left of what fails."""
+    """A place to write into; what is there at the end is moved into `folder`, and nothing is left of what fails.
+
+    Files and folders of the same names, if any, are replaced.
+    """
     place = next(there for there in (folder, *folder.absolute().parents) if there.is_dir())
     with tempfile.TemporaryDirectory(prefix=".clipkit-", dir=place) as aside:
         yield Path(aside)
         folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(Path(aside).iterdir()):
+            if (folder / path.name).is_dir():
+                os.replace(folder / path.name, path.with_name(f".former-{path.name}"))
             os.replace(path, folder / path.name)
 
 

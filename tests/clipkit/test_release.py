@@ -61,12 +61,29 @@ def test_the_command(chain, tmp_path, capsys):
 
 def test_a_release_is_not_mixed_into_something_else(chain, tmp_path):
     """Least of all into a run, whose checkpoints it would replace."""
-    release(chain / "clip", tmp_path / "mine")
     before = sorted(path for path in chain.rglob("*"))
-    for out in (tmp_path / "mine", chain, chain / "clip"):
-        with pytest.raises(UsageError, match=r"is not empty: it holds .* give a new folder"):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "clip.txt").write_text("mine")
+    for out, there in ((chain, "clip"), (chain / "clip", r"\.lock"), (tmp_path / "notes", r"clip\.txt")):
+        with pytest.raises(
+            UsageError, match=f"holds {there}, which is no release; give a new folder, or one of releases"
+        ):
             release(chain / "clip", out)
     assert sorted(path for path in chain.rglob("*")) == before
+
+
+def test_releases_are_put_together_and_replaced(chain, tmp_path):
+    """Kind by kind, as clipkit-tiny is made; also by a run of fewer steps than the one before."""
+    release(chain / "clip", tmp_path / "mine")
+    (tmp_path / "mine" / "README.md").write_text("a card")
+    release(chain / "denoiser", tmp_path / "mine")
+    latest = pretrained.find(tmp_path / "mine", "clip")
+    former = latest.path.rename(latest.path.with_name("step-99999999"))
+    assert former.is_dir()
+    (folder,) = release(chain / "clip", tmp_path / "mine")
+    assert pretrained.find(tmp_path / "mine", "clip").path == folder == latest.path
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["README.md", "clip", "denoiser"]
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def test_nothing_half_written_stays(chain, tmp_path, monkeypatch):
