@@ -84,6 +84,7 @@ def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator
     store = dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=timeout)
     _Group.store = store
+    dist.barrier()  # a rank that left at once, with an error of its own, would end the others while they connect to it
     try:
         yield
     finally:

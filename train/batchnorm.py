@@ -111,43 +111,45 @@ def batch_norm(
 class _Normalise(torch.autograd.Function):
     """x [b, C, ...] of each rank -> the same normalised, and mean [C], biased variance [C] and count of all ranks' x.
 
-    Local moments are in float32 or better, and are added up in float64, where E[x^2] - E[x]^2 does not cancel.
+    torch's own kernels do what touches x: they give each rank's moments, which are added up in float64, where
+    E[x^2] - E[x]^2 does not cancel, and normalise with those of all.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        wide, channels = x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[1]
-        var, mean = (moment.double() for moment in torch.var_mean(wide, _samples(x), correction=0))
-        count = mean.new_full((1,), x.numel() // channels)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        gain = x.new_ones(x.shape[1], dtype=dtype) if weight is None else weight
+        shift = torch.zeros_like(gain) if bias is None else bias
+        _, mean, inverse = torch.native_batch_norm(x, gain, shift, None, None, True, 0.0, 0.0)
+        mean, var = mean.double(), torch.where(inverse > 0, inverse.double().pow(-2), 0.0)  # 0 stands for 1 / 0
+        count = mean.new_full((1,), x.numel() // len(mean))
         sums = distributed.sum_over_ranks(torch.cat([count, count * mean, count * (var + mean.square())]))
         count = sums[:1]
-        mean, square = (sums[1:] / count).view(2, channels)
+        mean, square = (sums[1:] / count).view(2, -1)
         var = (square - mean.square()).clamp(min=0)
-        ctx.save_for_backward(x, weight, mean.to(wide.dtype), (var + eps).rsqrt().to(wide.dtype), count)
-        out = F.batch_norm(x, mean.to(wide.dtype), var.to(wide.dtype), weight, bias, False, 0.0, eps)
+        ctx.eps = eps
+        ctx.save_for_backward(x, gain, mean.to(dtype), var.to(dtype), count)
+        out = F.batch_norm(x, mean.to(dtype), var.to(dtype), gain, shift, False, 0.0, eps)
         ctx.mark_non_differentiable(mean, var, count)
         return out, mean, var, count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """dx = w / std (dy - mean(dy) - x' mean(dy x')), x' being x normalised and the means those of all ranks."""
-        x, weight, mean, inverse, count = ctx.saved_tensors
-        shape = (1, -1, *[1] * (x.ndim - 2))
-        dy, normalised = gradient.to(mean.dtype), (x - mean.view(shape)) * inverse.view(shape)
-        of_bias, of_weight = dy.sum(_samples(x)), (dy * normalised).sum(_samples(x))
-        dx = None
-        if ctx.needs_input_grad[0]:
-            sums = distributed.sum_over_ranks(torch.stack([of_bias, of_weight]).double())
-            means = (sums / count).to(mean.dtype)
-            scale = inverse if weight is None else inverse * weight
-            dx = (dy - means[0].view(shape) - normalised * means[1].view(shape)) * scale.view(shape)
-            dx = dx.to(x.dtype)
-        return dx, of_weight if ctx.needs_input_grad[1] else None, of_bias if ctx.needs_input_grad[2] else None, None
+        """dx = w / std (dy - mean(dy) - x' mean(dy x')), x' being x normalised and the means those of all ranks.
 
-
-def _samples(x: Tensor) -> list[int]:
-    """Every dimension but the channels'."""
-    return [0, *range(2, x.ndim)]
+        torch's kernel takes those of this rank; the difference is linear in x'.
+        """
+        x, gain, mean, var, count = ctx.saved_tensors
+        inverse, wanted = (var + ctx.eps).rsqrt(), ctx.needs_input_grad
+        dx, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, gain, None, None, mean, inverse, True, ctx.eps, [wanted[0], True, True]
+        )
+        if wanted[0]:
+            mine = torch.stack([of_weight, of_bias]).double()
+            excess = mine / (x.numel() // len(mean)) - distributed.sum_over_ranks(mine) / count
+            slope, offset = (excess * inverse * gain).to(mean.dtype)
+            dx += F.batch_norm(x, mean, var, slope, offset, False, 0.0, ctx.eps)
+        return dx, of_weight if wanted[1] else None, of_bias if wanted[2] else None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -27,12 +28,14 @@ def launch(
 ) -> Path | None:
     """Load the recipe at `path` and train it -> the run's folder; with `dry_run` only print it, resolved.
 
-    Under torchrun every rank calls this.
+    Under torchrun every rank calls this. Raises UsageError for a `run.out` that cannot be written.
     """
     recipe = load_recipe(kind, path, overrides)
     if dry_run:
         print(to_toml(recipe), end="")
         return None
+    if os.environ.get("RANK", "0") == "0":  # the others wait for it in the group
+        check_writable(Path(recipe.run.out))
     device = distributed.choose_device(recipe.run.device)
     with distributed.process_group(device, recipe.run.timeout_minutes):
         return train_recipe(recipe, make_task, device)
@@ -41,14 +44,10 @@ def launch(
 def train_recipe(recipe: R, make_task: MakeTask[R], device: torch.device) -> Path:
     """Open the pack, build the task and its stream, train -> the run's folder.
 
-    What can be told from the recipe alone is checked first. Raises RecipeError for a batch that does not divide over
-    the ranks, UsageError for a `run.out` that cannot be written, ShardError for a `data.val` that is no pack.
+    Raises RecipeError for a batch that does not divide over the ranks, ShardError for a `data.val` that is no pack.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
     _check_batch(recipe.run, world_size)
-    if rank == 0:
-        check_writable(Path(recipe.run.out))
-    distributed.barrier()
     shards = Shards(recipe.data.shards, verify=False, cache=cache_of(recipe.data))  # hashed while training
     validation_of(recipe.data)  # a missing one is missed now, not after the last step
     seed_everything(recipe.run.seed, 0, 0)  # the same initial weights on every rank
