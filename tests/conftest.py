@@ -10,9 +10,7 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("PYTHONUSERBASE", site.getuserbase())
-os.environ["HOME"] = (
-    tempfile.mkdtemp()
-)  # what these tests keep is nobody else's
+os.environ["HOME"] = tempfile.mkdtemp()  # what these tests keep is nobody else's
 os.environ["XDG_CACHE_HOME"] = os.environ["HOME"] + "/.cache"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
