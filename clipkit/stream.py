@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from clipkit.remote import Cache
 from clipkit.shards import Shards
 
 _REMOTE_WINDOW = 16
+_DYING = 5.0
+"""Seconds between the ends of two pipes of a process that dies."""
 
 
 @dataclass
@@ -301,9 +304,14 @@ class Stream:
 
         torch says which process died, unless it meets the end of its pipe before it hears of its death.
         """
-        alive = {child.pid for child in multiprocessing.active_children()}
         places = [(pid, at) for pid, at in self.samples.whereabouts.tolist() if pid > 0 and at >= 0]
-        cut = [(pid, at) for pid, at in places if pid not in alive] if isinstance(error, (OSError, EOFError)) else []
+        dead: set[int] = set()
+        if isinstance(error, (OSError, EOFError)):
+            try:
+                dead = _dead({pid for pid, _ in places})
+            except RuntimeError as said:  # torch has heard of it by now
+                error = said
+        cut = [(pid, at) for pid, at in places if pid in dead]
         if "DataLoader worker" not in str(error) and not cut:
             return error
         reading = cut or [(pid, at) for pid, at in places if str(pid) in str(error)]
@@ -313,6 +321,17 @@ class Stream:
             f"a loader process died while reading {where}: {what}; the same command goes on from "
             "the last checkpoint. If it was killed for memory, lower data.workers"
         )
+
+
+def _dead(loaders: set[int]) -> set[int]:
+    """Those of these processes that are dead, or dying: their pipes end before they do."""
+    alive = {child.pid: child for child in multiprocessing.active_children() if child.pid in loaders}
+    if alive and len(alive) == len(loaders):
+        ending = wait([child.sentinel for child in alive.values()], _DYING)
+        for child in alive.values():
+            if child.sentinel in ending:
+                child.join()
+    return loaders - {child.pid for child in multiprocessing.active_children()}
 
 
 def cache_of(config: DataConfig) -> Cache:

@@ -1,7 +1,10 @@
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 from itertools import accumulate
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -204,4 +207,46 @@ def test_a_pipe_that_ends_before_its_loaders_death_is_known(packs):
     assert f"died while reading {stream.samples.name(3)}: reset by peer; the same" in str(found)
     assert "EOFError; the same" in str(stream.explain(EOFError()))
     other = RuntimeError("out of memory")
+    assert stream.explain(other) is other
+
+
+@pytest.fixture
+def loader():
+    """A process that lives until it is killed."""
+    process = multiprocessing.get_context("forkserver").Process(target=signal.pause)
+    process.start()
+    yield process
+    process.kill()
+    process.join()
+
+
+def test_a_loader_that_is_dying_is_waited_for(packs, loader, monkeypatch):
+    """A process closes its pipes before it is dead; on a busy machine long before."""
+    stream, cut = make(packs, workers=1), ConnectionResetError("reset by peer")
+    stream.samples.whereabouts[0] = torch.tensor([loader.pid, 3])
+
+    def dies_now(sentinels, seconds):
+        loader.kill()
+        return wait(sentinels)
+
+    monkeypatch.setattr("clipkit.stream.wait", dies_now)
+    assert f"died while reading {stream.samples.name(3)}: reset by peer" in str(stream.explain(cut))
+
+
+def test_torch_may_speak_of_the_dead_meanwhile(packs, loader, monkeypatch):
+    stream = make(packs, workers=1)
+    stream.samples.whereabouts[0] = torch.tensor([loader.pid, 3])
+
+    def interrupted(*_):
+        raise RuntimeError(f"DataLoader worker (pid {loader.pid}) is killed by signal: Killed.")
+
+    monkeypatch.setattr("clipkit.stream.wait", interrupted)
+    found = str(stream.explain(ConnectionResetError("reset by peer")))
+    assert f"died while reading {stream.samples.name(3)}: DataLoader worker (pid {loader.pid}) is killed" in found
+
+
+def test_an_error_while_all_loaders_live_stays_as_it_is(packs, loader, monkeypatch):
+    stream, other = make(packs, workers=1), OSError("another matter")
+    stream.samples.whereabouts[0] = torch.tensor([loader.pid, 3])
+    monkeypatch.setattr("clipkit.stream._DYING", 0.0)
     assert stream.explain(other) is other

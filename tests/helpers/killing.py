@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -42,10 +41,8 @@ def _pretrain(words: Sequence[str], err: str, plan: held.Plan, access: int) -> N
     multiprocessing.set_start_method(None, force=True)  # as when the command is run
     held.at_steps(plan)
     held.at_access(next(w.removeprefix("run.out=") for w in words if w.startswith("run.out=")), access)
-    with open(err, "w", buffering=1) as file:
-        os.dup2(file.fileno(), 2)
-        sys.stderr = file
-        main(["pretrain", "drawings_clip", *words])
+    os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
+    main(["pretrain", "drawings_clip", *words])
 
 
 def training(words: Sequence[str], err: Path, plan: held.Plan = (), access: int = 0) -> BaseProcess:
