@@ -49,9 +49,9 @@ def train_recipe(recipe: R, make_task: MakeTask[R], device: torch.device) -> Pat
     rank, world_size = distributed.rank(), distributed.world_size()
     _check_batch(recipe.run, world_size)
     shards = Shards(recipe.data.shards, verify=False, cache=cache_of(recipe.data))  # hashed while training
-    validation_of(recipe.data)  # a missing one is missed now, not after the last step
     seed_everything(recipe.run.seed, 0, 0)  # the same initial weights on every rank
     task = make_task(recipe, shards)
+    validation_of(recipe.data)  # a missing one is missed now, not after the last step
     run = recipe.run
     early = (task.early_size or task.image_size, round(EARLY * run.steps))
     stream = Stream(shards, recipe.data, task.image_size, run.batch_size, run.seed, rank, world_size, *early)

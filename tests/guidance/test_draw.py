@@ -463,7 +463,7 @@ def test_places_are_checked_before_the_drawing(tmp_path):
     for out, gif, message in (
         ("a.mp4", None, "does not say what to write"),
         ("grid", None, "does not say what to write"),
-        ("a.png", "b.mp4", "must end in .gif"),
+        ("a.png", "b.mp4", "must end in one of .gif"),
         ("a.png", "a.gif", "is a folder"),
         ("file/a.png", None, "cannot write into"),
         ("file/", None, "cannot write into"),

@@ -202,9 +202,9 @@ def test_complaints(chain, folders, tmp_path, capsys):
     [
         ("missing.pth", None, "no file at .*pt_inception-2015-12-05"),
         ("folder", "folder", "no file at"),
-        ("empty.pth", b"", "pickle of an old torch, or damaged"),
-        ("text.pth", b"not weights", "pickle of an old torch, or damaged"),
-        ("text.safetensors", b"not weights, though long enough for a header", "no safetensors file"),
+        ("empty.pth", b"", "is empty; weights are files of safetensors or torch.save"),
+        ("text.pth", b"not weights", "is a text file; weights are files of safetensors or torch.save"),
+        ("text.safetensors", b"not weights, though long enough for a header", "is a text file"),
         ("cut.pth", b"PK\x03\x04 and no more", "damaged"),
         ("other.pth", {"fc.weight": torch.zeros(2)}, "does not hold the FID's Inception-V3"),
         ("none.pth", {"epoch": 3}, "holds no tensors"),

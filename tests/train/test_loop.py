@@ -309,7 +309,7 @@ def test_a_folder_that_cannot_be_written_is_known_before_anything_is_done(packs,
 def test_a_validation_pack_that_is_missing_is_missed_at_once(packs, tmp_path):
     with pytest.raises(ShardError, match=r"no pack at .*nowhere"):
         pretrain.run("drawings_clip", [*words(packs, tmp_path / "run"), f"data.val={tmp_path / 'nowhere'}"])
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
 @pytest.mark.parametrize(
