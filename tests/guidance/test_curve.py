@@ -95,6 +95,6 @@ def test_a_curve_skips_bad_pictures_counts_equal_captions_once_and_needs_two(cha
     assert (code, "one class or caption" in err) == (2, True)
     code, _, err = command(*pack("none", [(b"no", "red"), (b"", "blue")]))
     assert (code, "no picture of" in err, err.count("\n")) == (1, True, 1)
-    for out, part in (("curve.xyz", "must end in one of .png, .svg, .pdf"), ("some/a.tar/x.png", "cannot write into")):
+    for out, part in (("curve.xyz", "must end in one of .pdf, .png, .svg"), ("some/a.tar/x.png", "cannot write into")):
         code, _, err = command("noise-curve", "--model", "none", "--shards", "none", "--out", tmp_path / out)
         assert (code, part in err, err.count("\n")) == (2, True, 1)
