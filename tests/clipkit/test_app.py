@@ -668,7 +668,7 @@ def open_page():
 
         def show(address):
             page = chromium.new_page(viewport={"width": 1000, "height": 1100})
-            page.set_default_timeout(1000 * HANG)
+            page.set_default_timeout(1000 * HANG / 2)
             page.on("console", lambda message: faults.append(message.text))
             page.on("pageerror", lambda error: faults.append(str(error)))
             page.goto(address)
