@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import click
 
 from clipkit.errors import DataError, UsageError, shown
-from clipkit.tables import decoded
 
 TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv")
 
@@ -84,6 +82,8 @@ def _json_items(text: str, what: str) -> list[str]:
 
 def read_text(path: Path) -> str:
     """A text file or pipe that a command was given, as `tables.decoded` reads it. Raises UsageError if it cannot."""
+    from clipkit.tables import decoded
+
     try:
         return decoded(path)
     except OSError as error:
@@ -98,6 +98,8 @@ def check_writable(folder: Path) -> None:
     Nothing is created: of a folder that does not exist, the nearest above it that does is tried. Raises UsageError
     with the path and the reason.
     """
+    import tempfile
+
     try:
         with tempfile.TemporaryFile(dir=next(place for place in (folder, *folder.parents) if _is_there(place))):
             pass

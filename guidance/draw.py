@@ -181,9 +181,12 @@ class Studio:
         return {name: fingerprint(part) for name, part in parts.items() if part is not None}
 
     def unknown_words(self, texts: Sequence[str]) -> list[str]:
-        """Words of prompts that no caption had from which the denoiser, or else its guide, learned what words mean."""
-        reader = self.denoiser.conditioner if isinstance(self.denoiser.conditioner, TextCondition) else self.guide
-        return unknown(texts, reader.words) if reader is not None else []
+        """Words of prompts that no caption had from which the denoiser, or else its guide, learned what words mean.
+
+        None for a denoiser of classes, which refuses what is not a class.
+        """
+        reader = self.denoiser.conditioner or self.guide
+        return unknown(texts, reader.words) if isinstance(reader, TextCondition | Guide) else []
 
     def cut_after(self, texts: Sequence[str], scale: float | None = None) -> dict[str, str]:
         """Of each text that is longer than what is read of it at this noise-aware scale, the last word that is read."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from clipkit.classes import Names, checked_templates
 from clipkit.errors import UsageError
 from clipkit.inputs import file_of, read_text
+
+if TYPE_CHECKING:
+    from clipkit.classes import Names
 
 MODEL_HELP = "A run's folder, others' weights, or a published name (see clipkit models)."
 
@@ -96,6 +98,8 @@ def _lines(path: Path, text: str) -> list[str]:
 
 def read_templates(given: str, ensembles: Mapping[str, list[str]]) -> list[str]:
     """A set of templates by its name, or the lines of a file. Raises UsageError for neither, and for bad ones."""
+    from clipkit.classes import checked_templates
+
     if given in ensembles:
         return ensembles[given]
     path = file_of(given, "--templates")

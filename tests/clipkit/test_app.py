@@ -192,9 +192,9 @@ def test_a_model_without_denoiser_says_so(rooms):
             "'a cat' is given twice",
         ),
         (
-            {"files": {"picture": picture()[1]}, "data": {"labels": "a,b", "template": "{c}"}},
+            {"files": {"picture": picture()[1]}, "data": {"labels": "a,b", "template": "{x}"}},
             400,
-            "template '{c}'",
+            "template '{x}'",
         ),
         (
             {"files": {"picture": picture()[1][:300]}, "data": {"labels": "a,b", "template": "{}"}},

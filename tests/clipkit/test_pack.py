@@ -379,4 +379,4 @@ def test_options_that_have_an_effect_are_taken(folder, tmp_path, command):
 def test_what_is_skipped_is_said_and_verified(folder, tmp_path, command):
     (folder / "n01" / "x.tiff").write_bytes(b"II*\0")
     assert "skipped: 1 other format" in command("pack", folder, tmp_path / "o")[1]
-    assert "skipped when packed: 1 other format" in command("verify", tmp_path / "o")[1]
+    assert "not taken into the index: 1 other format" in command("verify", tmp_path / "o")[1]

@@ -282,7 +282,7 @@ def test_a_pack_with_samples_of_no_use(folder, tmp_path):
     index = json.loads((tmp_path / "p" / "index.json").read_text())
     index["classes"] = [["boat"]]
     (tmp_path / "p" / "index.json").write_text(json.dumps(index))
-    assert read(open_set(f"shards:{tmp_path / 'p'}", tmp_path)) == ([(0,)] * 3, {"unknown class": 3})
+    assert read(open_set(f"shards:{tmp_path / 'p'}", tmp_path)) == ([(0,)] * 3, {"bad metadata": 3})
     index["templates"] = ["{} or {}"]
     (tmp_path / "p" / "index.json").write_text(json.dumps(index))
     with pytest.raises(UsageError, match=r"/p: template '\{\} or \{\}' must hold exactly one"):

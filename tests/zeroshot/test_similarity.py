@@ -186,7 +186,7 @@ def test_words_that_no_caption_had_are_named(command, clip, chain, packs, pictur
     assert similarity.unknown_words(clip, texts) == ["zebra", "crossing", "кот", "🚀", "zebras"]
     words = ["classify", pictures / "a" / "one.png", "--model", chain]
     _, _, err = command(*words, "--labels", "red rocket,🦓", "--templates", "80")
-    assert err == "clipkit: no caption that this model learned from had '🦓'; it guessed\n"
+    assert err == "clipkit: no caption that this model learned from had '🦓'; it guesses\n"
     assert command(*words, "--labels", "red rocket,blue fish")[2] == ""
 
 
