@@ -7,7 +7,7 @@ BIN := .venv/bin
 
 # Tiny ImageNet and the emoji (tiny-imagenet-32/, noto-emoji/), which are not in this repository.
 DATA ?= ../shared/data
-# The CLIPs of clipkit-tiny: as many ranks as theirs had, a thread each. BatchNorm's statistics are those of a rank.
+# The CLIPs of clipkit-tiny: as many ranks as theirs had, a thread each. Theirs had run.sync_batchnorm = false: BatchNorm's statistics were those of a rank.
 RANKS := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2
 
 demo: .venv/installed
@@ -16,9 +16,9 @@ demo: .venv/installed
 test: .venv/installed lint
 	$(BIN)/python -m pytest
 
-# The fault matrix of docs/reliability.md with its nightly counts: an hour or so.
+# The fault matrix of docs/reliability.md with its nightly counts, and the benchmarks that are too long for a push: an hour or so.
 faults: .venv/installed
-	$(BIN)/python -m pytest tests/faults tests/clipkit/test_remote.py --nightly
+	$(BIN)/python -m pytest tests/faults tests/clipkit/test_remote.py tests/test_benchmarks.py --nightly
 
 # Every kind of guidance over scales and steps: on the demo's runs, and where DATA has tiny-imagenet-32/ on photographs too, for
 # which a CLIP, a judge, a denoiser and a noise-aware CLIP are trained first (four hours on 2 CPU cores).

@@ -8,28 +8,34 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import errno
 import hashlib
 import io
+import ipaddress
 import json
+import random
 import socket
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import python_multipart  # noqa: F401 - FastAPI reads forms with it, and says so late
 import torch
 import uvicorn
-from fastapi import APIRouter, FastAPI, File, Form, HTTPException, Request
+from fastapi import APIRouter, FastAPI, File, Form, Request
+from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
+from PIL import Image
 from pydantic import BaseModel, Field
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
@@ -41,21 +47,31 @@ from clipkit.guidance.sheet import grid
 from clipkit.images import decode
 from clipkit.pretrained import Pretrained, fingerprint, load
 from clipkit.records import say
+from clipkit.train.pages import give_back_large_blocks
+from clipkit.zeroshot.galleries import Gallery, open_gallery
 from clipkit.zeroshot.heads import CACHE, embed_texts
-from clipkit.zeroshot.index import Gallery, Hit, Index, build, open_gallery
-from clipkit.zeroshot.similarity import classify, embed_images
+from clipkit.zeroshot.index import Hit, Index, build
+from clipkit.zeroshot.similarity import Guess, classify, embed_images
 
 MAX_BYTES = 20_000_000
 """Of one request."""
+MAX_BYTES_HELD = 10 * MAX_BYTES
+"""Of all requests that are being answered."""
+MAX_PIXELS = 16_000_000
+"""Of a picture that is sent, when a large JPEG has been reduced: four times a screen."""
+MAX_DECODING = 2
+"""Pictures that are decoded at the same time."""
 MAX_PICTURES = 16
 MAX_LABELS = 200
 MAX_TEXT = 500
+"""Characters of a label, a prompt or a query."""
 MAX_STEPS = 100
 MAX_WAITING = 4
 """Drawings that wait for their turn; one is made at a time."""
 REQUESTS_PER_MINUTE = 240
 """Of one address; a page of search results is some of them."""
-LOCAL = ("localhost", "127.0.0.1")
+LOCAL = frozenset({"localhost"})
+"""Names under which everyone reaches this machine, and which nobody else can make point at it."""
 _THUMBNAIL = 160
 _PAGE = Path(__file__).parent / "data" / "app"
 _POLICY = (
@@ -64,6 +80,7 @@ _POLICY = (
 )
 
 Text = Annotated[str, Form(min_length=1, max_length=MAX_TEXT)]
+Texts = Annotated[str, Form(min_length=1, max_length=MAX_LABELS * MAX_TEXT)]
 Picture = Annotated[bytes, File()]
 
 
@@ -83,18 +100,26 @@ class Rooms:
     def open(cls, model: str, images: str | None = None, device: str = "auto") -> Rooms:
         """Load `model` and index the folder or pack `images` (without one: drawings), unless that was done before.
 
-        Raises CheckpointError and DataError as `load` and `open_gallery` do.
+        Raises CheckpointError and DataError as `load` and `open_gallery` do, also when no picture can be read.
         """
+        gallery = open_gallery(images or str(_drawings()))
         try:
             studio: Studio | str = Studio.open(model, device)
         except CheckpointError as error:
             studio = f"this model cannot draw: {error}"
         clip = load(model, device) if isinstance(studio, str) else studio.clip
-        gallery = open_gallery(images or str(_drawings()))
         mark = hashlib.sha256(f"{gallery.source} {gallery.identity()} {fingerprint(clip.model)}".encode()).hexdigest()
         folder = CACHE / "indexes" / mark[:16]
         build(clip, model, gallery, folder)
-        return cls(model, clip, images or "drawings of our own", gallery, Index(folder), studio)
+        index = Index(folder)
+        if skipped := index.skipped:
+            reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.most_common())
+            if not len(index):
+                raise DataError(f"none of the {len(gallery)} pictures of {gallery.source} can be read ({reasons})")
+            say(f"{skipped.total()} of {len(gallery)} pictures of {gallery.source} are left out ({reasons})")
+        if isinstance(studio, str):
+            say(studio)
+        return cls(model, clip, images or "drawings of our own", gallery, index, studio)
 
 
 def _drawings() -> Path:
@@ -129,38 +154,87 @@ class Rate:
 
 
 class Guard:
-    """Refuses other sites' requests, bodies beyond MAX_BYTES, and floods; says what the page may load."""
+    """Refuses other sites' requests, bodies beyond MAX_BYTES, and floods; says what the page may load.
 
-    def __init__(self, app: ASGIApp, rate: Rate) -> None:
-        self.app, self.rate = app, rate
+    `names` are those that a request may call this machine by. An address is as good: another site can have its own name
+    point here (DNS rebinding), and its scripts then ask under that name, but it cannot have an address as its name.
+    """
+
+    def __init__(self, app: ASGIApp, rate: Rate, names: Collection[str]) -> None:
+        self.app, self.rate, self.names = app, rate, names
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["Content-Security-Policy"] = _POLICY
+                headers["Cross-Origin-Resource-Policy"] = "same-origin"
                 headers["X-Content-Type-Options"] = "nosniff"
             await send(message)
 
-        refusal = self._refusal(scope) if scope["type"] == "http" else None
-        await (refusal or self.app)(scope, receive, guarded)
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        if refusal := self._refusal(scope):
+            return await refusal(scope, receive, guarded)
+        length = _length(Headers(scope=scope))
+        self._held += length
+        try:
+            await self.app(scope, receive, guarded)
+        finally:
+            self._held -= length
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
-        if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        if (named := _host(headers.get("host", ""))) not in self.names and not _is_address(named):
+            return _error(400, f"this page is not at {named!r}; open its address, or start it with --host {named}")
+        if _is_foreign(headers):
             return _error(403, "another site asked; open the page itself")
-        if not scope["path"].startswith("/api/"):
-            return None
-        length = headers.get("content-length", "0")
-        if "transfer-encoding" in headers or not length.isdigit():
+        if "transfer-encoding" in headers or not headers.get("content-length", "0").isdecimal():
             return _error(411, "a request must say how long it is")
-        if int(length) > MAX_BYTES:
-            return _error(413, f"that is {int(length) / 1e6:.1f} MB; at most {MAX_BYTES / 1e6:.0f} are taken")
-        if seconds := self.rate.wait((scope.get("client") or ("",))[0]):
-            refusal = _error(429, f"too many requests; try again in {seconds:.0f} s")
-            refusal.headers["Retry-After"] = str(int(seconds) + 1)
-            return refusal
+        if (length := _length(headers)) > MAX_BYTES:
+            return _error(413, f"that is {length / 1e6:.1f} MB; at most {MAX_BYTES / 1e6:.0f} are taken")
+        if self._held + length > MAX_BYTES_HELD:
+            return _later("many pictures are being looked at; try again later", 1)
+        who = (scope.get("client") or ("",))[0]
+        if scope["path"].startswith("/api/") and (seconds := self.rate.wait(who)):
+            return _later(f"too many requests; try again in {seconds:.0f} s", int(seconds) + 1)
         return None
+
+
+def _length(headers: Headers) -> int:
+    """Bytes of a request's body, as it says."""
+    return int(headers.get("content-length", "0"))
+
+
+def _host(address: str) -> str:
+    """The name or address in "name:port" and "[address]:port", "" if there is none."""
+    try:
+        return (urlsplit(f"//{address}").hostname or "").rstrip(".")
+    except ValueError:
+        return ""
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_foreign(headers: Headers) -> bool:
+    """Whether another site's page asks. Older browsers send no Sec-Fetch, and no browser does over plain http."""
+    if (site := headers.get("sec-fetch-site")) is not None:
+        return site not in ("none", "same-origin")
+    origin = headers.get("origin")
+    return origin is not None and origin.lower().partition("://")[2] != headers.get("host", "").lower()
+
+
+def _later(message: str, seconds: int) -> JSONResponse:
+    refusal = _error(429, message)
+    refusal.headers["Retry-After"] = str(seconds)
+    return refusal
 
 
 def _error(status: int, message: str) -> JSONResponse:
@@ -261,9 +335,50 @@ def _data_url(pictures: Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def make_app(rooms: Rooms, hosts: Sequence[str] = LOCAL) -> FastAPI:
-    """The page and what it asks for, for requests that name one of `hosts` ("*": any)."""
-    complaints = {ClipkitError: _complain, RequestValidationError: _refuse, HTTPException: _explain}
+class Eyes:
+    """The CLIP, and pictures that are sent: MAX_DECODING of them are decoded at a time, and none is kept.
+
+    A small file may be many pixels, and a PNG of MAX_PIXELS is 300 MB while it is made opaque.
+    """
+
+    def __init__(self, clip: Pretrained) -> None:
+        self.clip, self._turns = clip, threading.Semaphore(MAX_DECODING)
+
+    def classify(self, picture: bytes, labels: list[str], template: str) -> list[Guess]:
+        """The most probable labels of an encoded image. Raises SampleError, and UsageError as `classify` does."""
+        with self._turns:
+            return classify(self.clip, [self._decoded(picture)], labels, [template])[0]
+
+    def embed(self, pictures: list[bytes]) -> Tensor:
+        """Encoded images -> unit vectors [len(pictures), D]. Raises SampleError."""
+        vectors = []
+        for picture in pictures:
+            with self._turns:
+                vectors.append(embed_images(self.clip, [self._decoded(picture)]))
+        return torch.cat(vectors)
+
+    def _decoded(self, picture: bytes) -> Image.Image:
+        # A JPEG reduced to four times what the model sees is as good as the whole of it.
+        return decode(picture, reduce_to=4 * self.clip.model.config.image_size, max_pixels=MAX_PIXELS)
+
+    def thumbnail(self, picture: bytes) -> bytes:
+        """An encoded image -> a small PNG of it. Raises SampleError."""
+        with self._turns:
+            image = decode(picture, reduce_to=_THUMBNAIL)
+            image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+def make_app(rooms: Rooms, names: Collection[str] = LOCAL) -> FastAPI:
+    """The page and what it asks for, for requests that call this machine by its address or one of `names`."""
+    complaints = {
+        ClipkitError: _complain,
+        RequestValidationError: _refuse,
+        HTTPException: _explain,
+        Exception: _confess,
+    }
     app = FastAPI(
         title="clipkit",
         version=__version__,
@@ -272,9 +387,9 @@ def make_app(rooms: Rooms, hosts: Sequence[str] = LOCAL) -> FastAPI:
         openapi_url=None,
         exception_handlers=complaints,  # type: ignore[arg-type]  # each takes its own exception, not any
     )
-    app.add_middleware(Guard, rate=Rate(REQUESTS_PER_MINUTE))
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
-    for tab in (_looking(rooms.clip), _finding(rooms), _drawing(rooms)):
+    app.add_middleware(Guard, rate=Rate(REQUESTS_PER_MINUTE), names=frozenset(map(str.lower, names)))
+    eyes = Eyes(rooms.clip)
+    for tab in (_looking(eyes), _finding(rooms, eyes), _drawing(rooms)):
         app.include_router(tab, prefix="/api")
     app.mount("/", StaticFiles(directory=_PAGE, html=True))
     return app
@@ -286,62 +401,62 @@ async def _complain(_: Request, error: ClipkitError) -> JSONResponse:
 
 async def _refuse(_: Request, error: RequestValidationError) -> JSONResponse:
     first = error.errors()[0]
-    return _error(422, f"{first['loc'][-1]}: {first['msg'][:1].lower()}{first['msg'][1:]}")
+    message = first["msg"] if first["msg"][1:2].isupper() else first["msg"][:1].lower() + first["msg"][1:]
+    return _error(422, f"{first['loc'][-1]}: {message}")
 
 
 async def _explain(_: Request, error: HTTPException) -> JSONResponse:
     return _error(error.status_code, str(error.detail))
 
 
-def _looking(clip: Pretrained) -> APIRouter:
+async def _confess(_: Request, error: Exception) -> JSONResponse:
+    return _error(500, "that failed; the terminal says why")
+
+
+def _looking(eyes: Eyes) -> APIRouter:
     """Pictures that are sent, named and compared."""
     tab = APIRouter()
 
     @tab.post("/classify")
-    def say_what(picture: Picture, labels: Text, template: Text) -> dict[str, Any]:
-        found = classify(clip, [decode(picture)], _lines(labels, ","), [template])[0]
+    def say_what(picture: Picture, labels: Texts, template: Text) -> dict[str, Any]:
+        found = eyes.classify(picture, _lines(labels, ","), template)
         return {"guesses": [asdict(guess) for guess in found]}
 
     @tab.post("/similarity")
-    def compare(pictures: Annotated[list[bytes], File()], texts: Text) -> dict[str, Any]:
+    def compare(pictures: Annotated[list[bytes], File()], texts: Texts) -> dict[str, Any]:
         if len(pictures) > MAX_PICTURES:
             raise UsageError(f"{len(pictures)} pictures were sent; at most {MAX_PICTURES} are compared")
         lines = _lines(texts, "\n")
-        # One at a time: a small file may be many pixels.
-        images = torch.cat([embed_images(clip, [decode(picture)]) for picture in pictures])
-        cosines = embed_texts(clip.model, clip.tokenizer, lines) @ images.T
+        cosines = embed_texts(eyes.clip.model, eyes.clip.tokenizer, lines) @ eyes.embed(pictures).T
         return {"texts": lines, "cosines": cosines.tolist()}
 
     return tab
 
 
-def _finding(rooms: Rooms) -> APIRouter:
+def _finding(rooms: Rooms, eyes: Eyes) -> APIRouter:
     """The gallery: what is like a text or a picture, and small pictures of it."""
     tab = APIRouter()
 
     @tab.post("/search")
     def find(text: Annotated[str, Form(max_length=MAX_TEXT)] = "", picture: Picture = b"") -> dict[str, Any]:
-        if not text.strip() and not picture:
-            raise UsageError("describe a picture, or give one")
-        if picture:
-            query = embed_images(rooms.clip, [decode(picture)])
-        else:
-            query = embed_texts(rooms.clip.model, rooms.clip.tokenizer, [text])
+        if bool(text.strip()) == bool(picture):
+            raise UsageError("describe a picture, or give one" + (", not both" if picture else ""))
+        query = eyes.embed([picture]) if picture else embed_texts(rooms.clip.model, rooms.clip.tokenizer, [text])
         hits: list[Hit] = rooms.index.search(query, k=24)[0]
         return {"hits": [asdict(hit) for hit in hits]}
+
+    @tab.get("/some/{n}")
+    def some(n: Annotated[int, PathParameter(ge=1, le=MAX_PICTURES)]) -> dict[str, list[int]]:
+        return {"rows": random.sample(rooms.index.rows, min(n, len(rooms.index)))}
 
     @tab.get("/picture/{row}")
     def picture_of(row: int) -> Response:
         if not 0 <= row < len(rooms.gallery):
             raise HTTPException(404, f"there is no picture {row}")
         try:
-            image = decode(rooms.gallery.image(row))
+            return Response(eyes.thumbnail(rooms.gallery.image(row)), media_type="image/png")
         except DataError as error:
             raise HTTPException(404, f"{rooms.gallery.key(row)}: {error}") from None
-        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        return Response(buffer.getvalue(), media_type="image/png")
 
     return tab
 
@@ -370,22 +485,49 @@ def _lines(text: str, between: str) -> list[str]:
     found = [line.strip() for line in text.split(between) if line.strip()]
     if not 1 <= len(found) <= MAX_LABELS:
         raise UsageError(f"{len(found)} texts were given; 1 to {MAX_LABELS} are due")
+    if long := next((line for line in found if len(line) > MAX_TEXT), None):
+        raise UsageError(f"{long[:40]}... has {len(long)} characters; at most {MAX_TEXT} are taken")
+    if twice := [line for line, n in Counter(found).items() if n > 1]:
+        raise UsageError(f"{twice[0]!r} is given twice")
     return found
 
 
-def serve(rooms: Rooms, host: str, port: int) -> None:
-    """Answer until Ctrl-C; port 0 is any that is free. Raises UsageError for an address that cannot be had."""
-    listening = socket.socket(socket.AF_INET)
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at `host` (a name or an address, also of IPv6); port 0 is any that is free.
+
+    Raises UsageError for an address that cannot be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host or "?", port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"--host {host!r} cannot be resolved: {getattr(error, 'strerror', error)}") from None
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind((host, port))
+        listening.bind(address)
+        listening.listen()
     except OSError as error:
         listening.close()
-        raise UsageError(f"cannot listen at {host}:{port}: {error.strerror or error}; try another --port") from None
-    if host not in LOCAL:
+        other = "--host" if error.errno == errno.EADDRNOTAVAIL else "--port"
+        raise UsageError(f"cannot listen at {host}:{port}: {error.strerror or error}; try another {other}") from None
+    return listening
+
+
+def names_of(host: str) -> frozenset[str]:
+    """Names under which a page that listens at `host` may be asked for."""
+    if host.lower() in LOCAL or (_is_address(host) and ipaddress.ip_address(host).is_loopback):
+        return LOCAL
+    machine = socket.gethostname()
+    return LOCAL | {name.lower() for name in (host, machine, f"{machine.partition('.')[0]}.local", socket.getfqdn())}
+
+
+def serve(rooms: Rooms, listening: socket.socket, host: str) -> None:
+    """Answer at `listening`, which listens at `host`, until Ctrl-C."""
+    if (names := names_of(host)) != LOCAL:
         say(f"whoever reaches {host} can use this page: there is no password")
-    app = make_app(rooms, LOCAL if host in LOCAL else ("*",))
-    say(f"http://{host}:{listening.getsockname()[1]} (Ctrl-C ends it)")
+    give_back_large_blocks()
+    shown = f"[{host}]" if ":" in host else host
+    say(f"http://{shown}:{listening.getsockname()[1]} (Ctrl-C ends it)")
     # uvicorn ends well on Ctrl-C, then sends the signal again.
     with listening, contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+        uvicorn.Server(uvicorn.Config(make_app(rooms, names), log_level="warning")).run(sockets=[listening])

@@ -3,13 +3,14 @@
 safetensors hold no code. A file of torch.save is a zip archive of raw numbers and of a pickle that says what they are,
 and pickles run code: this one is read by an unpickler that knows how to put tensors, lists and dictionaries together,
 and refuses everything else. A TorchScript archive is the same with modules instead of dictionaries; its code is not
-looked at.
+looked at. Large models come in several files, with an index that says which tensor is in which.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from clipkit.errors import CheckpointError
+from clipkit.records import read_object
 
 _DTYPES = {
     "DoubleStorage": torch.float64,
@@ -35,6 +37,15 @@ _DTYPES = {
 }
 
 
+INDEX = ".index.json"
+"""How the name of the index of a model in several files ends."""
+_CONTAINERS = ("state_dict", "model", "model_state_dict", "module")
+"""Where training checkpoints keep the weights, beside the optimizer's state."""
+# torch.compile and FSDP wrap any module, DistributedDataParallel the whole model. ("module" inside is timm's too.)
+_WRAPPER = re.compile(r"^module\.|(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_HEADS = {b"\xff\xd8\xff": "a picture", b"\x89PNG": "a picture", b"RIFF": "a picture", b"GIF8": "a picture"}
+
+
 class Archive(NamedTuple):
     """Tensors by name, and whether they were TorchScript's."""
 
@@ -43,21 +54,80 @@ class Archive(NamedTuple):
 
 
 def read(path: Path) -> Archive:
-    """The tensors of a .safetensors, of a file of torch.save or of a TorchScript archive.
+    """The tensors of a .safetensors, a file of torch.save, a TorchScript archive, or an index of several such files.
 
-    A training checkpoint's `state_dict` is found inside it, and `module.` taken off its names.
+    The weights are found inside a training checkpoint, and the names that torch.compile, DistributedDataParallel and
+    FSDP put before those of the model are taken off.
     Raises CheckpointError for files that are damaged, of another kind, or in need of running code.
     """
+    found = _read_sharded(path) if path.name.endswith(INDEX) else _read_file(path)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in found.tensors.items():
+        if (plain := _unwrapped(name)) in tensors:
+            raise CheckpointError(f"{path} holds {plain} twice, with and without a wrapper's name before it")
+        tensors[plain] = tensor
+    return Archive(tensors, found.scripted)
+
+
+def _unwrapped(name: str) -> str:
+    while (shorter := _WRAPPER.sub("", name)) != name:
+        name = shorter
+    return name
+
+
+def shards(index: Path) -> list[str]:
+    """The files that an index lists. Raises CheckpointError for one that is not beside it, or no index at all."""
+    placed = read_object(index).get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(file, str) for file in placed.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensors to files; fetch it again")
+    files = sorted(set(placed.values()))
+    for file in files:
+        if file in ("", ".", "..") or "/" in file or "\\" in file or file.endswith(INDEX):
+            raise CheckpointError(f"{index} lists {file!r}, which is not the name of a file beside it; refused")
+    return files
+
+
+def _read_sharded(index: Path) -> Archive:
+    files, placed = shards(index), read_object(index)["weight_map"]
+    if missing := [file for file in files if not index.with_name(file).is_file()]:
+        raise CheckpointError(f"{index} lists {len(files)} files, {len(missing)} of which are missing: {missing[0]}")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        for name, tensor in _read_file(index.with_name(file)).tensors.items():
+            if placed.get(name) != file:
+                where = f"in {placed[name]}" if name in placed else "nowhere"
+                raise CheckpointError(f"{index.with_name(file)} holds {name}, which {index.name} puts {where}")
+            tensors[name] = tensor
+    if absent := sorted(placed.keys() - tensors.keys()):
+        name = absent[0]
+        raise CheckpointError(f"{index.with_name(placed[name])} does not hold {name}, which {index.name} puts there")
+    return Archive(tensors, False)
+
+
+def _read_file(path: Path) -> Archive:
     try:
         with path.open("rb") as file:
-            head = file.read(4)
+            head = file.read(512)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    if head == b"PK\x03\x04":
+    if head.startswith(b"PK\x03\x04"):
         return _read_zip(path)
+    if (kind := _other_kind(head)) is not None:
+        raise CheckpointError(f"{path} is {kind}; weights are files of safetensors or torch.save, or a folder of them")
     if path.suffix in (".pt", ".pth", ".bin"):
-        raise CheckpointError(f"{path} is a pickle of an old torch, or damaged; save it anew with torch 1.6 or later")
+        raise CheckpointError(f"{path} is a pickle of an old torch, or damaged; save it again with torch 1.6 or later")
     return Archive(_read_safetensors(path), False)
+
+
+def _other_kind(head: bytes) -> str | None:
+    """What a file is that holds no weights, by its first bytes."""
+    if not head:
+        return "empty"
+    if head[257:262] == b"ustar":
+        return "a tar archive"
+    if not head.strip(bytes(range(32, 127)) + b"\t\r\n"):
+        return "a text file"
+    return next((kind for start, kind in _HEADS.items() if head.startswith(start)), None)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -81,9 +151,7 @@ def _read_zip(path: Path) -> Archive:
                 raise CheckpointError(f"{path} is compressed, which torch never does; refused")
             found = _Unpickler(archive, PurePosixPath(min(names, key=len)).parent).load()
             scripted = isinstance(found, _Module)
-            while isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-                found = found["state_dict"]
-            tensors = {name.removeprefix("module."): tensor for name, tensor in _flatten(found, "")}
+            tensors = dict(_flatten(_weights_in(found), ""))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # damaged pickles raise whatever they run into
@@ -91,6 +159,15 @@ def _read_zip(path: Path) -> Archive:
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors")
     return Archive(tensors, scripted)
+
+
+def _weights_in(found: Any) -> Any:
+    while isinstance(found, dict):
+        inner = next((found[key] for key in _CONTAINERS if isinstance(found.get(key), dict)), None)
+        if inner is None:
+            break
+        found = inner
+    return found
 
 
 def _is_code(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -11,13 +12,26 @@ from contextlib import suppress
 from typing import NoReturn
 
 import click
+from click.exceptions import Abort
 
 from clipkit._version import __version__
 from clipkit.commands import drawing, evaluation, measuring, models, packs, pictures, serving, training
 from clipkit.errors import ClipkitError, UsageError
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _Commands(click.Group):
+    """The commands; one that is interrupted says whether it resumes."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            command = self.commands.get(ctx.invoked_subcommand or "")
+            raise Abort("; the same command resumes" if command in RESUMED else "") from None
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="clipkit")
 def cli() -> None:
     """Train CLIP on image-text shards, use it zero-shot, and draw with it.
@@ -52,6 +66,12 @@ for command in (
 ):
     cli.add_command(command)
 
+RESUMED = (
+    *(packs.pack, pictures.index, pictures.embed, training.demo),
+    *(training.pretrain, training.autoencoder, training.denoiser, training.noisy_clip, training.noisy_classifier),
+)
+"""Commands that, run again, take up what was interrupted."""
+
 
 TURN = 5.0
 """Seconds for which ranks leave the word to rank 0, where all have the same to say."""
@@ -77,7 +97,11 @@ def _os_reason(error: OSError) -> str:
         for name in (error.filename, error.filename2)
         if name is not None
     ]
-    return f"{' -> '.join(paths)}: {error.strerror or error}"
+    return ": ".join(filter(None, (" -> ".join(paths), error.strerror or str(error))))
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What a disk, or stdout on one, can say without a file name."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -101,11 +125,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
         sys.exit(1)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in _FULL:
             raise
         _complain(_os_reason(error), every_rank=False)
         sys.exit(1)
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        click.echo("clipkit: interrupted; the same command goes on from the last checkpoint", err=True)
+    except (KeyboardInterrupt, Abort) as interruption:
+        click.echo(f"{chr(10) * sys.stderr.isatty()}clipkit: interrupted{interruption}", err=True)  # below the ^C
         sys.exit(130)
     sys.exit(0)

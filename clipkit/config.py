@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from clipkit.errors import RecipeError, did_you_mean
 
@@ -29,6 +30,36 @@ if not SHIPPED.is_dir():  # a source checkout
     SHIPPED = Path(__file__).resolve().parent.parent / "train" / "recipes"
 
 
+Unbounded = Annotated[float, "may be infinite"]
+"""A recipe's number that may be inf; every other one is refused when it is."""
+
+_LARGEST = 2**63 - 1
+"""Largest integer of TOML, torch and numpy."""
+
+_LONGEST = 1e6
+"""Minutes, some two years: beyond what they are counted in overflows."""
+
+SMALLEST_SHARE = 1e-3
+"""Smallest share of a pack among several; order.py keeps shares in blocks of its inverse."""
+
+_BOUNDS: dict[str, Callable[[Any], bool]] = {
+    "above 0": lambda x: x > 0,
+    "at least 0": lambda x: x >= 0,
+    "at least 1": lambda x: x >= 1,
+    "in [0, 1]": lambda x: 0 <= x <= 1,
+    "in [0, 1)": lambda x: 0 <= x < 1,
+    "in (0, 1]": lambda x: 0 < x <= 1,
+    "even and at least 2": lambda x: x >= 2 and x % 2 == 0,
+}
+
+
+def require(bound: str, section: str, config: object, *names: str) -> None:
+    """Check values of a recipe's section; NaN is in no range. Raises RecipeError naming key, value and bound."""
+    for name in names:
+        if not _BOUNDS[bound](value := getattr(config, name)):
+            raise RecipeError(f"{section}.{name} is {value}; it must be {bound}")
+
+
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """What every training run has, whatever it trains."""
@@ -36,11 +67,13 @@ class RunConfig:
     out: str
     """Folder of the run; the same command resumes what it finds there."""
     steps: int
-    """Optimizer steps in all."""
+    """Optimizer steps in all. A run may be resumed with more, or with fewer if it has not come that far: what depends
+    on this number, such as the learning rate, is from then on that of the new one."""
     batch_size: int = 256
     """Samples per step over all ranks."""
     micro_batches: int = 1
-    """Parts in which each rank computes its share of a batch, to save memory; the gradient is that of the whole."""
+    """Parts in which each rank computes its share of a batch, to save memory; the gradient is that of the whole, but
+    for BatchNorm, which normalises each part by itself: a run that has some says so."""
     seed: int = 0
     """Decides the initial weights, the order of the data and all noise."""
     device: str = "auto"
@@ -51,7 +84,7 @@ class RunConfig:
     """Steps between log lines."""
     save_every: int = 500
     """Steps between checkpoints; the last step is always saved, and the one at which SIGTERM or Ctrl-C comes."""
-    save_minutes: float = 30.0
+    save_minutes: Unbounded = 30.0
     """Minutes after which a checkpoint is due whatever the step."""
     keep_last: int = 2
     """Newest checkpoints kept."""
@@ -67,24 +100,29 @@ class RunConfig:
     """What each rank holds of the model: "ddp" all of it, "fsdp" its share (FSDP2)."""
     timeout_minutes: float = 10.0
     """How long a rank waits for the others before it gives up."""
-    sync_batchnorm: bool = False
-    """BatchNorm over the batch of all ranks (GPUs only); without it each rank, and each micro-batch, uses its own."""
-    grad_clip: float = 1.0
-    """Largest norm of the whole gradient."""
+    sync_batchnorm: bool = True
+    """BatchNorm over the batch of all ranks, so that it is that of one process; false is faster and lets each rank use
+    the statistics of its own samples."""
+    grad_clip: Unbounded = 1.0
+    """Largest norm of the whole gradient; 0 does not clip."""
     tensorboard: bool = False
     """Also write TensorBoard events (needs the [track] extra)."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batches", "log_every", "save_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"run.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("save_minutes", "keep_every", "eval_every"):
-            if getattr(self, name) < 0:
-                raise RecipeError(f"run.{name} is {getattr(self, name)}; it must be at least 0")
-        if self.timeout_minutes <= 0:
-            raise RecipeError(f"run.timeout_minutes is {self.timeout_minutes}; it must be above 0")
-        if not 0 <= self.ema_decay < 1:
-            raise RecipeError(f"run.ema_decay is {self.ema_decay}; it must be in [0, 1)")
+        if not self.out:
+            raise RecipeError("run.out is empty; give the run a folder")
+        require(
+            "at least 1", "run", self, "steps", "batch_size", "micro_batches", "log_every", "save_every", "keep_last"
+        )
+        require("at least 0", "run", self, "seed", "save_minutes", "keep_every", "eval_every", "grad_clip")
+        require("above 0", "run", self, "timeout_minutes")
+        require("in [0, 1)", "run", self, "ema_decay")
+        if self.timeout_minutes > _LONGEST:
+            raise RecipeError(f"run.timeout_minutes is {self.timeout_minutes:g}; it must be at most {_LONGEST:g}")
+        if self.micro_batches > self.batch_size:
+            raise RecipeError(
+                f"run.micro_batches is {self.micro_batches}, more than the {self.batch_size} samples of run.batch_size"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,16 +158,15 @@ class DataConfig:
     """Share of unreadable samples at which the run stops; below it they are skipped, counted and reported."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.crop_scale <= 1:
-            raise RecipeError(f"data.crop_scale is {self.crop_scale}; it must be in (0, 1]")
-        for name in ("enlarge", "colour_jitter", "sharpness_jitter"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise RecipeError(f"data.{name} is {getattr(self, name)}; it must be in [0, 1]")
-        for name in ("workers", "window", "cache_gb"):
-            if getattr(self, name) < 0:
-                raise RecipeError(f"data.{name} is {getattr(self, name)}; it must be at least 0")
-        if any(share <= 0 for share in self.mix.values()) or sum(self.mix.values()) >= 1:
-            raise RecipeError(f"data.mix is {self.mix}; its shares must be above 0, and leave some of 1 to data.shards")
+        require("in (0, 1]", "data", self, "crop_scale")
+        require("in [0, 1]", "data", self, "enlarge", "colour_jitter", "sharpness_jitter", "max_bad_fraction")
+        require("at least 0", "data", self, "workers", "window", "cache_gb")
+        rest = 1 - sum(self.mix.values())
+        if self.mix and not (min(*self.mix.values(), rest) >= SMALLEST_SHARE - 1e-9):
+            raise RecipeError(
+                f"data.mix is {self.mix}; its shares must be at least {SMALLEST_SHARE:g} each, and leave some of 1 to "
+                "data.shards"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +193,11 @@ class OptimConfig:
     """Decay of the second moment."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.decay_share <= 1:
-            raise RecipeError(f"optim.decay_share is {self.decay_share}; it must be in (0, 1]")
+        require("above 0", "optim", self, "lr")
+        require("at least 0", "optim", self, "warmup", "weight_decay")
+        require("in (0, 1]", "optim", self, "decay_share")
+        require("in [0, 1]", "optim", self, "final_lr")
+        require("in [0, 1)", "optim", self, "beta1", "beta2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +222,7 @@ def load_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) 
         raise RecipeError(f"no recipe at {path}; give a TOML file or a shipped recipe ({', '.join(shipped)})")
     try:
         data = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # no TOML, no UTF-8, or a number of thousands of digits
         raise RecipeError(f"{file} is not valid TOML: {error}") from None
     for override in overrides:
         _apply(data, override)
@@ -196,7 +236,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override {override!r} is not of the form section.key=value")
     try:
         value = tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         value = text  # a bare word is a string, as on any command line
     for part in path[:-1]:
         data = data.setdefault(part, {})
@@ -210,7 +250,7 @@ def from_dict(kind: type[R], data: Mapping[str, Any], where: str = "") -> R:
     if not isinstance(data, Mapping):
         raise RecipeError(f"{where.rstrip('.')} is {data!r}; it must be a section")
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     for key in data:
         if key not in fields:
             raise RecipeError(f"unknown recipe key {where}{key}; {did_you_mean(key, fields)}")
@@ -240,12 +280,28 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_coerce(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is dict and isinstance(value, dict):
-        return dict(value)
+        return {k: _coerce(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+    if hint is Any:  # arguments of others' constructors; they are held to the same numbers
+        if isinstance(value, (dict, list)):
+            for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+                _coerce(Any, inner, f"{where}.{key}")
+        return _finite(value, where)
+    if origin is Annotated:
+        return value if value == math.inf else _coerce(arguments[0], value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(_finite(value, where))
     plain = origin or hint
     if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
         raise RecipeError(f"{where} is {value!r} ({type(value).__name__}); it must be of type {_name(hint)}")
+    return _finite(value, where)
+
+
+def _finite(value: Any, where: str) -> Any:
+    """The value, unless it is a number that is none, or too large to compute with. Raises RecipeError."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{where} is {value}; it must be a finite number")
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise RecipeError(f"{where} is a number beyond 64 bits; it must be between -2^63 and 2^63")
     return value
 
 
@@ -280,4 +336,6 @@ def _toml_value(value: Any) -> str:
         )
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_toml_value, value)) + "]"
-    return json.dumps(value)  # strings, booleans, ints and floats are written alike in JSON and TOML
+    if value == math.inf:
+        return "inf"
+    return json.dumps(value)  # strings, booleans, ints and finite floats are written alike in JSON and TOML

@@ -49,7 +49,7 @@ def choose_device(wanted: str = "auto") -> torch.device:
         wanted = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(wanted)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" holds no number
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {wanted!r} is not available here: {str(error).splitlines()[0][:100]}") from None
     return device
@@ -84,6 +84,7 @@ def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator
     store = dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=timeout)
     _Group.store = store
+    dist.barrier()  # a rank that left at once, with an error of its own, would end the others while they connect to it
     try:
         yield
     finally:
@@ -113,8 +114,8 @@ def explain(error: Exception, step: int, timeout_minutes: float) -> Exception:
     silent = _silent_ranks()
     who = f"rank {', '.join(map(str, silent))} does not answer" if silent else "the connection was lost"
     return RankError(
-        f"step {step}: {who} (run.timeout_minutes = {timeout_minutes:g}); rank {rank()} stops. The same command goes "
-        "on from the last checkpoint"
+        f"step {step}: {who} (run.timeout_minutes = {timeout_minutes:g}); rank {rank()} stops. The same command "
+        "resumes from the last checkpoint"
     )
 
 
@@ -162,7 +163,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average_buffers(model: nn.Module) -> None:
-    """Make the floating buffers (BatchNorm's running statistics) the same on all ranks: their mean."""
+    """Make the floating buffers (running statistics of a rank by itself) the same on all ranks: their mean."""
     buffers = [b for b in model.buffers() if b.is_floating_point() and b.numel()]
     if not active() or not buffers:
         return

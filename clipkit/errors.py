@@ -72,6 +72,12 @@ class NonFiniteError(ClipkitError):
     exit_code = 3
 
 
+def shown(argument: object) -> str:
+    """What somebody gave, for a message of one line: on one line, and at most 80 characters of it."""
+    text = " ".join(str(argument).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of an error message: the closest known name, or all of them when none is close."""
     known = list(known)

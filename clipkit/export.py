@@ -7,25 +7,26 @@ take what our models take: uint8 pixels, and token ids that end with END.
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clipkit import graphs
+from clipkit import graphs, inputs
 from clipkit._version import __version__
 from clipkit.errors import UsageError
 from clipkit.model import CLIP, CLIPConfig
 from clipkit.pretrained import Pretrained
-from clipkit.records import write_atomically
-from clipkit.tokenizer import END, START, AnyTokenizer, Tokenizer
+from clipkit.processors import CLIP_VOCABULARY, write_tokenizer
+from clipkit.records import write_atomically, written_whole
+from clipkit.tokenizer import Tokenizer
 from clipkit.weights import RESNETS, SIGLIP, VIT
 
 FORMATS = ("open_clip", "transformers", "onnx", "torch")
-_CLIP_VOCABULARY = 49408
 
 _TEXT = (
     (r"text\.tokens\.", "token_embedding."),
@@ -85,21 +86,63 @@ _TRANSFORMERS = (
 )
 
 
-def export(clip: Pretrained, out: Path, form: str) -> list[Path]:
+def export(clip: Pretrained, out: Path, form: str, name: str = "") -> list[Path]:
     """Write the model into the folder `out` -> the files written.
 
-    Raises UsageError where the other library has no such architecture, and says which part of it.
+    `out` is new or empty, or holds an earlier export in this format, whose place the new one takes. `name` is that
+    under which it will be published; by default the folder's.
+    Raises UsageError where the other library has no such architecture, and says which part of it; and for an `out`
+    that holds something else, or cannot be written.
     """
-    writers = {
-        "open_clip": _open_clip,
-        "transformers": _transformers,
-        "onnx": graphs.write_onnx,
-        "torch": graphs.write_programs,
-    }
-    if form not in writers:
+    check_place(out, form)
+    with written_whole(out) as aside:
+        if form == "open_clip":
+            files = _offering(lambda: _open_clip(clip, aside, name or out.name))
+        elif form == "transformers":
+            files = _offering(lambda: _transformers(clip, aside))
+        else:
+            files = (graphs.write_onnx if form == "onnx" else graphs.write_programs)(clip, aside)
+    return [out / file.name for file in files]
+
+
+def check_place(out: Path, form: str) -> None:
+    """Check that `export` can write there, before the work. Raises UsageError."""
+    if form not in FORMATS:
         raise UsageError(f"unknown format {form!r}; known: {', '.join(FORMATS)}")
-    out.mkdir(parents=True, exist_ok=True)
-    return writers[form](clip, out)
+    (inputs.check_writable if _holds_export(out, form) else inputs.check_new)(out)
+
+
+def _offering(write: Callable[[], list[Path]]) -> list[Path]:
+    try:
+        return write()
+    except UsageError as error:
+        raise UsageError(f"{error}; --format onnx and --format torch take every model") from None
+
+
+_WEIGHTS = {"open_clip": "open_clip_model.safetensors", "transformers": "model.safetensors"}
+_FILES = {
+    "open_clip": ("open_clip_config.json",),
+    "transformers": ("config.json", "preprocessor_config.json"),
+    "onnx": ("image.onnx", "text.onnx", "clipkit.json"),
+    "torch": ("image.pt2", "text.pt2", "clipkit.json"),
+}
+_BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "README.md")
+
+
+def _holds_export(out: Path, form: str) -> bool:
+    """Whether a folder holds what was exported by clipkit in this format, and nothing else."""
+    from safetensors import SafetensorError, safe_open
+
+    weights = _WEIGHTS.get(form, "clipkit.json")
+    if not os.path.isfile(out / weights) or {p.name for p in out.iterdir()} - {weights, *_FILES[form], *_BESIDE}:
+        return False
+    try:
+        if form in _WEIGHTS:
+            with safe_open(out / weights, framework="pt") as file:
+                return "clipkit" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+    return True
 
 
 def _renamed(tensors: Mapping[str, Tensor], rules: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
@@ -131,7 +174,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> Path:
 # open_clip
 
 
-def _open_clip(clip: Pretrained, out: Path) -> list[Path]:
+def _open_clip(clip: Pretrained, out: Path, name: str) -> list[Path]:
     config, how = clip.model.config, clip.model.config.conventions
     vision, rules = _open_clip_vision(clip.model)
     tensors = _renamed(clip.model.state_dict(), (*rules, *_TEXT))
@@ -162,10 +205,10 @@ def _open_clip(clip: Pretrained, out: Path) -> list[Path]:
         text["mlp_ratio"] = (how.text_mlp_width + 0.5) / config.text_width
     if how.text_activation == "gelu_tanh":
         text["act_kwargs"] = {"approximate": "tanh"}
-    files = _tokenizer_files(clip.tokenizer, out, how.pad_id)
-    if files:
-        cleaning = {"clip": "lower", "canonical": "canonicalize", "whitespace": "whitespace"}[how.text_cleaning]
-        text |= {"hf_tokenizer_name": str(out.name), "tokenizer_kwargs": {"clean": cleaning}}
+    if how.text_cleaning not in _CLEANINGS:
+        raise UsageError(f"open_clip does not clean captions in the way {how.text_cleaning!r}, as this model wants it")
+    if not (isinstance(clip.tokenizer, Tokenizer) and clip.tokenizer.vocab_size == CLIP_VOCABULARY):
+        text |= {"hf_tokenizer_name": name, "tokenizer_kwargs": {"clean": _CLEANINGS[how.text_cleaning]}}
     model: dict[str, Any] = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text}
     if how.text_activation == "quick_gelu":
         model["quick_gelu"] = True
@@ -175,10 +218,16 @@ def _open_clip(clip: Pretrained, out: Path) -> list[Path]:
         "mean": list(how.image_mean),
         "std": list(how.image_std),
         "interpolation": how.image_interpolation,
-        "resize_mode": "squash" if how.image_resize == "squash" else "shortest",
+        "resize_mode": {"crop": "shortest", "squash": "squash", "pad": "longest"}[how.image_resize],
+        "fill_color": how.image_fill,
     }
     written = _write_json(out / "open_clip_config.json", {"model_cfg": model, "preprocess_cfg": seen})
-    return [written, _save(out / "open_clip_model.safetensors", tensors, clip), *files]
+    weights = _save(out / "open_clip_model.safetensors", tensors, clip)
+    return [written, weights, *write_tokenizer(clip.tokenizer, how, out)]
+
+
+_CLEANINGS = {"clip": "lower", "canonical": "canonicalize", "whitespace": "whitespace"}
+"""Our names for what is done to captions -> open_clip's."""
 
 
 def _open_clip_vision(model: CLIP) -> tuple[dict[str, Any], tuple[tuple[str, str], ...]]:
@@ -236,39 +285,6 @@ def _check_default_shape(model: CLIP) -> None:
             raise UsageError(f"open_clip makes {name} for its usual image size; at {size} pixels {key} differs")
 
 
-def _tokenizer_files(tokenizer: AnyTokenizer, out: Path, pad_id: int) -> list[Path]:
-    """tokenizer.json as transformers reads it, with the special tokens around a caption; none for CLIP's vocabulary."""
-    content = json.loads(tokenizer.to_json())
-    if isinstance(tokenizer, Tokenizer):
-        if tokenizer.vocab_size == _CLIP_VOCABULARY:
-            return []
-        content["normalizer"] = {"type": "Lowercase"}
-        tokens = {START: tokenizer.start_id, END: tokenizer.end_id}
-        around = [{"SpecialToken": {"id": START, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-        content["post_processor"] = {
-            "type": "TemplateProcessing",
-            "single": [*around, {"SpecialToken": {"id": END, "type_id": 0}}],
-            "pair": [*around, {"SpecialToken": {"id": END, "type_id": 0}}],
-            "special_tokens": {t: {"id": t, "ids": [i], "tokens": [t]} for t, i in tokens.items()},
-        }
-    content["truncation"] = content["padding"] = None
-    names = {i: token for token, i in _vocabulary(content).items()}
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": names[tokenizer.end_id],
-        "pad_token": names[pad_id],
-        "model_max_length": tokenizer.context_length,
-    }
-    return [_write_json(out / "tokenizer.json", content), _write_json(out / "tokenizer_config.json", settings)]
-
-
-def _vocabulary(content: Mapping[str, Any]) -> dict[str, int]:
-    vocabulary = content["model"]["vocab"]
-    if isinstance(vocabulary, list):  # Unigram: pairs of token and score, in order
-        vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
-    return {**vocabulary, **{t["content"]: t["id"] for t in content.get("added_tokens", [])}}
-
-
 # transformers
 
 
@@ -279,11 +295,13 @@ def _transformers(clip: Pretrained, out: Path) -> list[Path]:
         raise UsageError(f"transformers has CLIP with OpenAI's ViT, and SigLIP; not with {config.image_tower}")
     if not siglip and {"pre_norm", "init_values"} & set(config.image_kwargs):
         raise UsageError("transformers' CLIP has a norm before the first block and no layer scale; this model differs")
+    if how.image_resize == "pad":
+        raise UsageError("this model pads pictures to a square; transformers' processors of CLIP and SigLIP do not")
     return [
         _write_json(out / "config.json", _transformers_config(clip, siglip)),
         _write_json(out / "preprocessor_config.json", _transformers_preprocessing(config, siglip)),
         _save(out / "model.safetensors", _transformers_tensors(clip.model, siglip), clip),
-        *_tokenizer_files(clip.tokenizer, out, how.pad_id),
+        *write_tokenizer(clip.tokenizer, how, out),
     ]
 
 
@@ -323,11 +341,13 @@ def _transformers_config(clip: Pretrained, siglip: bool) -> dict[str, Any]:
 
 def _transformers_preprocessing(config: CLIPConfig, siglip: bool) -> dict[str, Any]:
     how, square = config.conventions, {"height": config.image_size, "width": config.image_size}
+    crop = how.image_resize == "crop"
     return {
-        "image_processor_type": "SiglipImageProcessor" if siglip else "CLIPImageProcessor",
-        "size": square if siglip else {"shortest_edge": config.image_size},
+        # SigLIP's own does not crop.
+        "image_processor_type": "SiglipImageProcessor" if siglip and not crop else "CLIPImageProcessor",
+        "size": {"shortest_edge": config.image_size} if crop else square,
         "crop_size": square,
-        "do_center_crop": not siglip,
+        "do_center_crop": crop,
         "resample": 2 if how.image_interpolation == "bilinear" else 3,
         "image_mean": list(how.image_mean),
         "image_std": list(how.image_std),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from clipkit.errors import UsageError
 from clipkit.model import CLIP
 from clipkit.pretrained import Pretrained
+from clipkit.processors import write_tokenizer
 from clipkit.records import write_atomically
 
 
@@ -86,6 +87,7 @@ def _graph_files(clip: Pretrained, out: Path) -> list[Path]:
     about = {
         "image_size": clip.model.config.image_size,
         "resize": how.image_resize,
+        "fill": how.image_fill,
         "interpolation": how.image_interpolation,
         "context_length": clip.model.config.context_length,
         "end_id": clip.tokenizer.end_id,
@@ -93,6 +95,5 @@ def _graph_files(clip: Pretrained, out: Path) -> list[Path]:
         "logit_scale": float(clip.model.logit_scale.detach()),
         "logit_bias": float(clip.model.logit_bias.detach()),
     }
-    write_atomically(out / "tokenizer.json", clip.tokenizer.to_json())
     write_atomically(out / "clipkit.json", json.dumps(about, indent=2) + "\n")
-    return [out / "clipkit.json", out / "tokenizer.json"]
+    return [out / "clipkit.json", *write_tokenizer(clip.tokenizer, how, out)]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipkit._version import __version__
-from clipkit.errors import CheckpointError, UsageError
+from clipkit.errors import CheckpointError, UsageError, shown
 from clipkit.records import sha256, write_atomically
 
 if TYPE_CHECKING:
@@ -28,13 +28,18 @@ WEIGHTS = (
     "model.safetensors",
     "open_clip_pytorch_model.bin",
     "pytorch_model.bin",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
 )
-"""Names of weight files, in the order in which they are looked for."""
+"""Names of weight files, and of the indices of models in several files, in the order in which they are looked for."""
 _AROUND = (
     "open_clip_config.json",
     "config.json",
     "preprocessor_config.json",
+    "processor_config.json",
     "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
     "vocab.json",
     "merges.txt",
 )
@@ -87,28 +92,46 @@ def fetch(published: Published) -> Path:
     if not sys.stderr.isatty():
         utils.disable_progress_bars()  # type: ignore[attr-defined]
     repository, commit, weights, offline = published.repository, None, None, not _reachable()
+    name = shown(repository)
     try:
-        for name in (*_AROUND, *WEIGHTS):
-            if name in WEIGHTS and weights is not None:
+        for file in (*_AROUND, *WEIGHTS):
+            if file in WEIGHTS and weights is not None:
                 break
-            found = _file(repository, name, commit, offline)
+            found = _file(repository, file, commit, offline)
             commit = found.parent.name if found is not None else commit
-            weights = found if name in WEIGHTS else None
+            weights = found if file in WEIGHTS else None
+        files = [_need(repository, file, commit, offline) for file in _shards(weights)]
+    except CheckpointError:
+        raise
     except GatedRepoError:
         raise CheckpointError(
-            f"hub repository {repository} wants you to accept its terms and log in: hf auth login"
+            f"hub repository {name} wants you to accept its terms and log in: hf auth login"
         ) from None
     except RepositoryNotFoundError:
-        raise CheckpointError(f"the hub has no repository {repository}, or not for you (hf auth login)") from None
+        raise CheckpointError(f"the hub has no repository {name}, or not for you (hf auth login)") from None
     except Exception as error:  # the hub's library lets those of its HTTP library through, which changes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
         raise CheckpointError(
-            f"cannot fetch {repository} from the hub ({reason}); without a network, give a folder that holds its files"
+            f"cannot fetch {name} from the hub ({reason}); without a network, give a folder that holds its files"
         ) from None
     if weights is None:
-        raise CheckpointError(f"hub repository {repository} has no weights ({', '.join(WEIGHTS)})")
-    _check(weights)
+        raise CheckpointError(f"hub repository {name} has no weights ({', '.join(WEIGHTS)})")
+    for path in (weights, *files):
+        _check(path)
     return weights.parent
+
+
+def _shards(weights: Path | None) -> list[str]:
+    """The files that make up the weights, if this is their index."""
+    from clipkit import archives
+
+    return archives.shards(weights) if weights is not None and weights.name.endswith(archives.INDEX) else []
+
+
+def _need(repository: str, name: str, commit: str | None, offline: bool) -> Path:
+    if (found := _file(repository, name, commit, offline)) is None:
+        raise CheckpointError(f"hub repository {shown(repository)} lacks {name}, which the index of its weights lists")
+    return found
 
 
 def _reachable() -> bool:
@@ -125,7 +148,11 @@ def _reachable() -> bool:
 
 
 def _file(repository: str, name: str, commit: str | None, offline: bool) -> Path | None:
-    """A file of the repository at this commit (the newest for None), or None where it has no such file."""
+    """A file of the repository at this commit (the newest for None), or None where it has no such file.
+
+    Without a network, a file beside the weights that nobody asked for before counts as not there: an older clipkit
+    fetched fewer of them.
+    """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -133,7 +160,7 @@ def _file(repository: str, name: str, commit: str | None, offline: bool) -> Path
         return Path(hf_hub_download(repository, name, revision=commit, local_files_only=offline))
     except LocalEntryNotFoundError:  # no network; whether the file exists may be known from before
         known_as = try_to_load_from_cache(repository, name, revision=commit)
-        if known_as is None or isinstance(known_as, str):
+        if isinstance(known_as, str) or (known_as is None and name not in _AROUND):
             raise
         return None
     except EntryNotFoundError:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import math
 import struct
+import zlib
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Literal
@@ -20,48 +21,120 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 from clipkit.config import DataConfig
 from clipkit.errors import SampleError
+from clipkit.orientation import orientation_of, upright
 
 if TYPE_CHECKING:
     from clipkit.model import CLIPConfig
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp")
+"""Of files in these formats, as Pillow has them."""
+# fmt: off
+OTHER_SUFFIXES = (
+    ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif", ".avifs", ".heic", ".heics", ".heif", ".heifs", ".hif",
+    ".svg", ".svgz", ".ico", ".icns", ".cur", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".jxl", ".jxr",
+    ".jls", ".psd", ".xcf", ".tga", ".dds", ".exr", ".hdr", ".pcx", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".qoi",
+    ".sgi", ".xbm", ".xpm", ".emf", ".wmf", ".eps", ".raw", ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw",
+    ".srf", ".sr2", ".orf", ".rw2", ".raf", ".pef", ".srw",
+)
+# fmt: on
+"""Of pictures in formats that are not read; they are counted, never dropped in silence."""
 MAX_PIXELS = 50_000_000
 
 # What Pillow raises on damaged bytes: it has no base class for it, and decoders differ.
 _DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error, Warning)
 
 
-def decode(data: bytes) -> Image.Image:
-    """Bytes of a JPEG, PNG or WebP -> RGB image, upright (EXIF), transparency laid on white.
+def decode(data: bytes, reduce_to: int = 0, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Bytes of a JPEG, PNG or WebP -> RGB image, upright (EXIF, XMP), transparency laid on white.
 
+    With `reduce_to`, a JPEG is decoded at an eighth, a quarter or half of its size, as long as its shorter side keeps
+    that many pixels. `max_pixels` limits what is decoded, after that reduction.
     Raises SampleError: "not an image", "too many pixels" or "damaged image".
     """
-    return _finish(_open(data))
+    image = _open(data)
+    if reduce_to:
+        _reduce(image, min(image.size) // reduce_to)
+    _check_pixels(image, max_pixels)
+    return _finish(image)
 
 
 def _open(data: bytes) -> Image.Image:
     """What the header says, nothing decoded yet."""
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        try:
+            image = _opened(data)
+        except _DECODE_ERRORS:  # of what lies beside the pixels, perhaps
+            image = _opened(_without_metadata(data))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise SampleError("too many pixels", str(error).split(",")[0]) from error
     except _DECODE_ERRORS as error:
         raise SampleError("not an image", f"no readable {', '.join(FORMATS)} header in {len(data)} bytes") from error
-    if image.width * image.height > MAX_PIXELS:
-        raise SampleError("too many pixels", f"{image.width}x{image.height} is over the limit of {MAX_PIXELS}")
+    _check_pixels(image, MAX_PIXELS)
     return image
+
+
+def _opened(data: bytes) -> Image.Image:
+    file = io.BytesIO(data)
+    return _Jpeg(file) if format_of(data) == "jpeg" else Image.open(file, formats=FORMATS)
+
+
+class _Jpeg(JpegImageFile):
+    """A JPEG whose EXIF is left alone: Pillow looks for the resolution in there, and warns of all that is odd.
+
+    Nor are the other pictures in the same file looked for (MPO), as they are when Pillow opens it.
+    """
+
+    def _read_dpi_from_exif(self) -> None:
+        pass
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """A JPEG or PNG with what its pixels and their orientation need; other bytes as they are.
+
+    Pillow gives a picture up for a large text in a PNG, a wrong checksum of one, or a short segment of Photoshop's.
+    """
+    parts, at = [], 0
+    if format_of(data) == "png":
+        parts, at = [data[:8]], 8
+        while at < len(data):
+            end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+            kind, content = data[at + 4 : at + 8], data[at + 4 : end - 4]
+            sound = zlib.crc32(content) == int.from_bytes(data[end - 4 : end], "big")
+            if kind[:1].isupper() or (kind in (b"tRNS", b"eXIf") and sound):
+                parts.append(data[at:end])
+            at = end
+    elif format_of(data) == "jpeg":
+        parts, at = [data[:2]], 2
+        while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] not in (b"", b"\xda"):
+            marker, end = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+            needed = marker in (0xE0, 0xEE) or data[at + 4 : at + 10] == b"Exif\0\0"  # JFIF, Adobe's colours
+            if needed or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+                parts.append(data[at:end])
+            at = end
+    return b"".join([*parts, data[at:]])
+
+
+def _check_pixels(image: Image.Image, limit: int) -> None:
+    if image.width * image.height > limit:
+        raise SampleError("too many pixels", f"{image.width}x{image.height} is over the limit of {limit}")
+
+
+def _reduce(image: Image.Image, most: int) -> None:
+    """Have a JPEG decoded at 1/8, 1/4 or 1/2 of its size, not below 1/most of it; other formats are left alone."""
+    if (reduced := next((n for n in (8, 4, 2) if n <= most), 1)) > 1:
+        image.draft(image.mode, (image.width // reduced, image.height // reduced))
 
 
 def _finish(image: Image.Image) -> Image.Image:
     try:
-        image.load()
-        return to_rgb(ImageOps.exif_transpose(image) if "exif" in image.info else image)
+        return to_rgb(upright(image))
     except _DECODE_ERRORS as error:
         raise SampleError("damaged image", str(error)) from error
 
@@ -85,19 +158,32 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def preprocess(
     image: Image.Image,
     size: int,
-    resize: Literal["crop", "squash"] = "crop",
+    resize: Literal["crop", "squash", "pad"] = "crop",
     interpolation: Literal["bicubic", "bilinear"] = "bicubic",
+    fill: int = 0,
 ) -> Tensor:
     """Evaluation transform -> uint8 [3, size, size]: shorter side to `size`, then the middle; or both sides to `size`.
 
+    An image that still carries an orientation (EXIF, XMP) is turned first, so that it looks as `decode` shows it.
     What torchvision's Resize and CenterCrop make of a Pillow image, as OpenAI and open_clip evaluate, without the
-    pixels that the crop would throw away.
+    pixels that the crop would throw away. "pad" is open_clip's resize_mode "longest": longer side to `size`, with a
+    margin of grey level `fill`.
     """
-    image = to_rgb(image)
+    image = to_rgb(upright(image))
+    if image.size != (size, size) and resize == "pad":
+        image = _padded(image, size, Image.Resampling[interpolation.upper()], fill)
     if image.size != (size, size):
         box = _middle(*image.size, size) if resize == "crop" else None
         image = image.resize((size, size), Image.Resampling[interpolation.upper()], box=box)
     return to_pixels(image).contiguous()
+
+
+def _padded(image: Image.Image, size: int, filter: Image.Resampling, fill: int) -> Image.Image:
+    scale = max(image.size) / size
+    width, height = (max(1, round(side / scale)) for side in image.size)
+    canvas = Image.new("RGB", (size, size), (fill, fill, fill))
+    canvas.paste(image.resize((width, height), filter), ((size - width) // 2, (size - height) // 2))
+    return canvas
 
 
 def _middle(width: int, height: int, size: int) -> tuple[float, float, float, float]:
@@ -111,7 +197,13 @@ def _middle(width: int, height: int, size: int) -> tuple[float, float, float, fl
 def preprocessing(config: CLIPConfig) -> Callable[[Image.Image], Tensor]:
     """`preprocess` as this model wants it."""
     how = config.conventions
-    return partial(preprocess, size=config.image_size, resize=how.image_resize, interpolation=how.image_interpolation)
+    return partial(
+        preprocess,
+        size=config.image_size,
+        resize=how.image_resize,
+        interpolation=how.image_interpolation,
+        fill=how.image_fill,
+    )
 
 
 def random_view(data: bytes, size: int, config: DataConfig, rng: np.random.Generator) -> Tensor:
@@ -136,18 +228,13 @@ def random_view(data: bytes, size: int, config: DataConfig, rng: np.random.Gener
 
 
 def _is_plain_jpeg(image: Image.Image) -> bool:
-    try:
-        upright = "exif" not in image.info or image.getexif().get(0x0112, 1) == 1
-    except _DECODE_ERRORS:
-        return False
-    return image.format == "JPEG" and upright
+    return image.format == "JPEG" and orientation_of(image) == 1
 
 
 def _decode_reduced(image: Image.Image, most: int) -> tuple[Tensor, float]:
     """Pixels [3, h, w] of a JPEG at 1/8, 1/4, 1/2 or all of its size, not below 1/most of it, and the scale."""
     width = image.width
-    if (reduced := next((n for n in (8, 4, 2) if n <= most), 1)) > 1:
-        image.draft(image.mode, (image.width // reduced, image.height // reduced))
+    _reduce(image, most)
     pixels = to_pixels(_finish(image))
     return pixels, pixels.shape[2] / width
 

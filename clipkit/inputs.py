@@ -1,14 +1,17 @@
-"""Arguments that may be text or the name of a file, and output folders: decided the same way by every command."""
+"""What commands are given and where they write: text or file, output places, JSON. Decided the same way by all."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
-import tempfile
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from clipkit.errors import UsageError
-from clipkit.images import SUFFIXES
+import click
+
+from clipkit.errors import DataError, UsageError, shown
 
 TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv")
 
@@ -17,39 +20,133 @@ def file_of(argument: str, what: str) -> Path | None:
     """The file that `argument` names, or None when it is text.
 
     What exists is a file, pipes such as `<(...)` included. What looks like a path and does not exist is a mistake, not
-    text: it begins with `/`, `./`, `../` or `~/`, or is one item with the suffix of a text file or an image. `what`
-    names the argument in the error.
+    text: it begins with `/`, `./`, `../` or `~/`, or is one item with the suffix of a text file or an image. The name
+    of a folder is text when it is a single word. `what` names the argument in the error.
 
     Raises UsageError for a path that does not exist, and for the path of a folder.
     """
-    if os.path.exists(argument) and not os.path.isdir(argument):
-        return Path(argument)
+    from clipkit.images import SUFFIXES
+
+    place = os.path.expanduser(argument) if argument.startswith("~/") else argument
+    folder = os.path.isdir(place)
+    if os.path.exists(place) and not folder:
+        return Path(place)
     suffixed = argument.lower().endswith((*TEXT_SUFFIXES, *SUFFIXES)) and not any(c in argument for c in ",\n")
-    if not suffixed and not argument.startswith(("/", "./", "../", "~/")):
+    rooted = argument.startswith(("/", "./", "../", "~/")) or (folder and "/" in argument)
+    if not suffixed and not rooted:
         return None
-    shown = argument if len(argument) <= 80 else f"{argument[:77]}..."
-    if os.path.isdir(argument):
-        raise UsageError(f"{what} {shown} is a folder; give a file, or text")
-    raise UsageError(f"{what} {shown} does not exist; it looks like the path of a file")
+    if folder:
+        raise UsageError(f"{what} {shown(argument)} is a folder; give a file, or text")
+    raise UsageError(f"{what} {shown(argument)} does not exist; it looks like the path of a file")
+
+
+def items_of(argument: str, what: str, separator: str | None = None) -> list[str]:
+    """The texts that `argument` gives: the lines of a file, or the text itself, cut at `separator` where one is given.
+
+    A JSON list is taken as such, in a file and as text. Raises UsageError as `file_of` does, for a file that holds no
+    text, and for items that are empty or are there twice: of two equal ones each would get half of the probability.
+    """
+    file = file_of(argument, what)
+    text = argument if file is None else read_text(file)
+    if text.lstrip().startswith("[") or (file is not None and file.suffix.lower() == ".json"):
+        items = _json_items(text, what)
+    elif file is not None or (separator and "\n" in text):
+        items = [line for line in text.splitlines() if line.strip()]
+    else:
+        items = text.split(separator) if separator else [text]
+    items = [" ".join(item.split()) for item in items]
+    if not items:
+        raise UsageError(f"{what}: {file or 'the list'} is empty; give one entry a line")
+    if "" in items:
+        raise UsageError(f"{what}: entry {items.index('') + 1} of {len(items)} is empty")
+    alike = [item.casefold() for item in items]
+    if twice := [item for i, item in enumerate(items) if item.casefold() in alike[:i]]:
+        named = ", ".join(map(repr, twice[:5])) + (" ..." if len(twice) > 5 else "")
+        raise UsageError(f"{what} has {named} twice; keep one of each")
+    return items
+
+
+def _json_items(text: str, what: str) -> list[str]:
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{what} is not readable JSON: {error}") from None
+    if not isinstance(items, list):
+        raise UsageError(f"{what} must be a JSON list of texts; found a {type(items).__name__}")
+    if strange := [i for i, item in enumerate(items) if not isinstance(item, str)]:
+        raise UsageError(
+            f"{what}: entry {strange[0] + 1} of the JSON list is {json.dumps(items[strange[0]])[:40]}, no text"
+        )
+    return items
+
+
+def read_text(path: Path) -> str:
+    """A text file or pipe that a command was given, as `tables.decoded` reads it. Raises UsageError if it cannot."""
+    from clipkit.tables import decoded
+
+    try:
+        return decoded(path)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from None
+    except DataError as error:
+        raise UsageError(str(error)) from None
 
 
 def check_writable(folder: Path) -> None:
     """Check that files can be written into `folder`, before the work whose result goes there.
 
-    A folder that does not exist is created and removed again. Raises UsageError with the path and the reason.
+    Nothing is created: of a folder that does not exist, the nearest above it that does is tried. Raises UsageError
+    with the path and the reason.
     """
-    created: list[Path] = []
+    import tempfile
+
     try:
-        for place in (*reversed(folder.parents), folder):
-            if not place.exists():
-                place.mkdir()
-                created.append(place)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=next(place for place in (folder, *folder.parents) if _is_there(place))):
             pass
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"cannot write into {folder}: {reason}") from None
-    finally:
-        for place in reversed(created):
-            with suppress(OSError):
-                place.rmdir()
+        raise UsageError(f"cannot write into {folder}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _is_there(place: Path) -> bool:
+    """Anything of that name, broken links included. Raises OSError for a name that nothing can have."""
+    try:
+        place.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def check_file(path: Path, suffixes: Sequence[str]) -> None:
+    """Check that a file of this name can be written, before the work: its suffix is one of `suffixes`, its place free.
+
+    Raises UsageError with the path and the reason.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise UsageError(f"cannot write {path}: its name must end in one of {', '.join(suffixes)}")
+    if path.is_dir():
+        raise UsageError(f"cannot write {path}: it is a folder")
+    check_writable(path.parent)
+
+
+def print_json(found: Any) -> None:
+    """One JSON object, or list, on stdout. NaN and infinities, which JSON does not have, become null."""
+    click.echo(json.dumps(_finite(found), allow_nan=False))
+
+
+def _finite(found: Any) -> Any:
+    if isinstance(found, dict):
+        return {key: _finite(value) for key, value in found.items()}
+    if isinstance(found, (list, tuple)):
+        return [_finite(value) for value in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
+
+
+def check_new(folder: Path) -> None:
+    """Check that `folder` can be written into, and holds nothing yet with which the result would be mixed.
+
+    Raises UsageError otherwise.
+    """
+    if os.path.isdir(folder) and (names := sorted(path.name for path in folder.iterdir())):
+        more = f" and {len(names) - 1} more" if names[1:] else ""
+        raise UsageError(f"{folder} is not empty: it holds {shown(names[0])}{more}; give a new folder")
+    check_writable(folder)

@@ -6,29 +6,35 @@ import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from clipkit.errors import SampleError, ShardError, UsageError
 from clipkit.images import decode
 from clipkit.records import progress, sha256
 from clipkit.remote import Cache, open_store
-from clipkit.shards import Shards, load_index, scan
+from clipkit.shards import Shards, check_count, load_index, scan, unlisted
 
 _TILE, _MARGIN, _LINE, _LINES = 160, 8, 13, 4
 
 
 @dataclass
 class Report:
-    """What `verify` found. damaged: shard -> what is wrong with it; bad: decoded samples that are, by reason."""
+    """What `verify` found.
+
+    damaged: shard -> what is wrong with it. incomplete: samples without image or caption, of all. bad: samples that
+    cannot be used, of those that were decoded. skipped: what was not taken when the index was made.
+    """
 
     source: str
     shards: int = 0
     samples: int = 0
     decoded: int = 0
     damaged: dict[str, str] = field(default_factory=dict)
+    incomplete: dict[str, int] = field(default_factory=dict)
     bad: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
 
@@ -39,29 +45,37 @@ def verify(source: str, per_shard: int = 16, cache: Cache | None = None) -> Repo
     Goes on after damage, so that all of it is found. Raises ShardError only when there is no index to check against.
     """
     store = open_store(source, cache)
-    index = load_index(store)
+    index, _ = load_index(store, cache)
     report = Report(source, len(index["shards"]), int(index["samples"]), skipped=dict(index.get("skipped", {})))
+    whole: list[npt.NDArray[np.int64]] = []  # of each shard, the samples that can be read
     for entry in progress(index["shards"], len(index["shards"]), "verifying"):
         try:
             path = store.get(entry["name"], entry["bytes"], entry["sha256"])
             if sha256(path) != entry["sha256"]:
                 raise ShardError("its sha256 is not that of the index")
-            if len(scan(path).offsets) != entry["samples"]:
-                raise ShardError(f"{len(scan(path).offsets)} samples found, {entry['samples']} expected")
-        except ShardError as error:
+            found = scan(path)
+            check_count(path, len(found.offsets), entry)
+            incomplete = found.incomplete()
+            for reason, which in incomplete.items():
+                if which.any():
+                    report.incomplete[reason] = report.incomplete.get(reason, 0) + int(which.sum())
+            whole.append(np.flatnonzero(~np.logical_or.reduce(list(incomplete.values()))))
+        except (ShardError, OSError) as error:
             report.damaged[entry["name"]] = str(error)
+    if not store.remote:
+        report.damaged.update(dict.fromkeys(sorted(unlisted(Path(source), index)), "it is not in the index"))
     if not report.damaged:
-        report.decoded, bad = _decode_some(Shards(source, verify=False, cache=cache), per_shard)
+        report.decoded, bad = _decode_some(Shards(source, verify=False, cache=cache), whole, per_shard)
         report.bad = dict(bad)
     return report
 
 
-def _decode_some(shards: Shards, per_shard: int) -> tuple[int, Counter[str]]:
+def _decode_some(shards: Shards, whole: Sequence[npt.NDArray[np.int64]], per_shard: int) -> tuple[int, Counter[str]]:
     bad: Counter[str] = Counter()
     chosen: list[int] = []
-    for start, stop in pairwise(shards.starts):
-        n = min(per_shard, stop - start)
-        chosen += [start + k * (stop - start) // n for k in range(n)]
+    for start, samples in zip(shards.starts, whole, strict=False):
+        n = min(per_shard, len(samples))
+        chosen += [start + int(samples[k * len(samples) // n]) for k in range(n)]
     for i in progress(chosen, len(chosen), "decoding"):
         try:
             decode(shards.read(i).image)

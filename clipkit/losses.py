@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipkit import distributed
+from clipkit.config import require
 from clipkit.errors import RecipeError
 
 _STRIP = 128
@@ -47,8 +48,7 @@ class LossConfig:
     7): a guard against learning few samples by heart."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise RecipeError(f"loss.label_smoothing is {self.label_smoothing}; it must be in [0, 1)")
+        require("in [0, 1)", "loss", self, "label_smoothing")
         if self.kind == "sigmoid" and self.label_smoothing:
             raise RecipeError("loss.label_smoothing is for loss.kind=info_nce; the sigmoid loss has no target to share")
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from clipkit.config import require
 from clipkit.errors import RecipeError, did_you_mean
 from clipkit.towers import OURS
 
@@ -38,8 +39,9 @@ class Conventions:
     """The token whose features count: the first END, or the last of the padded caption."""
     text_projection_bias: bool = False
     """Whether the text projection has a bias."""
-    text_cleaning: Literal["clip", "canonical", "whitespace"] = "clip"
-    """What is done to captions before they are cut into tokens; "canonical" (SigLIP's) drops punctuation."""
+    text_cleaning: Literal["clip", "canonical", "whitespace", "siglip", "lower", "none"] = "clip"
+    """What is done to captions before they are cut into tokens (clipkit/tokenizer.py): "canonical" is open_clip's for
+    SigLIP, "siglip" and "lower" are transformers' for SigLIP and SigLIP 2."""
     pad_id: int = 0
     """Token that pads captions under full attention."""
     image_projection: Literal["linear", "bias", "mlp", "none"] = "linear"
@@ -48,10 +50,20 @@ class Conventions:
     """Subtracted from pixels in [0, 1]; by default the statistics of OpenAI's models."""
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     """Pixels are divided by these."""
-    image_resize: Literal["crop", "squash"] = "crop"
-    """What makes an image square: the middle of it, or a change of its proportions."""
+    image_resize: Literal["crop", "squash", "pad"] = "crop"
+    """What makes an image square: the middle of it, a change of its proportions, or a margin ("letterbox")."""
+    image_fill: int = 0
+    """Grey level of that margin, 0 to 255."""
     image_interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """How images are resized for evaluation."""
+
+    def __post_init__(self) -> None:
+        require("above 0", "model.conventions", self, "text_norm_eps")
+        require("at least 0", "model.conventions", self, "text_mlp_width", "pad_id")
+        if len(self.image_mean) != len(self.image_std) or not all(std > 0 for std in self.image_std):
+            raise RecipeError(
+                f"model.conventions.image_std is {self.image_std}; it must have a number above 0 for each of image_mean"
+            )
 
 
 @dataclass(frozen=True)
@@ -92,12 +104,13 @@ class CLIPConfig:
     arXiv 1906.06423; Tan and Le 2021, arXiv 2104.00298, section 4)."""
 
     def __post_init__(self) -> None:
+        sizes = ("image_size", "embed_dim", "text_width", "text_layers", "text_heads", "vocab_size")
+        require("at least 1", "model", self, *sizes)
+        require("at least 0", "model", self, "early_size")
         if self.text_width % self.text_heads:
             raise RecipeError(f"text_width {self.text_width} does not divide by text_heads {self.text_heads}")
         if self.context_length < 3:
             raise RecipeError(f"context_length is {self.context_length}; it must be at least 3")
-        if self.early_size < 0:
-            raise RecipeError(f"early_size is {self.early_size}; it must be at least 0")
         if not 0 < self.init_logit_scale <= MAX_LOGIT_SCALE:
             raise RecipeError(f"init_logit_scale is {self.init_logit_scale}; it must be in (0, {MAX_LOGIT_SCALE:g}]")
 

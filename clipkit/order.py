@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
-BLOCK = 1000
+from clipkit.config import SMALLEST_SHARE
+
+BLOCK = round(1 / SMALLEST_SHARE)
 """Positions in which a mixture holds its shares exactly."""
 
 

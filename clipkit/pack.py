@@ -2,7 +2,8 @@
 
 Every image is decoded once while packing, so that what cannot be read is skipped and counted here, not found in the
 middle of a training run. Images are read by several threads and written in the source's order: the same source gives
-the same bytes. A finished shard is noted in a journal; the same command goes on after the last one.
+the same bytes. A finished shard is noted in a journal; the same command resumes after the last one, if the source is
+still the same.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -23,7 +25,8 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from clipkit.errors import DataError, SampleError, UsageError
+from clipkit.errors import ClipkitError, DataError, SampleError, UsageError
+from clipkit.files import counted
 from clipkit.images import FORMATS, decode, format_of
 from clipkit.records import progress, write_atomically
 from clipkit.shards import FORMAT, clean_caption, index_shard
@@ -79,13 +82,14 @@ class _Journal:
         except FileNotFoundError:
             if out.exists() and any(out.iterdir()):
                 raise UsageError(f"{out} is not empty; choose another folder or remove it") from None
-            out.mkdir(parents=True, exist_ok=True)
             journal = cls(plan)
-            journal.save(out)
         except (ValueError, TypeError) as error:
             raise UsageError(f"{out / JOURNAL} is damaged ({error}); remove {out} and pack again") from None
         if journal.plan != plan:
-            raise UsageError(f"{out} was begun with another source or options; finish that, or remove the folder")
+            raise UsageError(
+                f"{out} was begun with another source or options, or files were added, removed or changed since; "
+                "remove it and pack again"
+            )
         return journal
 
     def save(self, out: Path) -> None:
@@ -98,11 +102,12 @@ def pack(
     """Write `source` to shards of `shard_size` samples in `out` -> the index.
 
     With `holdout`, that many samples, spread evenly over the source, go to `<out>-val` instead. Samples without a
-    readable image or a caption are skipped and counted in the index. What was interrupted goes on after its last whole
-    shard. Raises UsageError if `out` holds something else, DataError when nothing could be packed.
+    readable image or a caption are skipped and counted in the index. What was interrupted resumes after its last whole
+    shard. Raises UsageError if `out` holds something else, DataError when nothing could be packed; then no folder that
+    was not there before stays behind.
     """
     encoding = encoding or Encoding()
-    val = out.with_name(out.name + "-val")
+    val = holdout_of(out)
     plan = hashlib.sha256(repr((source.identity, shard_size, holdout, encoding)).encode()).hexdigest()
     if holdout and not (out / JOURNAL).is_file() and val.exists() and any(val.iterdir()):
         raise UsageError(f"{val} is not empty; choose another folder or remove it")
@@ -111,19 +116,44 @@ def pack(
         raise UsageError(f"--holdout {holdout} leaves nothing of {total} samples")
     journal = _Journal.open(out, plan)
     kept = _Kept(holdout, total, journal)
-    _write_shards(_good(source, encoding, journal, kept), out, shard_size, journal)
+    with _made(out):
+        journal.save(out)
+        try:
+            _write_shards(_good(source, encoding, journal, kept), out, shard_size, journal)
+            skipped = dict(Counter(journal.skipped) + Counter(source.aside()))
+            if not journal.shards:
+                raise DataError(f"nothing to pack: {counted(skipped) if skipped else 'no image was found'}")
+        except (ClipkitError, OSError):
+            if not journal.shards:
+                (out / JOURNAL).unlink(missing_ok=True)
+            raise
     about: dict[str, Any] = {"classes": source.classes, "templates": source.templates}
-    if not journal.shards:
-        (out / JOURNAL).unlink(missing_ok=True)
-        reasons = ", ".join(f"{n} {reason}" for reason, n in journal.skipped.items()) or "no image was found"
-        raise DataError(f"nothing to pack: {reasons}")
     if holdout:
-        val.mkdir(parents=True, exist_ok=True)
-        entry, _ = _write_shard(val / "shard-000000.tar", 0, enumerate(kept.samples))
-        _write_index(val, [entry], {}, about)
-    index = _write_index(out, journal.shards, journal.skipped, about)
+        with _made(val):
+            entry, _ = _write_shard(val / "shard-000000.tar", 0, enumerate(kept.samples))
+            _write_index(val, [entry], {}, about)
+    index = _write_index(out, journal.shards, skipped, about)
     (out / JOURNAL).unlink()
     return index
+
+
+def holdout_of(out: Path) -> Path:
+    """The folder beside `out` for what is held out."""
+    return Path(f"{os.path.abspath(out)}-val") if out.name in ("", "..") else out.with_name(f"{out.name}-val")
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """A folder, made with those above it; if something fails, those that were made are removed where they are empty."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for place in made:
+            with suppress(OSError):
+                place.rmdir()
+        raise
 
 
 class _Kept:
@@ -205,21 +235,28 @@ def _write_shard(path: Path, written: int, samples: Iterable[tuple[int, RawSampl
     import webdataset
 
     aside, last = path.with_name(f".{path.name}.part"), -1
-    # Fixed owner, mode and time: the same samples give the same bytes.
-    with webdataset.TarWriter(str(aside), user="", group="", mtime=0.0) as writer:
-        for key, (number, sample) in enumerate(samples, written):
-            last = number
-            record = {"captions": list(sample.captions), "label": sample.label}
-            writer.write(
-                {
-                    "__key__": f"{key:09d}",
-                    _SUFFIX[format_of(sample.image)]: sample.image,
-                    "txt": sample.captions[0].encode(),
-                    "json": json.dumps(record, ensure_ascii=False).encode(),
-                }
-            )
-    os.replace(aside, path)
-    return index_shard(path)[0], last
+    try:
+        # Fixed owner, mode and time: the same samples give the same bytes.
+        with webdataset.TarWriter(str(aside), user="", group="", mtime=0.0) as writer:
+            for key, (number, sample) in enumerate(samples, written):
+                last = number
+                record = {"captions": list(sample.captions), "label": sample.label}
+                writer.write(
+                    {
+                        "__key__": f"{key:09d}",
+                        _SUFFIX[format_of(sample.image)]: sample.image,
+                        "txt": sample.captions[0].encode(),
+                        "json": json.dumps(record, ensure_ascii=False).encode(),
+                    }
+                )
+        os.replace(aside, path)
+        return index_shard(path)[0], last
+    except OSError as error:  # a full disk has no file's name
+        for file in (path, path.with_suffix(".npy")):
+            file.unlink(missing_ok=True)
+        raise error if error.filename else OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 _SUFFIX = {"jpeg": "jpg", "png": "png", "webp": "webp"}

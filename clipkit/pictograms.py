@@ -17,8 +17,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from clipkit.errors import DataError, SampleError, UsageError
+from clipkit.files import Files
 from clipkit.images import FORMATS
-from clipkit.sources import RawSample, Source, encode_png, image_files
+from clipkit.sources import RawSample, Source, encode_png
 from clipkit.tables import read_table
 
 STYLES = {"fluent": "flat", "noto": "shaded", "twemoji": "plain", "fxemoji": "soft"}
@@ -106,7 +107,9 @@ def pictograms_source(folder: Path, split: str, size: int, variants: int, seed: 
     if not 8 <= size <= _LARGEST or variants < 1:
         raise UsageError(f"--size is {size} and --variants {variants}; a size is 8 to {_LARGEST}, variants at least 1")
     table = folder / "captions.csv"
-    archive = next((p for p in sorted(folder.glob("images.tar*")) if p.is_file()), folder)
+    if not table.is_file():
+        raise DataError(f"{folder} holds no captions.csv; pictograms are a folder with that table and images")
+    files = Files(next((p for p in sorted(folder.glob("images.tar*")) if p.is_file()), folder))
     known = read(table)
     styles: dict[str, frozenset[str]] = {}
     for one in known.values():
@@ -118,21 +121,29 @@ def pictograms_source(folder: Path, split: str, size: int, variants: int, seed: 
 
     def samples() -> Iterator[RawSample | SampleError]:
         missing = set(chosen)
-        for path, data in image_files(archive):
-            one = chosen.get(str(path))
-            if one is None:
+        for file in files:
+            if (one := chosen.get(file.name)) is None:
                 continue
-            missing.discard(str(path))
+            missing.discard(file.name)
             for k in range(variants):
                 rng = np.random.default_rng([seed, zlib.crc32(one.image.encode()), k])
                 try:
-                    yield _sample(one, data, size, rng, classes[one.name])
+                    yield _sample(one, file.read(), size, rng, classes[one.name])
                 except SampleError as error:
                     yield error
-        yield from (SampleError("image missing", name) for name in sorted(missing))
+        yield from (SampleError("image missing", name) for name in sorted(missing) for _ in range(variants))
 
-    identity = repr(("pictograms", str(folder.resolve()), zlib.crc32(table.read_bytes()), split, size, variants, seed))
-    return Source(samples(), lambda: len(chosen) * variants, identity, [[name] for name in classes], list(TEMPLATES))
+    content = zlib.crc32(table.read_bytes())
+    identity = repr(("pictograms", str(folder.resolve()), files.fingerprint, content, split, size, variants, seed))
+    unlisted = {"not in the table": len(set(files.names) - known.keys())}
+    return Source(
+        samples(),
+        lambda: len(chosen) * variants,
+        identity,
+        [[name] for name in classes],
+        list(TEMPLATES),
+        lambda: unlisted,
+    )
 
 
 def _sample(one: Pictogram, data: bytes, size: int, rng: np.random.Generator, label: int) -> RawSample:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from clipkit import DEFAULT_MODEL, archives, checkpoint, distributed, hub, weights
+from clipkit import DEFAULT_MODEL, archives, checkpoint, distributed, hub, processors, weights
 from clipkit.checkpoint import Checkpoint
 from clipkit.config import from_dict
-from clipkit.errors import CheckpointError
-from clipkit.images import preprocessing
+from clipkit.errors import CheckpointError, RecipeError, shown
+from clipkit.images import SUFFIXES, preprocessing
 from clipkit.model import CLIP, CLIPConfig
 from clipkit.records import read_object
+from clipkit.release import half
 from clipkit.tokenizer import AnyTokenizer, ForeignTokenizer, Tokenizer
 
 
@@ -29,11 +32,13 @@ class Pretrained:
     model: CLIP
     tokenizer: AnyTokenizer
     preprocess: Callable[[Image.Image], Tensor]
+    words: Sequence[str] = field(default=(), repr=False)
+    """All words of the captions that it learned from; none where that is not known, as of published weights."""
 
 
 def folder_of(name: str | Path) -> Path:
     """Where a model of ours is: a folder of this name, or the one that comes with the package."""
-    if str(name) == DEFAULT_MODEL and not Path(name).exists():
+    if str(name) == DEFAULT_MODEL and not os.path.exists(name):
         return Path(__file__).resolve().parent / "data" / DEFAULT_MODEL
     return Path(name)
 
@@ -46,13 +51,34 @@ def find(path: str | Path, kind: str) -> Checkpoint:
     """
     folder = folder_of(path)
     for candidate in (folder, folder / kind):
-        found = checkpoint.latest(candidate) if (candidate / "checkpoints").is_dir() else None
+        found = checkpoint.latest(candidate) if os.path.isdir(candidate / "checkpoints") else None
         if found is not None and found.state.get("kind") == kind:
             return found
         if found is not None:
             raise CheckpointError(f"{candidate} is a {found.state.get('kind')} run; a {kind} run is needed")
-    what = "does not exist" if not folder.exists() else f"holds no {kind} checkpoint"
-    raise CheckpointError(f"{folder} is not a model: it {what}; give the folder of a training run")
+    what = f"holds no {kind} checkpoint ({_contents(folder)})" if os.path.exists(folder) else "does not exist"
+    give = "the folder of a training run" + (", or a name out of `clipkit models`" if kind == "clip" else "")
+    raise CheckpointError(f"{shown(folder)} is not a model: it {what}; give {give}")
+
+
+def _contents(folder: Path) -> str:
+    """What a folder that is no model may be."""
+    if not folder.is_dir():
+        return "it is a file"
+    names = sorted(path.name for path in folder.iterdir())
+    if not names:
+        return "it is empty"
+    if any(name.startswith("part-") and name.endswith(".npy") for name in names):
+        return "it is an index of pictures, which `clipkit search` takes"
+    if any(name.endswith(".tar") for name in names):
+        return "it is a pack of pictures and captions"
+    if {"model_index.json", "diffusion_pytorch_model.safetensors"} & set(names):
+        return "it is a folder of diffusers"
+    if there := next((name for name in hub.WEIGHTS if name in names), None):
+        return f"it has {there}, but neither open_clip_config.json nor config.json"
+    if any(name.lower().endswith(SUFFIXES) for name in names):
+        return "it is a folder of pictures"
+    return f"it has {shown(names[0])}" + (f" and {len(names) - 1} more" if names[1:] else "")
 
 
 def load(name: str | Path = DEFAULT_MODEL, device: str = "auto") -> Pretrained:
@@ -66,26 +92,47 @@ def load(name: str | Path = DEFAULT_MODEL, device: str = "auto") -> Pretrained:
     or its architecture is one that clipkit does not have.
     """
     path, quick_gelu = folder_of(name), None
-    if not path.exists() and (published := hub.find(str(name))) is not None:
+    if not os.path.exists(path) and (published := hub.find(str(name))) is not None:
         path, quick_gelu = hub.fetch(published), published.quick_gelu
-    if path.is_file() or any((path / config).is_file() for config in _CONFIGS):
+    if is_foreign(path):
         return _load_foreign(path, device, quick_gelu)
-    if not path.exists() and (meant := hub.suggestion(str(name))):
-        raise CheckpointError(f"{name} is neither a folder nor a published model; {meant}")
+    if not os.path.exists(path) and (meant := hub.suggestion(str(name))):
+        raise CheckpointError(f"{shown(name)} is neither a folder nor a published model; {meant}")
     found = find(name, "clip")
     config = from_dict(CLIPConfig, found.state["recipe"]["model"])
     tokenizer = Tokenizer.from_json(found.text("tokenizer.json"), config.context_length)
     model = CLIP(config, tokenizer.vocab_size, tokenizer.end_id)
     load_weights(model, found)
-    return _ready(model, tokenizer, device)
+    return _ready(model, tokenizer, device, words_of(found, tokenizer))
 
 
-def _ready(model: CLIP, tokenizer: AnyTokenizer, device: str) -> Pretrained:
+def _ready(model: CLIP, tokenizer: AnyTokenizer, device: str, words: Sequence[str] = ()) -> Pretrained:
     model.to(distributed.choose_device(device)).eval()
-    return Pretrained(model, tokenizer, preprocessing(model.config))
+    return Pretrained(model, tokenizer, preprocessing(model.config), words)
+
+
+def words_of(found: Checkpoint, tokenizer: Tokenizer) -> list[str]:
+    """Words of the captions that a CLIP run learned from: those that it noted, or else the tokens that are words.
+
+    The latter are all words of the captions if the tokenizer was trained on them and found no further pair to merge,
+    and no fine-tuning has shown other captions to the text tower since. If that is not so, nothing is known.
+    """
+    if noted := json.loads(found.text("words.json", default="[]")):
+        return [str(word) for word in noted]
+    recipe = found.state["recipe"]
+    config, tune, data = recipe["model"], recipe.get("tune", {}), recipe.get("data", {})
+    own = not config.get("merges") and tokenizer.vocab_size < config.get("vocab_size", 0)
+    same = not tune.get("init_from") or tune.get("init") == "image" or tune.get("lock") == "text"
+    here = not any("://" in str(source) for source in (data.get("shards", ""), *data.get("mix", ())))
+    return tokenizer.whole_words() if own and same and here else []
 
 
 _CONFIGS = ("open_clip_config.json", "config.json")
+
+
+def is_foreign(path: Path) -> bool:
+    """Is there what `load` takes for weights that are not a run's: a file, or a folder with a configuration?"""
+    return os.path.isfile(path) or any(os.path.isfile(path / config) for config in _CONFIGS)
 
 
 def _load_foreign(path: Path, device: str, quick_gelu: bool | None) -> Pretrained:
@@ -93,14 +140,22 @@ def _load_foreign(path: Path, device: str, quick_gelu: bool | None) -> Pretraine
     file = path if path.is_file() else _weights_file(path)
     archive = archives.read(file)
     try:
-        config, tensors = _understand(folder, archive)
+        files = processors.read_tokenizer(folder)
+        config, tensors = _understand(folder, archive, files)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from None
+    except (AttributeError, KeyError, OverflowError, RecipeError, TypeError, ValueError, ZeroDivisionError) as error:
+        reason = shown(error if isinstance(error, RecipeError) else f"{type(error).__name__} {error}")
+        raise CheckpointError(f"{file}: the configuration beside it makes no model ({reason})") from None
     found = config.conventions.text_activation
     if quick_gelu is not None and quick_gelu != (found == "quick_gelu"):
         trained = "with quick_gelu" if quick_gelu else "without the quick GELU"
         raise CheckpointError(f"{folder} says that the activation is {found}; these weights were trained {trained}")
-    tokenizer = _tokenizer(folder, config)
+    tokenizer = _tokenizer(folder, config, files)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{folder} has a tokenizer of {tokenizer.vocab_size} tokens, and a model of {config.vocab_size}"
+        )
     model = CLIP(config, config.vocab_size, tokenizer.end_id)
     wrong = model.load_state_dict(_fitting(model, tensors, file), strict=False)
     if wrong.missing_keys or wrong.unexpected_keys:
@@ -120,17 +175,17 @@ def _fitting(model: CLIP, tensors: dict[str, Tensor], file: Path) -> dict[str, T
     return tensors
 
 
-def _understand(folder: Path, archive: archives.Archive) -> tuple[CLIPConfig, dict[str, Tensor]]:
+def _understand(
+    folder: Path, archive: archives.Archive, files: processors.TokenizerFiles
+) -> tuple[CLIPConfig, dict[str, Tensor]]:
     tensors = archive.tensors
     # Folders often have both configurations; the tensors say which of them they go with.
     theirs = (folder / "config.json").is_file() and weights.is_transformers(tensors)
     if (folder / "open_clip_config.json").is_file() and not theirs:
-        return weights.from_open_clip(read_object(folder / "open_clip_config.json"), tensors)
+        return weights.from_open_clip(read_object(folder / "open_clip_config.json"), tensors, files)
     if (folder / "config.json").is_file():
-        seen = folder / "preprocessor_config.json"
-        return weights.from_transformers(
-            read_object(folder / "config.json"), read_object(seen) if seen.is_file() else {}, tensors
-        )
+        seen = processors.read_preprocessor(folder)
+        return weights.from_transformers(read_object(folder / "config.json"), seen, tensors, files)
     if archive.scripted or weights.is_openai(tensors):
         return weights.from_openai(tensors)
     raise CheckpointError(
@@ -146,14 +201,13 @@ def _weights_file(folder: Path) -> Path:
     return found
 
 
-def _tokenizer(folder: Path, config: CLIPConfig) -> AnyTokenizer:
+def _tokenizer(folder: Path, config: CLIPConfig, files: processors.TokenizerFiles) -> AnyTokenizer:
     """The one beside the weights; for CLIP's vocabulary a merges file will do, also that of an installed open_clip."""
-    conventions, length = config.conventions, config.context_length
-    if (folder / "tokenizer.json").is_file():
-        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-        if conventions.text_cleaning == "clip":
-            return Tokenizer.from_json(text, length)
-        return ForeignTokenizer(text, length, conventions.text_cleaning, conventions.pad_id)
+    conventions, length = config.conventions, min(config.context_length, files.longest or config.context_length)
+    if files.text:
+        if files.clip_like and conventions.text_cleaning == "clip":
+            return Tokenizer.from_json(files.text, length)
+        return ForeignTokenizer(files.encoder, length, conventions.text_cleaning, conventions.pad_id)
     if conventions.text_cleaning != "clip":
         raise CheckpointError(f"{folder} has no tokenizer.json, which these weights need")
     peer = importlib.util.find_spec("open_clip")
@@ -182,8 +236,21 @@ def load_weights(model: torch.nn.Module, found: Checkpoint) -> None:
 
 def fingerprint(model: torch.nn.Module) -> str:
     """Hash of a model's weights."""
+    return _hash(model.state_dict())
+
+
+TRAINED_WITH = "trained_with.json"
+"""File of a checkpoint: the recipe's key of each model that the training used, with its `identity`."""
+
+
+def identity(model: torch.nn.Module) -> str:
+    """Hash of a model's weights that is the same before and after `release`, which halves the precision of some."""
+    return _hash({name: half(tensor) for name, tensor in model.state_dict().items()})
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

@@ -94,9 +94,16 @@ class Cache:
     folder: Path = Path("~/.cache/clipkit")
     limit: int = 100 << 30
 
+    @property
+    def root(self) -> Path:
+        """`folder`, with XDG_CACHE_HOME for `~/.cache` where it is set."""
+        if (home := os.environ.get("XDG_CACHE_HOME")) and self.folder.parts[:2] == ("~", ".cache"):
+            return Path(home, *self.folder.parts[2:])
+        return self.folder.expanduser()
+
     def get(self, url: str, size: int | None, digest: str | None) -> Path:
         """The file behind `url`, fetched if need be; without a known size it is fetched anew each time."""
-        place = self.folder.expanduser() / hashlib.sha256(url.rpartition("/")[0].encode()).hexdigest()[:16]
+        place = self.root / hashlib.sha256(url.rpartition("/")[0].encode()).hexdigest()[:16]
         path = place / url.rpartition("/")[2]
         place.mkdir(parents=True, exist_ok=True)
         with _locked(place / f".{path.name}.lock"):
@@ -107,7 +114,7 @@ class Cache:
         return path
 
     def _make_room(self, needed: int) -> None:
-        root = self.folder.expanduser()
+        root = self.root
         with _locked(root / ".lock"):
             files = sorted((f.stat().st_mtime, f.stat().st_size, f) for f in root.glob("*/*.tar"))
             total = sum(size for _, size, _ in files) + needed

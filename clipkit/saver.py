@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -90,13 +91,19 @@ def _copy(tensor: Tensor) -> Tensor:
 def lock(run: Path) -> Iterator[None]:
     """Hold a run's folder. Raises CheckpointError naming the process that already does; a dead one holds nothing.
 
+    It raises one too where the file system has no locks.
+
     The lock is the process's own (POSIX): loader processes forked from it do not hold it on when it is killed.
     """
     run.mkdir(parents=True, exist_ok=True)
     with (run / ".lock").open("a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):  # some network file systems have no locks
+                raise CheckpointError(
+                    f"cannot lock {file.name}: {error.strerror}; give run.out another folder"
+                ) from None
             file.seek(0)
             raise CheckpointError(
                 f"{run} is being trained by {file.read().strip() or 'another process'}; wait for it, or give run.out "

@@ -1,17 +1,22 @@
 """Packs: webdataset shards with an index, read strictly and at random.
 
-A pack is a folder of `shard-000000.tar` ... with an `index.json`. A sample is a group of members that share a key:
-`<key>.jpg|png|webp`, `<key>.txt` (its first caption) and `<key>.json` ({"captions": [...], "label": int or null}).
-The index holds each shard's size, sha256 and sample count, and beside each shard lies `shard-000000.npy`, the byte
-ranges of its members: once the hash of a shard is known to be right, reading sample i is one `pread`.
+A pack is a folder of `shard-000000.tar` ... with an `index.json`. A sample is a group of members that share a key and
+lie together: `<key>.jpg|png|webp`, `<key>.txt` (its first caption) and `<key>.json` ({"captions": [...], "label": int
+or null}). The index holds each shard's size, sha256 and sample count, and beside each shard lies `shard-000000.npy`,
+the byte ranges of its members: once the hash of a shard is known to be right, reading sample i is one `pread`.
 
 A pack may lie in a folder or behind a URL; shards of the latter are fetched, whole, when they are first needed.
+Shards made elsewhere (webdataset, img2dataset) get an index when they are first opened: beside them, or in the cache
+where nothing can be written. Their .json has whatever fields its author chose; of these a list `captions` or a text
+`caption` is used.
 """
 
 from __future__ import annotations
 
 import bisect
 import contextlib
+import hashlib
+import io
 import json
 import os
 import tarfile
@@ -25,9 +30,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clipkit.errors import SampleError, ShardError
+from clipkit.errors import SampleError, ShardError, UsageError
 from clipkit.images import SUFFIXES
-from clipkit.records import sha256, write_atomically
+from clipkit.inputs import check_writable
+from clipkit.records import remark, sha256, write_atomically
 from clipkit.remote import Cache, Store, open_store
 
 FORMAT = 1
@@ -35,6 +41,7 @@ MAX_CAPTION = 4096
 PICKLES = (".pkl", ".pickle", ".pyd", ".pt", ".pth", ".joblib")
 _OPEN_FILES = 64
 _IMAGE, _TEXT, _META = 0, 1, 2
+_COLUMNS = ("image", "caption", "metadata")
 
 
 @dataclass(frozen=True)
@@ -65,23 +72,41 @@ class StrictTarInfo(tarfile.TarInfo):
             raise ShardError(f"damaged tar header ({error}) at byte {archive.offset}") from None
 
 
+def split_key(name: str) -> tuple[str, str]:
+    """A member's sample and suffix: the key ends before the first dot of the base name, as webdataset has it.
+
+    "a.b/000.seg.png" -> ("a.b/000", ".seg.png").
+    """
+    folder, slash, base = str(PurePosixPath(name)).rpartition("/")  # PurePosixPath drops "./"
+    stem, dot, suffix = base.partition(".")
+    return f"{folder}{slash}{stem}", f"{dot}{suffix}"
+
+
 @dataclass(frozen=True)
 class Scan:
     """What a walk through a shard found.
 
-    offsets: int64 [samples, 6], offset and size of image, caption and metadata (-1: none). refused: members that a
-    shard must not hold, by reason; they are never read.
+    offsets: int64 [samples, 6], offset and size of image, caption and metadata (-1: none). refused: members that are
+    not taken, by reason; they are never read.
     """
 
     offsets: npt.NDArray[np.int64]
     refused: Counter[str]
 
+    def incomplete(self) -> dict[str, npt.NDArray[np.bool_]]:
+        """Which samples [samples] lack a member without which there is nothing to read, by reason."""
+        image, text, meta = (self.offsets[:, 2 * column] < 0 for column in (_IMAGE, _TEXT, _META))
+        return {"no image": image, "no caption": ~image & text & meta}
+
 
 def scan(shard: Path) -> Scan:
-    """Walk every header of a tar. Raises ShardError naming the shard when it is cut or damaged."""
+    """Walk every header of a tar. Raises ShardError naming the shard when it is cut or damaged.
+
+    Members of a key that do not lie together are samples of their own, as for webdataset, and counted.
+    """
     rows: list[list[int]] = []
     refused: Counter[str] = Counter()
-    last_key = None
+    last_key, keys = None, set[str]()
     try:
         size = shard.stat().st_size
         with tarfile.open(shard, "r:", tarinfo=StrictTarInfo) as archive:
@@ -91,16 +116,45 @@ def scan(shard: Path) -> Scan:
                 if reason := _refusal(member):
                     refused[reason] += 1
                     continue
-                key, suffix = os.path.splitext(member.name)
+                if member.isdir() or is_hidden(member.name):
+                    continue
+                key, suffix = split_key(member.name)
+                if key != last_key:
+                    refused["members of a key apart"] += key in keys
+                    rows.append([-1] * 6)
+                    keys.add(key)
+                    last_key = key
                 if (column := _column(suffix)) is None:
                     continue
-                if key != last_key:
-                    rows.append([-1] * 6)
-                    last_key = key
+                if rows[-1][2 * column] >= 0:
+                    refused[f"second {_COLUMNS[column]} of a key"] += 1
+                    continue
                 rows[-1][2 * column : 2 * column + 2] = [member.offset_data, member.size]
+            check_end(archive)
     except (tarfile.TarError, ShardError, OSError, ValueError) as error:
+        if isinstance(error, PermissionError):
+            raise ShardError(f"shard {shard} cannot be read: {error.strerror}") from None
         raise ShardError(f"{shard} is damaged: {error}; pack it again or fetch it anew") from None
-    return Scan(np.array(rows, dtype=np.int64).reshape(-1, 6), refused)
+    return Scan(np.array(rows, dtype=np.int64).reshape(-1, 6), +refused)
+
+
+def check_end(archive: tarfile.TarFile) -> None:
+    """Check that nothing but zeros follows the end of an archive, all of whose headers have been read.
+
+    Raises ShardError saying where: tars joined by `cat`, or zeros where a part was lost, would end at the first end.
+    """
+    assert archive.fileobj is not None
+    while chunk := archive.fileobj.read(1 << 20):
+        if chunk.count(0) < len(chunk):
+            raise ShardError(
+                f"data after the end of the archive (byte {archive.offset}); "
+                "if it was joined by `cat`, keep the parts as shards of their own or join them by `tar --concatenate`"
+            )
+
+
+def is_hidden(name: str) -> bool:
+    """What is no data: hidden files, and what macOS puts beside others (`._photo.jpg`, `__MACOSX/`)."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
 def _refusal(member: tarfile.TarInfo) -> str | None:
@@ -120,54 +174,119 @@ def _column(suffix: str) -> int | None:
     return {".txt": _TEXT, ".json": _META}.get(suffix.lower())
 
 
-def index_shard(tar: Path) -> tuple[dict[str, Any], Counter[str]]:
-    """Scan a shard and write its offsets beside it -> its entry of the index, and what was refused in it."""
-    found = scan(tar)
-    np.save(tar.with_suffix(".npy"), found.offsets, allow_pickle=False)
+def index_shard(tar: Path, out: Path | None = None) -> tuple[dict[str, Any], Counter[str]]:
+    """Scan a shard and write its offsets beside it, or to `out` -> its entry of the index, and what was not taken."""
+    found, buffer = scan(tar), io.BytesIO()
+    np.save(buffer, found.offsets, allow_pickle=False)
+    write_atomically((out or tar.parent) / f"{tar.stem}.npy", buffer.getvalue())
     entry = {
         "name": tar.name,
         "bytes": tar.stat().st_size,
         "sha256": sha256(tar),
-        "offsets_sha256": sha256(tar.with_suffix(".npy")),
+        "offsets_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
         "samples": len(found.offsets),
     }
     return entry, found.refused
 
 
-def write_index(folder: Path, extra: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Scan every `*.tar` of `folder` and write offsets and `index.json`, with `extra` keys (classes, skips) in it."""
+def tars_of(folder: Path) -> list[Path]:
+    """The shards in a folder, sorted. Raises ShardError when there is none."""
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise ShardError(f"no .tar shards in {folder}; make some with `clipkit pack`")
+    return tars
+
+
+def write_index(folder: Path, extra: dict[str, Any] | None = None, out: Path | None = None) -> dict[str, Any]:
+    """Scan every `*.tar` of `folder` and write offsets and `index.json`, with `extra` keys (classes, skips) in it.
+
+    They go beside the shards, or to `out`.
+    """
     shards, extra = [], dict(extra or {})
     refused = Counter[str](extra.get("skipped", {}))
-    for tar in tars:
-        entry, found = index_shard(tar)
+    for tar in tars_of(folder):
+        entry, found = index_shard(tar, out)
         shards.append(entry)
         refused += found
     extra["skipped"] = dict(refused)
     index = {"format": FORMAT, "samples": sum(int(s["samples"]) for s in shards), **extra, "shards": shards}
-    write_atomically(folder / "index.json", json.dumps(index, indent=1, ensure_ascii=False))
+    write_atomically((out or folder) / "index.json", json.dumps(index, indent=1, ensure_ascii=False))
     return index
 
 
-def load_index(store: Store) -> dict[str, Any]:
-    """The index of a pack; a folder of shards without one gets it. Raises ShardError when it is not one."""
-    if not store.remote and not (Path(store.source) / "index.json").is_file():
-        return write_index(Path(store.source))
-    path = store.get("index.json")
+def find_index(store: Store, cache: Cache) -> Path:
+    """The index of a pack, a file; local shards made elsewhere get theirs now.
+
+    It lies beside them or, where nothing can be written, in the cache, in a folder that is named after the shards'
+    place, names, sizes and times. Raises ShardError when it can be written to neither.
+    """
+    if store.remote:
+        return store.get("index.json")
+    folder = Path(store.source)
+    if (folder / "index.json").is_file():
+        return folder / "index.json"
+    tars = [(tar.name, tar.stat().st_size, tar.stat().st_mtime_ns) for tar in tars_of(folder)]
+    identity = hashlib.sha256(repr((str(folder.resolve()), tars)).encode("utf-8", "surrogateescape")).hexdigest()
+    cached = cache.root / "indexes" / identity[:16]
+    if (cached / "index.json").is_file():
+        return cached / "index.json"
     try:
-        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        check_writable(folder)
+    except UsageError as error:
+        try:
+            check_writable(cached)
+        except UsageError as other:
+            raise ShardError(
+                f"the shards in {folder} have no index, and there is no place for one: {error}; {other}; set "
+                "data.cache or XDG_CACHE_HOME to a folder that can be written into"
+            ) from None
+        cached.mkdir(parents=True, exist_ok=True)
+        write_index(folder, out=cached)
+        remark(f"clipkit: {folder} cannot be written into; the index of its shards is in {cached}")
+        return cached / "index.json"
+    write_index(folder)
+    return folder / "index.json"
+
+
+def load_index(store: Store, cache: Cache | None = None) -> tuple[dict[str, Any], Path]:
+    """The index of a pack, and its file; a folder of shards without one gets it.
+
+    Raises ShardError when it is not one, and for shards made elsewhere that came after it.
+    """
+    path = find_index(store, cache or Cache())
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(index, dict):
+            raise ValueError(f"it holds a {type(index).__name__}")
+        if {"weights", "pictures"} <= index.keys() and "shards" not in index:
+            raise ShardError(f"{store.source} is an embedding index made by `clipkit index`, not a pack")
         whole = {"name", "bytes", "samples", "sha256"}
         known = index["format"] == FORMAT and all(e.keys() >= whole for e in index["shards"])
         foreign = [n for n in (str(e["name"]) for e in index["shards"]) if "/" in n or not n.endswith(".tar")]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ShardError(f"{path} is not an index: {error}; delete it to have it made again") from None
+        what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ShardError(
+            f"{path} is not the index of a pack: {what}; give the folder of a pack, or move this file away to have one "
+            "made of the .tar shards beside it"
+        ) from None
     if foreign:
         raise ShardError(f"{path} names the shard {foreign[0]!r}; a shard is a .tar beside its index")
     if not known:
         raise ShardError(f"{path} has format {index['format']!r}, this version reads {FORMAT}; pack again")
-    return index
+    if not store.remote and "classes" not in index and (new := sorted(unlisted(Path(store.source), index))):
+        raise ShardError(f"{path} does not list {new[0]}, which came later; remove it to have it made again")
+    return index, path
+
+
+def unlisted(folder: Path, index: dict[str, Any]) -> set[str]:
+    """Names of the shards in a folder that its index does not know of."""
+    return {tar.name for tar in folder.glob("*.tar")} - {str(entry["name"]) for entry in index["shards"]}
+
+
+def check_count(shard: Path, found: int, entry: dict[str, Any]) -> None:
+    """Check that as many samples were found in a shard as its entry of the index says. Raises ShardError."""
+    if found != entry["samples"]:
+        raise ShardError(f"shard {shard} is damaged: {found} samples found, {entry['samples']} expected by its index")
 
 
 class Shards:
@@ -175,7 +294,7 @@ class Shards:
 
     `source` is a folder, or an http(s) or fsspec URL of one; what is fetched stays in `cache`. Opening a folder checks
     that every shard is there with the size of the index, and, with `verify`, its sha256; a fetched shard is always
-    checked. A folder of shards made elsewhere gets its index on first opening.
+    checked. A folder of shards made elsewhere gets its index on first opening, in `cache` where it cannot be written.
 
     Raises ShardError naming the shard.
     """
@@ -185,7 +304,9 @@ class Shards:
         if not self.store.remote and not Path(source).is_dir():
             raise ShardError(f"no pack at {source}; make one with `clipkit pack SOURCE {source}`")
         self.source = self.store.source
-        self.index = load_index(self.store)
+        self.index, path = load_index(self.store, cache)
+        self._offsets_folder = None if self.store.remote else path.parent
+        self._classes = len(self.index.get("classes", []))
         self.entries: list[dict[str, Any]] = self.index["shards"]
         self.starts = [0, *accumulate(int(e["samples"]) for e in self.entries)]
         self._opened: OrderedDict[int, tuple[int, npt.NDArray[np.int64]]] = OrderedDict()
@@ -215,6 +336,11 @@ class Shards:
     def templates(self) -> list[str]:
         """Prompt templates stored with the pack, or none."""
         return list(self.index.get("templates", []))
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """What was not taken when the pack, or the index of shards made elsewhere, was made, by reason."""
+        return dict(self.index.get("skipped", {}))
 
     def verify(self, proceed: Callable[[], bool] = lambda: True) -> None:
         """Check the sha256 of every shard that is on this machine, as long as `proceed` says so.
@@ -249,11 +375,14 @@ class Shards:
         offsets = self._offsets(path, entry)
         if len(self._opened) >= _OPEN_FILES:
             os.close(self._opened.popitem(last=False)[1][0])
-        self._opened[shard] = os.open(path, os.O_RDONLY), offsets
+        try:
+            self._opened[shard] = os.open(path, os.O_RDONLY), offsets
+        except OSError as error:
+            raise ShardError(f"shard {path} cannot be read: {error.strerror}") from None
         return self._opened[shard]
 
     def _offsets(self, path: Path, entry: dict[str, Any]) -> npt.NDArray[np.int64]:
-        beside = path.with_suffix(".npy")
+        beside = (self._offsets_folder or path.parent) / f"{path.stem}.npy"
         try:
             if sha256(beside) == entry["offsets_sha256"]:
                 offsets: npt.NDArray[np.int64] = np.load(beside, allow_pickle=False)
@@ -261,8 +390,7 @@ class Shards:
         except (OSError, ValueError, KeyError):
             pass
         found = scan(path).offsets  # the shard itself is right; what only points into it can be made again
-        if len(found) != entry["samples"]:
-            raise ShardError(f"shard {path} is damaged: {len(found)} samples found, {entry['samples']} expected")
+        check_count(path, len(found), entry)
         return found
 
     def locate(self, i: int) -> tuple[int, int]:
@@ -285,11 +413,14 @@ class Shards:
         # The members of a sample lie together: one read fetches them all.
         present = [(row[c], row[c] + row[c + 1]) for c in (0, 2, 4) if row[c] >= 0]
         start, stop = min(p[0] for p in present), max(p[1] for p in present)
-        block = os.pread(descriptor, stop - start, start)
+        try:
+            block = os.pread(descriptor, stop - start, start)
+        except OSError as error:
+            raise ShardError(f"{self.name(i)} cannot be read: {error.strerror}") from None
         image, text, meta = (
             block[row[c] - start : row[c] - start + row[c + 1]] if row[c] >= 0 else None for c in (0, 2, 4)
         )
-        captions, label = _captions(text or b"", meta)
+        captions, label = _captions(text or b"", meta, self._classes)
         if not captions:
             raise SampleError("no caption", self.name(i))
         return Sample(f"{Path(self.entries[shard]['name']).stem}/{local}", image or b"", captions, label)
@@ -309,16 +440,32 @@ def clean_caption(text: str) -> str:
     return text[: 2 * MAX_CAPTION].replace("\x00", " ").encode("utf-8", "replace").decode("utf-8").strip()[:MAX_CAPTION]
 
 
-def _captions(text: bytes, meta: bytes | None) -> tuple[tuple[str, ...], int | None]:
-    captions, label = [text[: 8 * MAX_CAPTION].decode("utf-8", errors="replace")], None
-    if meta is not None:
-        try:
-            record = json.loads(meta)
-            captions, label = record.get("captions", captions), record.get("label")
-            well_formed = isinstance(captions, list) and all(isinstance(c, str) for c in captions)
-            well_formed = well_formed and (label is None or (type(label) is int and 0 <= label < 1 << 31))
-        except (ValueError, AttributeError, RecursionError):
-            well_formed = False
-        if not well_formed:
-            raise SampleError("bad metadata", repr(meta[:60]))
-    return tuple(filter(None, map(clean_caption, captions))), label
+def _captions(text: bytes, meta: bytes | None, classes: int) -> tuple[tuple[str, ...], int | None]:
+    """Captions and label of a sample: those that `pack` wrote; in shards made elsewhere, where there are no classes, of
+    the .json what can be a caption, and no label.
+
+    Raises SampleError ("bad metadata") for a .json that cannot be read though it is needed.
+    """
+    written = [text[: 8 * MAX_CAPTION].decode("utf-8", errors="replace")]
+    record = {} if meta is None else _record(meta)
+    if record is None and (classes or not clean_caption(written[0])):
+        raise SampleError("bad metadata", repr((meta or b"")[:60]))
+    record = record or {}
+    listed, label = record.get("captions"), record.get("label") if classes else None
+    if label is not None and not (type(label) is int and 0 <= label < classes):
+        raise SampleError("bad metadata", f"label {label!r:.40} of {classes} classes")
+    listed = listed if isinstance(listed, list) and all(isinstance(c, str) for c in listed) else []
+    single = record.get("caption")
+    # The caption alone in a .json counts only where there is no .txt.
+    for found in (listed, written, [single] if isinstance(single, str) else []):
+        if captions := tuple(filter(None, map(clean_caption, found))):
+            return captions, label
+    return (), label
+
+
+def _record(meta: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(meta)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None

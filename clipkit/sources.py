@@ -1,24 +1,24 @@
-"""What can be packed: a folder or tar of classes, a CSV of `image,caption` beside images, or the embedded drawings."""
+"""What can be packed: a folder or tar of classes, a CSV of `image,caption` beside images, drawings, or scenes."""
 
 from __future__ import annotations
 
-import csv
 import io
-import lzma
-import tarfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+import posixpath
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from clipkit import drawings
-from clipkit.errors import DataError, SampleError, ShardError, UsageError
-from clipkit.images import SUFFIXES
-from clipkit.shards import Shards, StrictTarInfo
+from clipkit import drawings, world
+from clipkit.classes import Layout, checked_templates, class_name, fill, layout, named_layout
+from clipkit.errors import DataError, SampleError, UsageError
+from clipkit.files import Files, counted, say_counts
+from clipkit.records import remark
+from clipkit.shards import Shards
+from clipkit.tables import read_table
 
 CAPTIONS_PER_IMAGE = 4
 DEFAULT_TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a {}.", "one {}.")
@@ -38,6 +38,7 @@ class Source:
     """Samples to pack, in an order that is the same each time, and what belongs to all of them.
 
     count: how many `samples` yields, the bad ones too. identity: what decides them, compared when packing goes on.
+    aside: what was never a sample, by reason.
     """
 
     samples: Iterator[RawSample | SampleError]
@@ -45,91 +46,84 @@ class Source:
     identity: str
     classes: list[list[str]]
     templates: list[str]
-
-
-def image_names(source: Path) -> Iterator[PurePosixPath]:
-    """Paths inside a folder or tar of every image, in the order of `image_files`."""
-    if source.is_dir():
-        yield from (PurePosixPath(p.relative_to(source).as_posix()) for p in images_of(source))
-    else:
-        yield from (PurePosixPath(member.name) for _, member in _members(source))
-
-
-def image_files(source: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """(path inside, bytes) of every image of a folder or a tar of any compression, in a fixed order for a folder."""
-    if source.is_dir():
-        for path in images_of(source):
-            yield PurePosixPath(path.relative_to(source).as_posix()), path.read_bytes()
-        return
-    for archive, member in _members(source):
-        file = archive.extractfile(member)
-        assert file is not None
-        yield PurePosixPath(member.name), file.read()
+    aside: Callable[[], Mapping[str, int]] = dict
 
 
 def pictures(source: str) -> Iterator[tuple[str, bytes]]:
-    """(name, bytes) of every image of a folder, of a tar, or of a pack (folder or URL). Raises DataError."""
+    """(name, bytes) of every image of a folder, of a tar, or of a pack (folder or URL). Raises DataError.
+
+    What is not taken is counted in a line on stderr.
+    """
     if "://" in source or (Path(source) / "index.json").is_file():
         shards = Shards(source, verify=False)
         yield from ((shards.name(i), shards.read(i).image) for i in range(len(shards)))
         return
     if not Path(source).exists():
         raise DataError(f"no folder, tar or pack at {source}")
-    yield from ((str(name), data) for name, data in image_files(Path(source)))
+    files, unread = Files(Path(source)), Counter[str]()
+    for file in files:
+        try:
+            data = file.read()
+        except SampleError as error:
+            unread[error.reason] += 1
+            continue
+        yield file.name, data
+    say_counts(source, Counter(reason for _, reason in files.aside) + unread)
 
 
 def images_of(folder: Path) -> list[Path]:
-    """Every image file below a folder, sorted."""
-    return sorted(p for p in folder.rglob("*") if _is_image(p.relative_to(folder)) and p.is_file())
+    """Every image file below a folder, sorted; what is not taken is counted in a line on stderr."""
+    files = Files(folder)
+    say_counts(folder, files.counts())
+    return [folder / name for name in files.names]
 
 
-def _is_image(path: PurePath) -> bool:
-    """By its name. What is hidden is none, nor what macOS puts beside files: `._photo.jpg`, and all in `__MACOSX`."""
-    return path.suffix.lower() in SUFFIXES and not any(p.startswith(".") or p == "__MACOSX" for p in path.parts)
-
-
-def class_name(directory: str) -> str:
-    """A class's name out of a directory's: no underscores or slashes, single spaces."""
-    return " ".join(directory.replace("_", " ").replace("/", " ").split())
-
-
-def _members(source: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    try:
-        with tarfile.open(source, "r|*", tarinfo=StrictTarInfo) as archive:
-            for member in archive:
-                if member.isfile() and _is_image(PurePosixPath(member.name)):
-                    yield archive, member
-    except (tarfile.TarError, ShardError, OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise DataError(f"{source} is neither a folder nor a readable tar: {error}") from None
+def class_layout(files: Files, known: Collection[str] = ()) -> Layout:
+    """`classes.layout` of a folder or tar; says on stderr which folders hold nothing that is read."""
+    if not files.names:
+        aside = f"; not taken: {counted(files.counts())}" if files.counts() else ""
+        raise DataError(
+            f"{files.source} has no <class>/<image> layout: no picture in a format that is read (JPEG, PNG, WebP)"
+            f"{aside}"
+        )
+    found = layout(files.source, files.names, known)
+    if barren := found.barren(name for name, reason in files.aside if reason != "not a picture"):
+        remark(f"clipkit: {files.source}: no picture that is read in {', '.join(barren)}; left out of the classes")
+    return found
 
 
 def class_source(source: Path, classes: dict[str, list[str]] | None, templates: Sequence[str], seed: int) -> Source:
     """Images in `<class>/<image>`: captions are templates filled with names drawn from the class's list.
 
-    `classes` maps a directory's name to its names; without it the directory's own name is the only one.
+    `classes` maps a folder's name to its names; without it the folder's own name is the only one.
+    Raises DataError as `classes.layout` does, UsageError as `checked_templates` does.
     """
-    if classes is None:
-        found = sorted({path.parent.name for path in image_names(source)})
-        classes = {name: [class_name(name)] for name in found}
-    if not classes or "" in classes:
-        raise DataError(f"{source} has no <class>/<image> layout; pack it with --csv, or sort it into class folders")
-    label = {name: i for i, name in enumerate(classes)}
+    files, templates = Files(source), checked_templates(templates)
+    if classes is not None:
+        found = named_layout(source, files.names, classes)
+        labels = [found.label_of(name) for name in files.names]
+    else:
+        found = class_layout(files)
+        labels = [found.label_of(name) for name in files.names]
+        classes = {name: [class_name(name)] for name in found.classes}
+    names = list(classes.values())
 
     def samples() -> Iterator[RawSample | SampleError]:
         rng = np.random.default_rng(seed)
-        for path, data in image_files(source):
-            if path.parent.name not in label:
-                yield SampleError("unknown class", path.parent.name)
+        for file, label in zip(files, labels, strict=True):
+            if label is None:
                 continue
-            chosen = draw_captions(classes[path.parent.name], templates, rng)
-            yield RawSample(data, chosen, label[path.parent.name])
+            try:
+                data = file.read()
+            except SampleError as error:
+                yield error
+                continue
+            yield RawSample(data, draw_captions(names[label], templates, rng), label)
 
-    identity = repr((str(source.resolve()), classes, list(templates), seed))
-    return Source(samples(), partial(_count, source), identity, list(classes.values()), list(templates))
-
-
-def _count(source: Path) -> int:
-    return sum(1 for _ in image_names(source))
+    outside = labels.count(None)
+    identity = repr((str(source.resolve()), files.fingerprint, classes, templates, seed))
+    aside = files.counts() + Counter({"unknown class": outside})
+    return Source(samples(), lambda: len(labels) - outside, identity, names, templates, lambda: aside)
 
 
 def draw_captions(names: Sequence[str], templates: Sequence[str], rng: np.random.Generator) -> tuple[str, ...]:
@@ -139,43 +133,61 @@ def draw_captions(names: Sequence[str], templates: Sequence[str], rng: np.random
 
 def _draw_caption(names: Sequence[str], templates: Sequence[str], rng: np.random.Generator) -> str:
     name = names[0] if rng.random() < 0.5 else names[int(rng.integers(len(names)))]
-    return templates[int(rng.integers(len(templates)))].format(name)
+    return fill(templates[int(rng.integers(len(templates)))], name)
 
 
 def csv_source(table: Path, source: Path) -> Source:
-    """A CSV with the columns `image` and `caption`, the images in a folder or tar beside it; no classes.
+    """A table with the columns `image` and `caption`, the images in a folder or tar beside it; no classes.
 
-    Several rows of one image give it several captions. Raises DataError for a table without these columns.
+    Several rows of one image give it several captions. `image` is a path in the source, or the end of one if only one
+    image has it. Raises DataError as `read_table` does.
     """
+    files, rows = Files(source), read_table(table, ("image", "caption"))
+    given: dict[str, list[str]] = {}
+    for row in rows:
+        given.setdefault(row.values["image"], []).append(row.values["caption"])
+    aside = files.counts()
+    aside["no image"] += len(given.pop("", ()))
     captions: dict[str, list[str]] = {}
-    try:
-        with table.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(line.replace("\0", " ") for line in file)  # Python 3.10 reads no NUL
-            if reader.fieldnames is None or not {"image", "caption"} <= set(reader.fieldnames):
-                raise DataError(f"{table} has the columns {reader.fieldnames}; it needs image,caption")
-            for row in reader:
-                captions.setdefault(row["image"] or "", []).append(row["caption"] or "")
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{table} is not a readable CSV: {error}") from None
+    places, seen = _places(files.names), {name for name, _ in files.aside}
+    for image, texts in given.items():
+        found = places(image)
+        if len(found) == 1:
+            captions.setdefault(found[0], []).extend(texts)
+        elif found:
+            aside["ambiguous name"] += 1
+        elif image not in seen:  # else it is counted as what it is
+            aside["image missing"] += 1
+    aside["not in the table"] += len(files.names) - len(captions)
+    if any((source / name).exists() and (source / name).samefile(table) for name, _ in files.aside):
+        aside["not a picture"] -= 1  # the table itself
 
     def samples() -> Iterator[RawSample | SampleError]:
-        missing = dict(captions)
-        for path, data in image_files(source):
-            key = str(path) if str(path) in captions else path.name
-            if key in captions:
-                missing.pop(key, None)
-                yield RawSample(data, tuple(captions[key]), None)
-            else:
-                yield SampleError("not in the table", str(path))
-        for name in missing:
-            yield SampleError("image missing", name)
+        for file in files:
+            if file.name not in captions:
+                continue
+            try:
+                yield RawSample(file.read(), tuple(captions[file.name]), None)
+            except SampleError as error:
+                yield error
 
-    def count() -> int:
-        names = list(image_names(source))
-        found = {str(n) if str(n) in captions else n.name for n in names}
-        return len(names) + len(captions.keys() - found)
+    identity = repr((str(source.resolve()), files.fingerprint, given))
+    return Source(samples(), lambda: len(captions), identity, [], [], lambda: +aside)
 
-    return Source(samples(), count, repr((str(source.resolve()), captions)), [], [])
+
+def _places(names: Sequence[str]) -> Callable[[str], list[str]]:
+    """Finds the paths that a table's `image` may mean: that one, or all that end with it."""
+    exact, ending = set(names), defaultdict[str, list[str]](list)
+    for name in names:
+        ending[name.rpartition("/")[2]].append(name)
+
+    def find(image: str) -> list[str]:
+        for path in (image, posixpath.normpath(image.replace("\\", "/"))):
+            if path in exact:
+                return [path]
+        return [name for name in ending[path.rpartition("/")[2]] if name.endswith(f"/{path}")]
+
+    return find
 
 
 def drawings_source(split: str, count: int, size: int, seed: int) -> Source:
@@ -191,6 +203,26 @@ def drawings_source(split: str, count: int, size: int, seed: int) -> Source:
 
     identity = repr(("drawings", split, count, size, seed))
     return Source(samples(), lambda: count, identity, classes, list(drawings.TEMPLATES))
+
+
+def scenes_source(split: str, count: int, size: int, seed: int) -> Source:
+    """`count` scenes of a split of `clipkit.world`, as PNG: half of them flat, the others in all other styles.
+
+    There are no classes. Of each scene's captions the plainest and seven others are kept.
+    Raises UsageError for an unknown split or size.
+    """
+    world.check_size(size)
+    styles = (*(["flat"] * (len(world.STYLES) - 1)), *world.STYLES[1:])
+    world.sample(split, seed, 0)  # an unknown split is said before anything is written
+
+    def samples() -> Iterator[RawSample | SampleError]:
+        for i in range(count):
+            scene = world.sample(split, seed, i, styles)
+            plain, *others = (caption.text for caption in world.captions(scene))
+            chosen = np.random.default_rng([seed, i]).permutation(others)[:7]
+            yield RawSample(encode_png(world.render(scene, size).image), (plain, *map(str, chosen)), None)
+
+    return Source(samples(), lambda: count, repr(("scenes", split, count, size, seed)), [], [])
 
 
 def encode_png(image: Image.Image) -> bytes:

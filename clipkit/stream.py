@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from clipkit.remote import Cache
 from clipkit.shards import Shards
 
 _REMOTE_WINDOW = 16
+_DYING = 5.0
+"""Seconds between the ends of two pipes of a process that dies."""
 
 
 @dataclass
@@ -70,8 +73,11 @@ class Batch:
         return [Batch(self.images[c], self.captions[c], self.groups[c], self.keys[c]) for c in cuts]
 
 
-class _Samples(Dataset[Batch]):
-    """Global positions -> decoded, augmented samples; each sample's randomness comes from (seed, position)."""
+class _Samples(Dataset["Batch | ShardError"]):
+    """Global positions -> decoded, augmented samples; each sample's randomness comes from (seed, position).
+
+    A shard that cannot be read is returned as its error: raised in a loader process, it would come with a traceback.
+    """
 
     def __init__(
         self, packs: Sequence[Shards], config: DataConfig, image_size: int, seed: int, early: tuple[int, int]
@@ -95,13 +101,16 @@ class _Samples(Dataset[Batch]):
         pack, index = self.locate(position)
         return self.packs[pack].name(index)
 
-    def __getitem__(self, position: int) -> Batch:
+    def __getitem__(self, position: int) -> Batch | ShardError:
         return self.__getitems__([position])
 
-    def __getitems__(self, positions: list[int]) -> Batch:
+    def __getitems__(self, positions: list[int]) -> Batch | ShardError:
         with warnings.catch_warnings():  # Pillow warns of odd metadata; what matters, it raises
             warnings.simplefilter("ignore")
-            return self._load(positions)
+            try:
+                return self._load(positions)
+            except ShardError as error:
+                return error
 
     def _load(self, positions: list[int]) -> Batch:
         views, captions, groups, keys, rngs = [], [], [], [], []
@@ -216,6 +225,11 @@ class Stream:
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self._damage: ShardError | None = None
 
+    @property
+    def not_indexed(self) -> dict[str, int]:
+        """What was not taken when the packs, or the indexes of shards made elsewhere, were made, by reason."""
+        return dict(sum((Counter(pack.skipped) for pack in self.samples.packs), Counter[str]()))
+
     def epoch(self, step: int) -> int:
         """Which epoch of the first pack a step begins in."""
         share = self.samples.mixture.quotas[0] / BLOCK
@@ -256,9 +270,11 @@ class Stream:
         finally:
             rest.set()
 
-    def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _counted(self, batches: Iterator[Batch | ShardError]) -> Iterator[Batch]:
         config, seen, skipped = self.samples.config, 0, Counter[str]()
         for batch in batches:
+            if isinstance(batch, ShardError):
+                raise batch
             self._complain()
             seen += len(batch.captions) + batch.skipped.total()
             skipped += batch.skipped
@@ -288,9 +304,14 @@ class Stream:
 
         torch says which process died, unless it meets the end of its pipe before it hears of its death.
         """
-        alive = {child.pid for child in multiprocessing.active_children()}
         places = [(pid, at) for pid, at in self.samples.whereabouts.tolist() if pid > 0 and at >= 0]
-        cut = [(pid, at) for pid, at in places if pid not in alive] if isinstance(error, (OSError, EOFError)) else []
+        dead: set[int] = set()
+        if isinstance(error, (OSError, EOFError)):
+            try:
+                dead = _dead({pid for pid, _ in places})
+            except RuntimeError as said:  # torch has heard of it by now
+                error = said
+        cut = [(pid, at) for pid, at in places if pid in dead]
         if "DataLoader worker" not in str(error) and not cut:
             return error
         reading = cut or [(pid, at) for pid, at in places if str(pid) in str(error)]
@@ -302,6 +323,17 @@ class Stream:
         )
 
 
+def _dead(loaders: set[int]) -> set[int]:
+    """Those of these processes that are dead, or dying: their pipes end before they do."""
+    alive = {child.pid: child for child in multiprocessing.active_children() if child.pid in loaders}
+    if alive and len(alive) == len(loaders):
+        ending = wait([child.sentinel for child in alive.values()], _DYING)
+        for child in alive.values():
+            if child.sentinel in ending:
+                child.join()
+    return loaders - {child.pid for child in multiprocessing.active_children()}
+
+
 def cache_of(config: DataConfig) -> Cache:
     """Where the recipe wants fetched shards."""
     return Cache(Path(config.cache), int(config.cache_gb * 2**30))
@@ -310,6 +342,11 @@ def cache_of(config: DataConfig) -> Cache:
 def packs_of(shards: Shards, config: DataConfig) -> list[Shards]:
     """The pack of a recipe, and those that are mixed in."""
     return [shards, *(Shards(folder, verify=False, cache=cache_of(config)) for folder in config.mix)]
+
+
+def validation_of(config: DataConfig, verify: bool = False) -> Shards | None:
+    """The validation set of a recipe, its hashes checked with `verify`; or none."""
+    return Shards(config.val, verify, cache_of(config)) if config.val else None
 
 
 def _fits(pack: Shards, order: Order, cache: Cache) -> None:

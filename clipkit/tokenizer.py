@@ -14,7 +14,7 @@ import re
 import string
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ _PATTERN = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _ASCII_WORDS = re.compile(
     r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+"
 ).findall  # the same, for lower-case ASCII
+SMALLEST_VOCABULARY = 2 + 2 * 256
+"""Tokens of a vocabulary without merges: START, END, each byte inside a word and at its end."""
 _CLIP_MERGES = 49152 - 256 - 2
 _REMEMBERED_WORDS = 500_000
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -62,20 +64,38 @@ class AnyTokenizer(ABC):
         """One caption or several -> int64 [B, L]."""
 
 
+def read_encoder(text: str) -> Any:
+    """The `tokenizers.Tokenizer` of a tokenizer.json. Raises CheckpointError for what `tokenizers` does not read."""
+    from tokenizers import Tokenizer as Encoder
+
+    try:
+        return Encoder.from_str(text)
+    except Exception as error:  # the Rust side raises bare Exception
+        raise CheckpointError(f"damaged tokenizer.json: {str(error)[:80]}") from None
+
+
+def is_clip_like(encoder: Any) -> bool:
+    """Whether it cuts captions as CLIP's does, whatever its vocabulary: `Tokenizer` then takes its place."""
+    from tokenizers import models
+
+    model, words = encoder.model, encoder.pre_tokenizer
+    return (
+        isinstance(model, models.BPE)
+        and model.end_of_word_suffix == "</w>"
+        and words is not None
+        and b"'re|'ve|'m|'ll|'d|[" in words.__getstate__()
+        and encoder.token_to_id(START) is not None
+        and encoder.token_to_id(END) is not None
+    )
+
+
 class ForeignTokenizer(AnyTokenizer):
     """The tokenizer.json that came with other people's weights (SigLIP's sentencepiece, for instance), as it is.
 
     It says itself what stands around a caption; rows shorter than the longest are filled with `pad_id`.
-    Raises CheckpointError for a file that `tokenizers` does not read.
     """
 
-    def __init__(self, text: str, context_length: int, cleaning: str = "whitespace", pad_id: int = 0) -> None:
-        from tokenizers import Tokenizer as Encoder
-
-        try:
-            encoder = Encoder.from_str(text)
-        except Exception as error:  # the Rust side raises bare Exception
-            raise CheckpointError(f"damaged tokenizer.json: {str(error)[:80]}") from None
+    def __init__(self, encoder: Any, context_length: int, cleaning: str = "whitespace", pad_id: int = 0) -> None:
         super().__init__(encoder, context_length)
         encoder.enable_truncation(context_length)
         encoder.no_padding()
@@ -145,7 +165,7 @@ class Tokenizer(AnyTokenizer):
         pairs = [tuple(line.split()) for line in lines[1 : _CLIP_MERGES + 1]]
         if len(pairs) != _CLIP_MERGES or any(len(p) != 2 for p in pairs):
             raise UsageError(f"{path} is not CLIP's merges file: {_CLIP_MERGES} lines of two tokens expected")
-        characters = _byte_characters()
+        characters = list(_byte_characters().values())
         tokens = [*characters, *(c + "</w>" for c in characters), *("".join(p) for p in pairs), START, END]
         return cls(_encoder({t: i for i, t in enumerate(tokens)}, [(p[0], p[1]) for p in pairs]), context_length)
 
@@ -175,6 +195,12 @@ class Tokenizer(AnyTokenizer):
         ids[np.arange(len(rows)), lengths + 1] = self.end_id
         return torch.from_numpy(ids)
 
+    def fitting(self, text: str) -> str:
+        """The words of `text` that fit into the context whole; what comes after them is cut."""
+        words, room = text.split(), self.context_length - 2
+        ends = accumulate(map(len, self._encode(words)))
+        return " ".join(words[: sum(end <= room for end in ends)])
+
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text: of plain ASCII word by word from memory, of anything else by the encoder."""
         if len(self._words) > _REMEMBERED_WORDS:
@@ -193,6 +219,16 @@ class Tokenizer(AnyTokenizer):
 
     def _encode_all(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self._encoder.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
+
+    def whole_words(self) -> list[str]:
+        """Words that are one token each, sorted; single letters, and endings of longer words, are among them."""
+        byte_of = {character: byte for byte, character in _byte_characters().items()}
+        found = []
+        for token in self._encoder.get_vocab():
+            if token.endswith("</w>"):
+                spelled = bytes(byte_of[character] for character in token.removesuffix("</w>"))
+                found.append(spelled.decode("utf-8", errors="ignore"))
+        return sorted(filter(None, found))
 
 
 def _is_plain(text: str) -> bool:
@@ -214,15 +250,35 @@ def canonical(text: str) -> str:
     return " ".join(_mend(text).replace("_", " ").translate(_NO_PUNCTUATION).lower().split())
 
 
-_CLEANINGS: dict[str, Callable[[str], str]] = {"clip": clean, "canonical": canonical, "whitespace": whitespace}
+def siglip(text: str) -> str:
+    """transformers' cleaning for SigLIP (SiglipTokenizer.canonicalize_text): underscores go, words stay together."""
+    return " ".join(_valid(text).lower().translate(_NO_PUNCTUATION).split())
+
+
+def lower(text: str) -> str:
+    """transformers' cleaning for SigLIP 2 (Siglip2Tokenizer): lower case, letter by letter, and nothing else."""
+    return "".join(map(str.lower, _valid(text)))
+
+
+def _valid(text: str) -> str:
+    return text[:MAX_CAPTION].encode("utf-8", errors="replace").decode("utf-8")
+
+
+_CLEANINGS: dict[str, Callable[[str], str]] = {
+    "clip": clean,
+    "canonical": canonical,
+    "whitespace": whitespace,
+    "siglip": siglip,
+    "lower": lower,
+    "none": _valid,
+}
 
 
 def _mend(text: str) -> str:
-    text = text[:MAX_CAPTION]
-    if not _is_plain(text):
+    if not _is_plain(text := text[:MAX_CAPTION]):
         import ftfy
 
-        text = ftfy.fix_text(text.encode("utf-8", errors="replace").decode("utf-8"))
+        text = ftfy.fix_text(_valid(text))
     return html.unescape(html.unescape(text))
 
 
@@ -240,8 +296,8 @@ def _encoder(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Any:
     return encoder
 
 
-def _byte_characters() -> list[str]:
+def _byte_characters() -> dict[int, str]:
     """GPT-2's printable character for each byte, in the order of CLIP's vocabulary."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [b for b in range(256) if b not in printable]
-    return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}

@@ -17,6 +17,16 @@ from torch import Tensor
 
 from clipkit.errors import CheckpointError
 from clipkit.model import CLIPConfig, Conventions
+from clipkit.processors import (
+    CLIP_VOCABULARY,
+    TokenizerFiles,
+    open_clip_pictures,
+    padding,
+    siglip_cleaning,
+    square,
+    transformers_pictures,
+)
+from clipkit.records import only_known
 
 Tensors = Mapping[str, Tensor]
 Rule = tuple[Any, ...]  # pattern, replacement, and for some what is done to the tensor
@@ -210,102 +220,140 @@ def _openai_resnet(tensors: Tensors) -> dict[str, Any]:
     }
 
 
-_OPEN_CLIP_DEFAULTS: dict[str, dict[str, Any]] = {
-    "vision_cfg": {
-        "image_size": 224, "layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16,
-        "no_ln_pre": False, "ls_init_value": None,
-        "timm_model_name": None, "timm_pool": "avg", "timm_proj": "linear", "timm_proj_bias": False,
-    },
-    "text_cfg": {
-        "context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4.0,
-        "no_causal_mask": False, "pool_type": "argmax", "proj_bias": False, "act_kwargs": None, "norm_kwargs": None,
-        "pad_id": 0, "tokenizer_kwargs": None, "hf_tokenizer_name": None,
-    },
+# What the fields of open_clip's CLIPVisionCfg and CLIPTextCfg do here: read, with their defaults; built in; no effect.
+_VISION: dict[str, Any] = {
+    "image_size": None, "layers": None, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": None,
+    "no_ln_pre": False, "ls_init_value": None,
+    "timm_model_name": None, "timm_pool": None, "timm_proj": None, "timm_proj_bias": False,
 }  # fmt: skip
-# Of no effect on the features: for training, or about where weights and tokenizers come from.
-_OPEN_CLIP_FREE = {
-    "patch_dropout", "timm_model_pretrained", "timm_drop", "timm_drop_path", "tokenizer_mode", "attn_pooler_heads",
-    "attn_pooler_queries", "hf_model_pretrained", "eos_id", "ls_init_value",
+_TEXT: dict[str, Any] = {
+    "context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4.0,
+    "no_causal_mask": False, "pool_type": "argmax", "eos_id": 2, "proj_bias": False, "act_kwargs": None,
+    "norm_kwargs": None, "pad_id": None, "tokenizer_kwargs": None, "hf_tokenizer_name": None,
 }  # fmt: skip
-# Whatever else is set asks for an architecture that is not here, unless it is set to what it would be anyway.
-_OPEN_CLIP_NEUTRAL = {"pool_type": "tok", "pos_embed_type": "learnable", "proj_type": "linear", "block_type": "default"}
+_NO: Sequence[Any] = (False, None)
+_NOTHING: Sequence[Any] = (None, {})
+_BUILT_IN: dict[str, Sequence[Any]] = {
+    "block_type": (None, "default"), "qk_norm": _NO, "scaled_cosine_attn": _NO, "scale_heads": _NO,
+    "scale_attn_inner": _NO, "scale_attn": _NO, "scale_fc": _NO, "final_ln_after_pool": _NO, "output_tokens": _NO,
+}  # fmt: skip
+_VISION_BUILT_IN: dict[str, Sequence[Any]] = {
+    **_BUILT_IN, "attentional_pool": _NO, "pos_embed_type": ("learnable",), "pool_type": ("tok",),
+    "act_kwargs": _NOTHING, "norm_kwargs": _NOTHING,
+}  # fmt: skip
+_TEXT_BUILT_IN: dict[str, Sequence[Any]] = {
+    **_BUILT_IN, "embed_cls": _NO, "proj_type": ("linear",), "ls_init_value": (None,), "hf_model_name": (None, ""),
+    "tokenizer_mode": (None, ""),
+}  # fmt: skip
+_VISION_FREE = {
+    "patch_dropout", "attn_pooler_queries", "attn_pooler_heads", "timm_model_pretrained", "timm_drop", "timm_drop_path"
+}  # fmt: skip
+_TEXT_FREE = {"hf_model_pretrained", "hf_proj_type", "hf_pooler_type"}
+_MODEL_FREE = {"custom_text", "init_logit_scale", "nonscalar_logit_scale", "cast_dtype", "output_dict"}
+_CLIPS = TokenizerFiles()
 
 
-def _section(model: Mapping[str, Any], name: str) -> dict[str, Any]:
-    known, given = _OPEN_CLIP_DEFAULTS[name], dict(model.get(name, {}))
-    for key, value in given.items():
-        if key not in known and key not in _OPEN_CLIP_FREE and value and value != _OPEN_CLIP_NEUTRAL.get(key):
-            raise CheckpointError(f"{name}.{key} = {value!r} asks for an architecture that clipkit does not have")
-    return {**known, **given}
-
-
-def from_open_clip(config: Mapping[str, Any], tensors: Tensors) -> tuple[CLIPConfig, dict[str, Tensor]]:
-    """An open_clip_config.json and the state dict beside it.
+def from_open_clip(
+    config: Mapping[str, Any], tensors: Tensors, files: TokenizerFiles = _CLIPS
+) -> tuple[CLIPConfig, dict[str, Tensor]]:
+    """An open_clip_config.json, the state dict beside it, and the tokenizer that lies there.
 
     Raises CheckpointError for architectures that are not supported (text towers of transformers, CoCa, attentional
-    pooling) and for tensors of another one.
+    pooling), for anything in the configuration that is not known here, and for tensors of another architecture.
     """
-    model, seen = config.get("model_cfg", config), config.get("preprocess_cfg", {})
-    vision, text = _section(model, "vision_cfg"), _section(model, "text_cfg")
+    whole = config if "model_cfg" in config else {"model_cfg": config, "preprocess_cfg": config.get("preprocess_cfg")}
+    whole = only_known(whole, "", {"model_cfg": None, "preprocess_cfg": None})
+    model = only_known(
+        {key: value for key, value in whole["model_cfg"].items() if key != "preprocess_cfg"},
+        "model_cfg",
+        {"embed_dim": 0, "quick_gelu": False, "init_logit_bias": None, "vision_cfg": {}, "text_cfg": {}},
+        {"multimodal_cfg": (None,)},
+        _MODEL_FREE,
+    )
+    if not model["embed_dim"]:
+        raise CheckpointError("model_cfg has no embed_dim")
+    vision = only_known(model["vision_cfg"], "vision_cfg", _VISION, _VISION_BUILT_IN, _VISION_FREE)
+    text = only_known(model["text_cfg"], "text_cfg", _TEXT, _TEXT_BUILT_IN, _TEXT_FREE)
     activation = _open_clip_activation(model, text)
-    if text["pool_type"] not in ("argmax", "eos", "last"):
-        raise CheckpointError(f"text_cfg.pool_type {text['pool_type']!r} is not supported")
+    full = text["no_causal_mask"]
     conventions = Conventions(
         text_activation=activation,
-        text_norm_eps=(text["norm_kwargs"] or {}).get("eps", 1e-5),
+        text_norm_eps=only_known(text["norm_kwargs"] or {}, "text_cfg.norm_kwargs", {"eps": 1e-5})["eps"],
         text_mlp_width=0 if text["mlp_ratio"] == 4 else int(text["width"] * text["mlp_ratio"]),
-        text_attention="full" if text["no_causal_mask"] else "causal",
-        text_pool="last" if text["pool_type"] == "last" else "end",
+        text_attention="full" if full else "causal",
+        text_pool=_open_clip_pool(text, files),
         text_projection_bias=text["proj_bias"],
-        text_cleaning=_open_clip_cleaning(text),
-        pad_id=1 if text["pool_type"] == "last" and text["vocab_size"] == 32000 else text["pad_id"],
-        image_mean=tuple(seen.get("mean", Conventions.image_mean)),
-        image_std=tuple(seen.get("std", Conventions.image_std)),
-        image_resize="squash" if seen.get("resize_mode") == "squash" else "crop",
-        image_interpolation="bilinear" if seen.get("interpolation") == "bilinear" else "bicubic",
+        text_cleaning=_open_clip_cleaning(text, files),
+        # open_clip's own tokenizer fills with zeros; text_cfg.pad_id is for CoCa's mask.
+        pad_id=padding(files, text["pad_id"], "text_cfg.pad_id") if full and text["hf_tokenizer_name"] else 0,
+        **open_clip_pictures(whole["preprocess_cfg"] or {}),
     )
-    size = vision["image_size"]
     shape = CLIPConfig(
-        image_size=size if isinstance(size, int) else size[0],
+        image_size=224 if vision["image_size"] is None else square(vision["image_size"], "vision_cfg.image_size"),
         embed_dim=model["embed_dim"],
         text_width=text["width"],
         text_layers=text["layers"],
         text_heads=text["heads"],
         context_length=text["context_length"],
         vocab_size=text["vocab_size"],
-        init_logit_bias=0.0 if "logit_bias" in tensors else None,
+        init_logit_bias=None if model["init_logit_bias"] is None and "logit_bias" not in tensors else 0.0,
         conventions=conventions,
     )
     if vision["timm_model_name"]:
         return _open_clip_timm(shape, vision, tensors)
-    if isinstance(vision["layers"], int):
-        return _open_clip_vit(shape, vision, activation, tensors)
-    return _open_clip_resnet(shape, vision, tensors)
+    if isinstance(vision["layers"], (list, tuple)):
+        return _open_clip_resnet(shape, vision, tensors)
+    return _open_clip_vit(shape, vision, activation, tensors)
 
 
 def _open_clip_activation(model: Mapping[str, Any], text: Mapping[str, Any]) -> Any:
-    if model.get("quick_gelu"):
+    asked = text["act_kwargs"] or {"approximate": "none"}
+    if model["quick_gelu"] and not text["act_kwargs"]:
         return "quick_gelu"
-    if text["act_kwargs"] not in (None, {}, {"approximate": "none"}, {"approximate": "tanh"}):
+    if model["quick_gelu"] or asked not in ({"approximate": "none"}, {"approximate": "tanh"}):
         raise CheckpointError(
             f"text_cfg.act_kwargs {text['act_kwargs']} asks for an activation that clipkit does not have"
         )
-    return "gelu_tanh" if text["act_kwargs"] == {"approximate": "tanh"} else "gelu"
+    return "gelu_tanh" if asked == {"approximate": "tanh"} else "gelu"
 
 
-def _open_clip_cleaning(text: Mapping[str, Any]) -> Any:
-    if text["hf_tokenizer_name"] is None:
-        return "clip"
-    cleaning = (text["tokenizer_kwargs"] or {}).get("clean", "whitespace")
-    return {"canonicalize": "canonical", "lower": "clip"}.get(cleaning, "whitespace")
+def _open_clip_pool(text: Mapping[str, Any], files: TokenizerFiles) -> Any:
+    """The token that is read: the last, or END; "argmax" takes it for the largest, "eos" for eos_id."""
+    kind = text["pool_type"]
+    if kind not in ("argmax", "eos", "last"):
+        raise CheckpointError(f"text_cfg.pool_type {kind!r} is not supported")
+    if kind == "last":
+        return "last"
+    due = files.size - 1 if kind == "argmax" else text["eos_id"]
+    if files.end_id != due:
+        raise CheckpointError(
+            f"text_cfg.pool_type {kind!r} reads captions at token {due}, the tokenizer ends them with {files.end_id}"
+        )
+    return "end"
+
+
+def _open_clip_cleaning(text: Mapping[str, Any], files: TokenizerFiles) -> Any:
+    theirs = bool(text["hf_tokenizer_name"])
+    if not theirs and not files.clip_like:
+        raise CheckpointError("tokenizer.json is not CLIP's, and text_cfg has no hf_tokenizer_name to ask for another")
+    how = only_known(
+        text["tokenizer_kwargs"] or {},
+        "text_cfg.tokenizer_kwargs",
+        {"clean": "whitespace" if theirs else "lower"},
+        {"strip_sep_token": _NO, "reduction_mask": (None, ""), "additional_special_tokens": (None, [])},
+    )
+    known = {"canonicalize": "canonical", "lower": "clip", "whitespace": "whitespace"} if theirs else {"lower": "clip"}
+    if how["clean"] not in known:
+        raise CheckpointError(f"text_cfg.tokenizer_kwargs.clean {how['clean']!r} is not supported")
+    return known[how["clean"]]
 
 
 def _open_clip_vit(
     shape: CLIPConfig, vision: Mapping[str, Any], activation: str, tensors: Tensors
 ) -> tuple[CLIPConfig, dict[str, Tensor]]:
-    arguments = _vit_arguments(
-        vision["width"], vision["layers"], vision["width"] // vision["head_width"], vision["patch_size"], activation
-    )
+    patch = 16 if vision["patch_size"] is None else square(vision["patch_size"], "vision_cfg.patch_size")
+    layers = 12 if vision["layers"] is None else vision["layers"]
+    arguments = _vit_arguments(vision["width"], layers, vision["width"] // vision["head_width"], patch, activation)
     arguments["mlp_ratio"] = vision["mlp_ratio"]
     if vision["no_ln_pre"]:
         arguments["pre_norm"] = False
@@ -331,6 +379,8 @@ RESNETS = {
 def _open_clip_resnet(
     shape: CLIPConfig, vision: Mapping[str, Any], tensors: Tensors
 ) -> tuple[CLIPConfig, dict[str, Tensor]]:
+    if vision["head_width"] != 64:  # which timm's tower has built in
+        raise CheckpointError(f"vision_cfg.head_width {vision['head_width']} is not supported for a ResNet")
     if (name := RESNETS.get(tuple(vision["layers"]))) is None:
         raise CheckpointError(f"no ModifiedResNet of OpenAI's has {vision['layers']} blocks; known: {list(RESNETS)}")
     found = replace(shape, image_tower=name, conventions=replace(shape.conventions, image_projection="bias"))
@@ -342,65 +392,60 @@ def _open_clip_timm(
 ) -> tuple[CLIPConfig, dict[str, Tensor]]:
     import timm
 
-    name, projection = vision["timm_model_name"], vision["timm_proj"]
-    if vision["timm_pool"] not in ("", "avg", "map", "token"):
-        raise CheckpointError(f"vision_cfg.timm_pool {vision['timm_pool']!r} is not supported")
+    name, biased = str(vision["timm_model_name"]), vision["timm_proj_bias"]
+    pool, projection = (vision[key] if vision[key] is not None else "" for key in ("timm_pool", "timm_proj"))
+    if pool not in ("", "avg", "map", "token"):
+        raise CheckpointError(f"vision_cfg.timm_pool {pool!r} is not supported")
+    if projection not in ("", "linear", "mlp", "none") or (projection == "mlp" and biased):
+        raise CheckpointError(f"vision_cfg.timm_proj {projection!r}{' with a bias' * biased} is not supported")
     rules = [*_OPEN_CLIP_TIMM, *_OPENAI_TEXT, *_SCALES]
     if not projection:  # then the trunk's own classifier is one, with a bias
         classifier = timm.get_pretrained_cfg(name).classifier if timm.is_model(name) else "head"
         rules.insert(0, (rf"visual\.trunk\.{re.escape(classifier)}\.", "image.projection."))
-    kind: Any = "bias" if not projection or vision["timm_proj_bias"] else projection
-    arguments = {"global_pool": vision["timm_pool"]} if vision["timm_pool"] else {}
+    kind: Any = "bias" if not projection or (projection == "linear" and biased) else projection
+    arguments = {"global_pool": pool} if pool else {}
     conventions = replace(shape.conventions, image_projection=kind)
     return replace(shape, image_tower=name, image_kwargs=arguments, conventions=conventions), translate(tensors, rules)
 
 
 def from_transformers(
-    config: Mapping[str, Any], seen: Mapping[str, Any], tensors: Tensors
+    config: Mapping[str, Any], seen: Mapping[str, Any] | None, tensors: Tensors, files: TokenizerFiles = _CLIPS
 ) -> tuple[CLIPConfig, dict[str, Tensor]]:
-    """A config.json and preprocessor_config.json of transformers' CLIPModel or SiglipModel, and its state dict.
+    """A config.json of transformers' CLIPModel or SiglipModel, its processor's settings, state dict and tokenizer.
 
-    Raises CheckpointError for another `model_type` and for tensors of another architecture.
+    Raises CheckpointError for another `model_type`, for anything in the configuration that is not known here, and for
+    tensors of another architecture.
     """
     kind = config.get("model_type")
     if kind not in ("clip", "siglip"):
         raise CheckpointError(f"model_type is {kind!r}; clip and siglip are supported")
-    defaults = _CLIP_DEFAULTS if kind == "clip" else _SIGLIP_DEFAULTS
-    vision = {**defaults, **_VISION_DEFAULTS, **(config.get("vision_config") or {})}
-    text = {**defaults, **(config.get("text_config") or {})}
-    activations = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
-    if {vision["hidden_act"], text["hidden_act"]} - set(activations):
-        raise CheckpointError(f"activations {vision['hidden_act']!r} and {text['hidden_act']!r} are not supported")
-    if vision["layer_norm_eps"] != defaults["layer_norm_eps"]:  # which timm's tower has built in
-        raise CheckpointError(f"vision_config.layer_norm_eps {vision['layer_norm_eps']} is not supported")
+    siglip = kind == "siglip"
+    vision, text = _transformers_sections(config, siglip)
     arguments = _vit_arguments(
         vision["hidden_size"],
         vision["num_hidden_layers"],
         vision["num_attention_heads"],
-        vision["patch_size"],
-        activations[vision["hidden_act"]],
+        square(vision["patch_size"], "vision_config.patch_size"),
+        _transformers_activation(vision, "vision_config"),
     )
     if vision["intermediate_size"] != 4 * vision["hidden_size"]:
         arguments["mlp_ratio"] = (vision["intermediate_size"] + 0.5) / vision["hidden_size"]  # which timm rounds down
-    siglip = kind == "siglip"
+    size = square(vision["image_size"], "vision_config.image_size")
     conventions = Conventions(
-        text_activation=activations[text["hidden_act"]],  # type: ignore[arg-type]
+        text_activation=_transformers_activation(text, "text_config"),
         text_norm_eps=text["layer_norm_eps"],
         text_mlp_width=0 if text["intermediate_size"] == 4 * text["hidden_size"] else text["intermediate_size"],
         text_attention="full" if siglip else "causal",
         text_pool="last" if siglip else "end",
         text_projection_bias=siglip,
-        text_cleaning="canonical" if siglip else "clip",
-        pad_id=text["pad_token_id"] if siglip else 0,
+        text_cleaning=_transformers_cleaning(text, siglip, files),
+        pad_id=_transformers_padding(text, files) if siglip else 0,
         image_projection="none" if siglip else "linear",
-        image_mean=tuple(seen.get("image_mean", (0.5, 0.5, 0.5) if siglip else Conventions.image_mean)),
-        image_std=tuple(seen.get("image_std", (0.5, 0.5, 0.5) if siglip else Conventions.image_std)),
-        image_resize="squash" if siglip else "crop",
-        image_interpolation="bilinear" if seen.get("resample") == 2 else "bicubic",
+        **transformers_pictures(seen, kind, size),
     )
     shape = CLIPConfig(
         image_tower=SIGLIP if siglip else VIT,
-        image_size=vision["image_size"],
+        image_size=size,
         image_kwargs=arguments,
         embed_dim=_need(tensors, "text_model.head.weight" if siglip else "text_projection.weight").shape[0],
         text_width=text["hidden_size"],
@@ -414,16 +459,83 @@ def from_transformers(
     return shape, translate(_joined(tensors), _TRANSFORMERS)
 
 
+def _transformers_sections(config: Mapping[str, Any], siglip: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """vision_config and text_config; CLIPs of 2022 have them twice, and the one with _dict in its name counts."""
+    defaults = _SIGLIP_DEFAULTS if siglip else _CLIP_DEFAULTS
+    names = ("vision_config", "text_config")
+    only_known(
+        config,
+        "config.json",
+        dict.fromkeys((*names, *(f"{name}_dict" for name in names))),
+        {"pruned_heads": _NOTHING},
+        {*_OF_NO_EFFECT, "projection_dim", "logit_scale_init_value"},
+    )
+    given = [config.get(name) or {} if config.get(f"{name}_dict") is None else config[f"{name}_dict"] for name in names]
+    vision = {**defaults, "image_size": None, "patch_size": 16 if siglip else 32}
+    vision |= {} if siglip else {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+    built_in = {"num_channels": (3,), "vision_use_head": (True,), "pruned_heads": _NOTHING}
+    found = only_known(given[0], names[0], {**vision, "patch_size": None}, built_in, _OF_NO_EFFECT)
+    for key, default in (("image_size", 224), ("patch_size", vision["patch_size"])):
+        found[key] = default if found[key] is None else found[key]
+    if found["layer_norm_eps"] != defaults["layer_norm_eps"]:  # which timm's tower has built in
+        raise CheckpointError(f"vision_config.layer_norm_eps {found['layer_norm_eps']} is not supported")
+    text = {**defaults, "max_position_embeddings": 64 if siglip else 77}
+    tokens = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    return found, only_known(given[1], names[1], text | tokens, {"pruned_heads": _NOTHING}, _OF_NO_EFFECT)
+
+
+def _transformers_activation(section: Mapping[str, Any], where: str) -> Any:
+    activations = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+    if (name := section["hidden_act"]) not in activations:
+        raise CheckpointError(f"{where}.hidden_act {name!r} is not supported; known: {', '.join(activations)}")
+    return activations[name]
+
+
+def _transformers_cleaning(text: Mapping[str, Any], siglip: bool, files: TokenizerFiles) -> Any:
+    """Of captions; and checks that they are read where the tokenizer ends them, and are as long as it makes them."""
+    if siglip:
+        if files.longest is not None and files.longest < text["max_position_embeddings"]:
+            raise CheckpointError(
+                f"tokenizer_config.json: model_max_length is {files.longest}, and captions of this model are filled to "
+                f"{text['max_position_embeddings']} tokens"
+            )
+        return siglip_cleaning(files)
+    end = CLIP_VOCABULARY - 1 if text["eos_token_id"] is None else text["eos_token_id"]
+    # 2 is what transformers once wrote for every CLIP; it stands for the largest token.
+    if files.end_id != (files.size - 1 if end == 2 else end):
+        raise CheckpointError(f"text_config.eos_token_id is {end}, and the tokenizer ends captions with {files.end_id}")
+    return "clip" if files.clip_like else "none"
+
+
+def _transformers_padding(text: Mapping[str, Any], files: TokenizerFiles) -> int:
+    """Of SigLIP's captions. transformers writes 49406, 49407 and 1 of its own accord, whatever the tokenizer."""
+    unsaid = (text["bos_token_id"], text["eos_token_id"]) == (CLIP_VOCABULARY - 2, CLIP_VOCABULARY - 1)
+    return padding(files, None if unsaid else text["pad_token_id"], "text_config.pad_token_id")
+
+
 _CLIP_DEFAULTS: dict[str, Any] = {
     "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8,
-    "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "max_position_embeddings": 77, "image_size": 224,
-    "patch_size": 32,
+    "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
 }  # fmt: skip
-_VISION_DEFAULTS: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
 _SIGLIP_DEFAULTS: dict[str, Any] = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "max_position_embeddings": 64, "image_size": 224,
-    "patch_size": 16, "pad_token_id": 1,
+    "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
+}  # fmt: skip
+# Read off the tensors, for training, about files and outputs, or (in files of 2023 and before) for generating text.
+_OF_NO_EFFECT = {
+    "vocab_size", "projection_dim", "projection_size", "attention_dropout", "dropout", "initializer_range",
+    "initializer_factor", "model_type", "architectures", "torch_dtype", "dtype", "transformers_version",
+    "_name_or_path", "name_or_path", "_commit_hash", "_attn_implementation_autoset", "_attn_implementation_internal",
+    "attn_implementation", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "tokenizer_class",
+    "task_specific_params", "return_dict", "use_return_dict", "output_hidden_states", "output_attentions",
+    "output_scores", "torchscript", "use_bfloat16", "tf_legacy_loss", "tie_word_embeddings", "tie_encoder_decoder",
+    "is_encoder_decoder", "is_decoder", "add_cross_attention", "cross_attention_hidden_size", "use_cache",
+    "chunk_size_feed_forward", "gradient_checkpointing", "prefix", "bos_token_id", "eos_token_id", "pad_token_id",
+    "sep_token_id", "decoder_start_token_id", "max_length", "min_length", "do_sample", "early_stopping", "num_beams",
+    "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
+    "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
+    "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
 }  # fmt: skip
 
 

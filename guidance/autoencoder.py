@@ -7,7 +7,7 @@ The layers are those of latent diffusion's (Rombach et al. 2022, arXiv 2112.1075
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipkit import archives, distributed
+from clipkit.config import from_dict
 from clipkit.errors import CheckpointError, RecipeError
-from clipkit.records import read_object
+from clipkit.records import only_known, read_object
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,13 @@ class AutoencoderConfig:
     """Groups of the normalisation."""
 
     def __post_init__(self) -> None:
+        for name in ("image_size", "channels", "blocks", "latent_channels", "codes", "groups"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"autoencoder.{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise RecipeError(
+                f"autoencoder.multipliers are {list(self.multipliers)}; give one of at least 1 for each resolution"
+            )
         if self.image_size % self.factor:
             raise RecipeError(f"image_size {self.image_size} does not divide by {self.factor}; choose a multiple of it")
         if self.channels % self.groups:
@@ -308,18 +316,26 @@ _NAMES = (
 )
 
 
+_DIFFUSERS = "diffusion_pytorch_model.safetensors"
+
+
+def is_diffusers(folder: Path) -> bool:
+    """Are there weights as diffusers saves them?"""
+    return (folder / _DIFFUSERS).is_file()
+
+
 def from_diffusers(folder: Path) -> Autoencoder:
     """An AutoencoderKL that diffusers saved: config.json and its weights. Raises CheckpointError for what it is not."""
     about = read_object(folder / "config.json")
     if about.get("_class_name") != "AutoencoderKL":
         raise CheckpointError(f"{folder} holds a {about.get('_class_name')}; an AutoencoderKL is needed")
-    config, file = _from_config(about, folder), folder / "diffusion_pytorch_model.safetensors"
+    (config, scale), file = _from_config(about, folder / "config.json"), folder / _DIFFUSERS
     model, tensors = Autoencoder(config), {}
     for name, tensor in archives.read(file).tensors.items():
         own = _renamed(name, config)
         # Older files have the attention's products as 1x1 convolutions.
         tensors[own] = tensor.flatten(1) if ".middle.1." in own and tensor.ndim > 1 else tensor
-    tensors["spread"] = torch.tensor(1 / float(about.get("scaling_factor", 1.0)))
+    tensors["spread"] = torch.tensor(1 / scale)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
@@ -328,26 +344,49 @@ def from_diffusers(folder: Path) -> Autoencoder:
     return model.eval().requires_grad_(False)
 
 
-_ASSUMED = {"act_fn": "silu", "shift_factor": None, "mid_block_add_attention": True}
-"""What these layers have built in."""
+# The arguments of diffusers' AutoencoderKL: those that are read, with their defaults there, and what is built in here.
+_USED: dict[str, Any] = {
+    "block_out_channels": (64,), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 32, "sample_size": 32,
+    "scaling_factor": 0.18215, "down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",),
+}  # fmt: skip
+_BUILT_IN: dict[str, Sequence[Any]] = {
+    "_class_name": ("AutoencoderKL",), "in_channels": (3,), "out_channels": (3,), "act_fn": ("silu",),
+    "shift_factor": (None, 0), "latents_mean": (None,), "latents_std": (None,), "use_quant_conv": (True,),
+    "use_post_quant_conv": (True,), "mid_block_add_attention": (True,),
+}  # fmt: skip
+_FREE = {"_diffusers_version", "_name_or_path", "force_upcast"}  # what is done here is done in float32 anyway
 
 
-def _from_config(about: Mapping[str, Any], folder: Path) -> AutoencoderConfig:
-    for key, known in _ASSUMED.items():
-        if about.get(key, known) != known:
-            raise CheckpointError(f"{folder}: {key} is {about[key]!r}; clipkit has autoencoders with {known!r} only")
+def _from_config(about: Mapping[str, Any], file: Path) -> tuple[AutoencoderConfig, float]:
+    """The shape, and by what latents are multiplied."""
+    if isinstance(size := about.get("sample_size"), list):
+        if len(set(size)) != 1:
+            raise CheckpointError(f"{file}: sample_size is {size}; clipkit has square images only")
+        about = {**about, "sample_size": size[0]}
     try:
-        widths = about["block_out_channels"]
-        return AutoencoderConfig(
-            image_size=int(about.get("sample_size", 64)),
-            channels=widths[0],
-            multipliers=tuple(width // widths[0] for width in widths),
-            blocks=about.get("layers_per_block", 1),
-            latent_channels=about["latent_channels"],
-            groups=about.get("norm_num_groups", 32),
-        )
-    except (KeyError, TypeError, IndexError, RecipeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} describes no autoencoder that clipkit has: {error}") from None
+        found = only_known(about, "", _USED, _BUILT_IN, _FREE)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    widths, scale = found["block_out_channels"], float(found["scaling_factor"])
+    for key, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        if list(found[key]) != [known] * len(widths):
+            raise CheckpointError(f"{file}: {key} is {found[key]}; clipkit has {known} only, one for each width")
+    if scale <= 0:
+        raise CheckpointError(f"{file}: scaling_factor is {scale}; it must be above 0")
+    try:
+        if any(width % widths[0] for width in widths):
+            raise RecipeError(f"block_out_channels are {widths}; all must be multiples of the first")
+        shape = {
+            "image_size": found["sample_size"],
+            "channels": widths[0],
+            "multipliers": tuple(width // widths[0] for width in widths),
+            "blocks": found["layers_per_block"],
+            "latent_channels": found["latent_channels"],
+            "groups": found["norm_num_groups"],
+        }
+        return from_dict(AutoencoderConfig, shape), scale
+    except (TypeError, IndexError, ArithmeticError, RecipeError) as error:
+        raise CheckpointError(f"{file} describes no autoencoder that clipkit has: {error}") from None
 
 
 def _renamed(name: str, config: AutoencoderConfig) -> str:
@@ -363,16 +402,21 @@ def _renamed(name: str, config: AutoencoderConfig) -> str:
 
 
 class Discriminator(nn.Module):
-    """Patches of images -> how real each looks: [B, 3, S, S] -> [B, 1, ., .] (Isola et al. 2017, arXiv 1611.07004)."""
+    """Patches of images -> how real each looks: [B, 3, S, S] -> [B, 1, ., .] (Isola et al. 2017, arXiv 1611.07004).
 
-    def __init__(self, channels: int = 32, layers: int = 3) -> None:
+    The first `layers` convolutions halve the side, or as many of them as leave a patch of images of `image_size`.
+    """
+
+    def __init__(self, channels: int = 32, layers: int = 3, image_size: int = 64) -> None:
         super().__init__()
-        found: list[nn.Module] = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
+        # Each convolution halves the side or takes one from it, and at least one place must be left by all.
+        halvings = max((n for n in range(layers + 1) if image_size >> n >= layers - n + 3), default=0)
+        found: list[nn.Module] = [nn.Conv2d(3, channels, 4, 2 if halvings else 1, 1), nn.LeakyReLU(0.2)]
         width = channels
         for i in range(1, layers + 1):
             wider = channels * min(2**i, 8)
             # Group rather than batch statistics: a score depends on its own picture alone.
-            stride = 2 if i < layers else 1
+            stride = 2 if i < halvings else 1
             found += [nn.Conv2d(width, wider, 4, stride, 1, bias=False), nn.GroupNorm(8, wider), nn.LeakyReLU(0.2)]
             width = wider
         self.layers = nn.Sequential(*found, nn.Conv2d(width, 1, 4, 1, 1))
@@ -380,6 +424,10 @@ class Discriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         out: Tensor = self.layers(images)
         return out
+
+
+SMALLEST = 6
+"""Side of the smallest pictures in which the discriminator sees a patch."""
 
 
 def frozen_scores(discriminator: nn.Module, images: Tensor) -> Tensor:

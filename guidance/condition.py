@@ -7,7 +7,6 @@ random, so that the same network is also the unconditional one that classifier-f
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -19,6 +18,7 @@ from clipkit.errors import RecipeError, UsageError, did_you_mean
 from clipkit.model import CLIP
 from clipkit.shards import Shards
 from clipkit.tokenizer import Tokenizer
+from clipkit.words import split
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class ConditionConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.drop <= 1:
             raise RecipeError(f"condition.drop is {self.drop}; it must be in [0, 1]")
+        if self.width < 1:
+            raise RecipeError(f"condition.width is {self.width}; it must be at least 1")
         if (self.kind == "text") != bool(self.clip):
             raise RecipeError('condition.clip names the CLIP that reads captions: give it with condition.kind = "text"')
 
@@ -116,11 +118,6 @@ class TextCondition(nn.Module):
 
 
 Conditioner = ClassCondition | TextCondition
-
-
-def split(text: str) -> list[str]:
-    """A text's words in lower case, in their order."""
-    return re.findall(r"\w+", text.lower())
 
 
 def words_of(packs: Sequence[Shards], limit: int = 500_000) -> list[str]:

@@ -63,7 +63,7 @@ def from_output(kind: str, output: Tensor, x: Tensor, lam: Tensor) -> Prediction
 
     "v" is a eps - s x0 (Salimans & Ho 2022, arXiv 2202.00512, appendix D). "flow" is eps - x0, the velocity of a
     rectified flow (Liu et al. 2022, arXiv 2209.03003). "edm" is (x0 - c_skip x / a) / c_out, for data of standard
-    deviation 1/2 (Karras et al. 2022, arXiv 2206.00364, equation 7).
+    deviation d = 1/2 (Karras et al. 2022, arXiv 2206.00364, equation 7), here without a division by a or s.
     """
     a, s = expand(alpha(lam), x), expand(sigma(lam), x)
     if kind == "x0":
@@ -73,18 +73,18 @@ def from_output(kind: str, output: Tensor, x: Tensor, lam: Tensor) -> Prediction
     if kind == "flow":
         return Prediction((x - s * output) / (a + s), (x + a * output) / (a + s))
     if kind == "edm":
-        c_skip, c_out = _edm(a, s)
-        return from_x0(x, c_skip * x / a + c_out * output, lam)
+        norm = _edm_norm(a, s)
+        skipped, rest = x / norm**2, _DATA_STD / norm * output
+        return Prediction(_DATA_STD**2 * a * skipped + s * rest, s * skipped - a * rest)
     return Prediction((x - s * output) / a, output)
 
 
 _DATA_STD = 0.5
 
 
-def _edm(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """c_skip and c_out at sigma = s / a."""
-    norm = (s / a) ** 2 + _DATA_STD**2
-    return _DATA_STD**2 / norm, (s / a) * _DATA_STD / norm.sqrt()
+def _edm_norm(a: Tensor, s: Tensor) -> Tensor:
+    """Standard deviation of x_t: c_skip = (a d / norm)^2, c_out = s d / norm, c_in = 1 / norm for x_t."""
+    return ((a * _DATA_STD) ** 2 + s**2).sqrt()
 
 
 def target(kind: str, x0: Tensor, eps: Tensor, lam: Tensor) -> Tensor:
@@ -95,8 +95,7 @@ def target(kind: str, x0: Tensor, eps: Tensor, lam: Tensor) -> Tensor:
     if kind == "flow":
         return eps - x0
     if kind == "edm":
-        c_skip, c_out = _edm(a, s)
-        return (x0 - c_skip * (x0 + s / a * eps)) / c_out
+        return (s / _DATA_STD * x0 - a * _DATA_STD * eps) / _edm_norm(a, s)
     return x0 if kind == "x0" else eps
 
 
@@ -106,20 +105,18 @@ def loss_weight(config: DiffusionConfig, lam: Tensor) -> Tensor:
     In terms of x0's error, "min_snr" is min(SNR, 5) (Hang et al. 2023, arXiv 2303.09556, section 3.4) and "p2" is
     SNR / (1 + SNR) (Choi et al. 2022, arXiv 2204.00227, equation 8, k = gamma = 1), whatever is predicted.
     """
-    snr = lam.exp()
     if config.weight == "simple":
-        return torch.ones_like(snr)
+        return torch.ones_like(lam)
     a, s = alpha(lam), sigma(lam)
-    # Squared error of the output over that of x0.
-    share = {
-        "x0": torch.ones_like(snr),
-        "eps": snr,
-        "v": snr + 1,
-        "flow": ((a + s) / s) ** 2,
-        "edm": _edm(a, s)[1] ** -2,
-    }
-    wanted = snr.clamp(max=5) if config.weight == "min_snr" else snr / (1 + snr)
-    return wanted / share[config.prediction]
+    # Squared error of x0 over that of the output, and SNR times that: finite, one or the other, at every lambda.
+    of_x0, of_snr = {
+        "x0": (torch.ones_like(lam), lam.exp()),
+        "eps": ((-lam).exp(), torch.ones_like(lam)),
+        "v": (s**2, a**2),
+        "flow": ((s / (a + s)) ** 2, (a / (a + s)) ** 2),
+        "edm": ((_DATA_STD * s / _edm_norm(a, s)) ** 2, (_DATA_STD * a / _edm_norm(a, s)) ** 2),
+    }[config.prediction]
+    return torch.minimum(of_snr, 5 * of_x0) if config.weight == "min_snr" else 1 / (1 / of_snr + 1 / of_x0)
 
 
 def loss_of(config: DiffusionConfig, output: Tensor, wanted: Tensor, lam: Tensor) -> Tensor:
@@ -141,18 +138,22 @@ def moved(prediction: Prediction, x: Tensor, x0: Tensor, lam: Tensor) -> Predict
 def variational_loss(x0: Tensor, said: Tensor, fraction: Tensor, lam: Tensor, later: Tensor) -> Tensor:
     """Each image's KL of a DDPM step's true posterior to the one drawn from, [B], in nats for each number.
 
-    The step goes from `lam` to `later` [B]; its mean is that of `said`, the x0 that was predicted, and has no gradient.
-    Nichol & Dhariwal 2021 (arXiv 2102.09672, equations 15 and 16): log variance = fraction log(most) + (1 - fraction)
-    log(least).
+    The step goes from `lam` to `later` [B], finite and not below it; its mean is that of `said`, the x0 that was
+    predicted, and has no gradient. Nichol & Dhariwal 2021 (arXiv 2102.09672, equations 15 and 16): log variance =
+    fraction log(most) + (1 - fraction) log(least), where most = share s^2, least = share s_later^2, and share =
+    1 - SNR / SNR_later is what of the noise the step takes away. With d = log(most / least) and u = fraction d,
+
+        KL = (u + exp(-u) - 1 + share SNR_later (x0 - said)^2 exp(-u)) / 2
+
+    in which no share is divided by, nor its logarithm taken: a step of no length has the KL 0 and the gradient 0.
     """
     lam, later = lam.double(), later.double()
-    share = -torch.expm1(lam - later)  # of the noise, that this step takes away
-    least, most = share * sigma(later) ** 2, share * sigma(lam) ** 2
-    apart = expand(alpha(later) * share, x0) * (x0 - said.detach()).double()
-    log_least, log_most = expand(least.log(), x0), expand(most.log(), x0)
-    log_variance = fraction * log_most + (1 - fraction) * log_least
-    kl = (log_variance - log_least - 1 + (log_least - log_variance).exp() + apart**2 * (-log_variance).exp()) / 2
-    return kl.flatten(1).mean(dim=1).float()
+    share = -torch.expm1(torch.where(lam < later, lam - later, 0.0))
+    d = (F.logsigmoid(-lam) - F.logsigmoid(-later)).clamp(min=0)  # log s^2 - log s_later^2
+    u = fraction * expand(d.to(fraction), x0)
+    apart = expand((share * later.exp()).to(x0), x0) * (x0 - said.detach()).square()
+    kl = (u + torch.expm1(-u) + apart * (-u).exp()) / 2
+    return kl.flatten(1).mean(dim=1)
 
 
 class Denoiser(nn.Module):
@@ -176,8 +177,7 @@ class Denoiser(nn.Module):
     def output(self, x: Tensor, lam: Tensor, condition: Condition | None = None) -> tuple[Tensor, Tensor | None]:
         """The raw network: x [B, C, S, S], lam [B] -> [B, C, S, S], and the variance's fraction, if it learns that."""
         if self.diffusion.prediction == "edm":  # c_in of equation 7, for x / a: unit variance at every lambda
-            variance = (alpha(lam) * _DATA_STD) ** 2 + sigma(lam) ** 2
-            x = x / expand(variance.sqrt(), x)
+            x = x / expand(_edm_norm(alpha(lam), sigma(lam)), x)
         raw: Tensor = self.network(x, lam) if condition is None else self.network(x, lam, condition)
         if self.diffusion.variance == "fixed":
             return raw, None

@@ -48,6 +48,9 @@ class DiTConfig:
     """Compute blocks again in the backward pass instead of keeping their activations."""
 
     def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "width", "depth", "heads"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"dit.{name} is {getattr(self, name)}; it must be at least 1")
         if self.image_size % self.patch_size:
             raise RecipeError(f"image_size {self.image_size} does not divide by patch_size {self.patch_size}")
         if self.width % self.heads or self.width % 2:

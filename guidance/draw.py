@@ -5,29 +5,35 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from clipkit import distributed
 from clipkit._version import __version__
-from clipkit.errors import CheckpointError, UsageError, did_you_mean
+from clipkit.errors import UsageError, did_you_mean
 from clipkit.guidance import samplers
 from clipkit.guidance.autoencoder import Autoencoder
-from clipkit.guidance.condition import TextCondition, split
+from clipkit.guidance.condition import TextCondition
 from clipkit.guidance.denoiser import Denoise, Denoiser, clipped
 from clipkit.guidance.guiders import between, contrast, inpaint, like, mean_shift, mixed, score_shift
-from clipkit.guidance.loading import Guide, has_guide, load_autoencoder, load_denoiser, load_guide
+from clipkit.guidance.loading import Guide
 from clipkit.guidance.noisy_clip import Wish
-from clipkit.guidance.schedule import Spacing, add_noise, karras, log_snr, spaced
+from clipkit.guidance.parts import load_parts
+from clipkit.guidance.samplers import first_noise, generators
+from clipkit.guidance.schedule import Spacing, add_noise, karras, log_snr, spaced, until
+from clipkit.guidance.steering import Start as Start
+from clipkit.guidance.steering import Steering as Steering
+from clipkit.guidance.steering import check_counts, check_negative, check_prompts
 from clipkit.images import preprocess, to_image
 from clipkit.model import CLIP
-from clipkit.pretrained import Pretrained, load
+from clipkit.pretrained import Pretrained, fingerprint
 from clipkit.records import progress
+from clipkit.words import EMPTY, split, unknown
 
 SAMPLERS: dict[str, samplers.Sampler] = {
     "dpmpp-2m": samplers.dpmpp_2m,
@@ -41,23 +47,8 @@ SAMPLERS: dict[str, samplers.Sampler] = {
 SPACINGS = ("karras", "linspace", "leading", "trailing")
 DEFAULT_SCALE = 10.0
 DEFAULT_CFG_SCALE = 2.0
-
-
-@dataclass(frozen=True)
-class Start:
-    """A picture to begin with, [1 or N, 3, S, S] in [-1, 1].
-
-    With `mask` [1, 1, S, S] it stays where the mask is 0. `strength` in (0, 1] is the share of the steps that is taken:
-    1 forgets the picture but for the mask.
-    """
-
-    image: Tensor
-    strength: float = 1.0
-    mask: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 < self.strength <= 1:
-            raise UsageError(f"strength is {self.strength}; it must be above 0 and at most 1")
+_REFERENCE_UNTIL = 0.0
+"""The lambda at which a reference has had its say."""
 
 
 @dataclass(frozen=True)
@@ -78,22 +69,6 @@ class Drawn:
         return [self.show(x0) for x0 in self.x0]
 
 
-@dataclass(frozen=True)
-class Steering:
-    """How pictures are led to their prompts, beyond the scale of the noise-aware CLIP."""
-
-    cfg_scale: float | None = None
-    """Classifier-free guidance, for denoisers that were trained with descriptions; 2 for those, if not given."""
-    objective: Literal["softmax", "dot"] = "softmax"
-    """What the noise-aware CLIP maximises: log p of the prompt among captions, or 100 times the cosine (GLIDE)."""
-    shift: Literal["score", "mean"] = "score"
-    """Where its gradient goes: into the score, or into each step's mean, as ADM and GLIDE have it, for comparison."""
-    interval: tuple[float, float] = (-math.inf, math.inf)
-    """Lambdas (log SNR) at which it guides; beyond them it costs nothing."""
-    picture: Tensor | None = None
-    """A picture [1, 3, S, S] in [-1, 1] whose likeness is also wanted."""
-
-
 class Studio:
     """A denoiser, a noise-aware CLIP (or none, if the denoiser takes descriptions) and a clean CLIP.
 
@@ -101,37 +76,21 @@ class Studio:
     """
 
     def __init__(
-        self, denoiser: Denoiser, guide: Guide | None, clip: Pretrained, autoencoder: Autoencoder | None = None
+        self,
+        denoiser: Denoiser,
+        guide: Guide | None,
+        clip: Pretrained,
+        autoencoder: Autoencoder | None = None,
+        name: str = "",
     ) -> None:
-        self.denoiser, self.guide, self.clip, self.autoencoder = denoiser, guide, clip, autoencoder
+        self.denoiser, self.guide, self.clip, self.autoencoder, self.name = denoiser, guide, clip, autoencoder, name
         self.image_size = denoiser.image_size if autoencoder is None else autoencoder.config.image_size
 
     @classmethod
     def open(cls, path: str | Path, device: str = "auto") -> Studio:
-        """Load the runs `clip`, `denoiser`, `noisy_clip` and, for latents, `autoencoder` in the folder `path`.
-
-        Raises CheckpointError, also for a denoiser of latents without its autoencoder.
-        """
-        where = distributed.choose_device(device)
-        denoiser = load_denoiser(path).to(where)
-        # A denoiser that takes descriptions draws by itself; for others there must be a guide.
-        guide = load_guide(path) if denoiser.conditioner is None or has_guide(path) else None
-        if guide is not None:
-            seen = len(guide.model.clip.config.conventions.image_mean)
-            if seen != denoiser.channels:
-                raise CheckpointError(
-                    f"the noise-aware CLIP of {path} sees {seen} channels, the denoiser {denoiser.channels}; train it "
-                    "with model.autoencoder as the denoiser's latent.autoencoder"
-                )
-            size = guide.model.clip.config.image_size
-            if size != denoiser.image_size:
-                raise CheckpointError(
-                    f"the noise-aware CLIP of {path} sees {size} pixels, the denoiser draws {denoiser.image_size}; "
-                    f"train it with model.image_size={denoiser.image_size}"
-                )
-            guide.model.to(where)
-        autoencoder = load_autoencoder(path).to(where) if denoiser.latent_channels else None
-        return cls(denoiser, guide, load(path, device), autoencoder)
+        """Load a denoiser with what belongs to it, as `load_parts` finds them. Raises CheckpointError."""
+        parts = load_parts(path, device)
+        return cls(parts.denoiser, parts.guide, parts.clip, parts.autoencoder, str(path))
 
     @property
     def scales(self) -> tuple[float, float]:
@@ -158,57 +117,103 @@ class Studio:
         The guide maximises log p(prompt | x_t) among the caption bank, and log p(none of `negative` | x_t), each times
         `scale`: 10, or 0 if the denoiser takes descriptions. `reference` [1, 3, S, S] in [-1, 1] gives the coarse
         shape. `spacing` of the steps is by default "karras", "linspace" for ddim and ddpm. `watch` is called with what
-        the pictures are taken for, [n, 3, S, S] in [-1, 1], at each step; what it raises ends the drawing.
+        the pictures are taken for, [n, 3, S, S] in [-1, 1], at each step; what it raises ends the drawing. Picture i is
+        a function of (seed, i), whatever n is. With `start`, its share of the steps is taken, rounded up.
 
         Raises UsageError for an empty prompt, n or steps below 1, more steps than the schedule has levels, an unknown
-        sampler or spacing, or guidance that this model does not have.
+        sampler or spacing, guidance that this model does not have, numbers that are not finite, and whatever would have
+        no effect, or draw what it should avoid.
         """
         prompts, steering = {prompt: 1.0} if isinstance(prompt, str) else dict(prompt), steering or Steering()
-        if not prompts or not all(text.strip() for text in [*prompts, *negative]):
-            raise UsageError("the prompt is empty; say what to draw")
-        if n < 1 or steps < 1:
-            raise UsageError(f"n is {n} and steps is {steps}; both must be at least 1")
+        check_prompts(prompts, negative)
+        check_counts(n, steps, seed)
         if sampler not in SAMPLERS:
             raise UsageError(f"unknown sampler {sampler!r}; {did_you_mean(sampler, SAMPLERS)}")
         spacing = spacing or ("linspace" if sampler in ("ddim", "ddpm") else "karras")
         usual, usual_cfg = self.scales
         scale = usual if scale is None else scale
         cfg_scale = usual_cfg if steering.cfg_scale is None else steering.cfg_scale
-        lambdas = self._lambdas(steps, spacing)
-        if start is not None:
-            start = Start(self._seen(start.image), start.strength, self._coarser(start.mask))
+        lambdas = self._lambdas(steps, spacing, start.strength if start is not None else 1.0)
+        steering.check(scale, lambdas.tolist())
+        check_negative(negative, scale, cfg_scale if self.denoiser.conditioner is not None else None)
         denoise = self.told(prompts, negative, cfg_scale)
         denoise = self.guided(denoise, prompts, negative, scale, steering, lambdas)
         if reference is not None:
-            denoise = like(self._seen(reference), factor=_coarse(self.denoiser.image_size), until=0.0)(denoise)
+            if lambdas[0] >= _REFERENCE_UNTIL:
+                raise UsageError("a reference has no effect at this --strength, which keeps the coarse shape of --init")
+            coarse = _coarse(self.denoiser.image_size)
+            denoise = like(self._seen(reference), factor=coarse, until=_REFERENCE_UNTIL)(denoise)
         if self.autoencoder is None:
             denoise = clipped(denoise)
-        if start is not None and start.mask is not None:
-            denoise = inpaint(start.image, start.mask)(denoise)
-        images, trajectory = self._sample(denoise, n, lambdas, sampler, seed, start, watch)
-        about: dict[str, Any] = {"prompt": prompt if isinstance(prompt, str) else prompts, "negative": list(negative)}
-        about |= {"scale": scale, "seed": seed, "n": n, "steps": steps, "sampler": sampler, "spacing": spacing}
-        about |= {"objective": steering.objective, "shift": steering.shift, "clipkit": __version__}
+        x = first_noise((n, self.denoiser.channels, *[self.denoiser.image_size] * 2), seed).to(self._device)
+        if start is not None:
+            begun, drawn = self._seen(start.image), self._coarser(start.mask)
+            if len(begun) not in (1, n):
+                raise UsageError(f"{len(begun)} pictures to begin with, for {n} to draw; give one, or as many")
+            x = add_noise(begun.expand_as(x), x, lambdas[:1].to(x)) if start.strength < 1 else x
+            denoise = inpaint(begun, drawn)(denoise) if drawn is not None else denoise
+
+        def show(x0: Tensor) -> Tensor:
+            return self._shown(x0) if start is None else start.kept(self._shown(x0))
+
+        images, trajectory = self._sample(denoise, x, lambdas, sampler, generators(n, seed), show, watch)
+        about: dict[str, Any] = {"prompt": prompts if len(prompts) > 1 else next(iter(prompts))}
+        about |= {"negative": list(negative), "seed": seed, "n": n, "steps": steps, "steps_taken": len(lambdas)}
+        about |= {"sampler": sampler, "spacing": spacing, "scale": scale}
         about |= {"cfg_scale": cfg_scale} if self.denoiser.conditioner is not None else {}
-        about |= {"unknown_words": self.unknown_words([*prompts, *negative])}
-        return Drawn(images, self.score(images, prompts), about, trajectory, self._shown)
+        about |= steering.about if scale else {}
+        about |= {"strength": start.strength} if start is not None else {}
+        about |= {"model": self.name, "weights": self.fingerprints, "clipkit": __version__}
+        texts = [*prompts, *negative]
+        about |= {"unknown_words": self.unknown_words(texts), "cut_after": self.cut_after(texts, scale)}
+        return Drawn(images, self.score(images, prompts), about, trajectory, show)
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of the weights of all parts."""
+        guide = self.guide.model if self.guide is not None else None
+        parts = {
+            "denoiser": self.denoiser,
+            "noisy_clip": guide,
+            "clip": self.clip.model,
+            "autoencoder": self.autoencoder,
+        }
+        return {name: fingerprint(part) for name, part in parts.items() if part is not None}
 
     def unknown_words(self, texts: Sequence[str]) -> list[str]:
-        """Words of prompts that no caption had from which the denoiser, or else its guide, learned what words mean."""
-        reader = self.denoiser.conditioner if isinstance(self.denoiser.conditioner, TextCondition) else self.guide
-        if reader is None or not reader.words:
-            return []
-        known = _EMPTY_WORDS.union(reader.words)
-        return [word for word in dict.fromkeys(split(" ".join(texts))) if word not in known]
+        """Words of prompts that no caption had from which the denoiser, or else its guide, learned what words mean.
+
+        None for a denoiser of classes, which refuses what is not a class.
+        """
+        reader = self.denoiser.conditioner or self.guide
+        return unknown(texts, reader.words) if isinstance(reader, TextCondition | Guide) else []
+
+    def cut_after(self, texts: Sequence[str], scale: float | None = None) -> dict[str, str]:
+        """Of each text that is longer than what is read of it at this noise-aware scale, the last word that is read."""
+        guide = self.guide if (self.scales[0] if scale is None else scale) else None
+        readers = [r for r in (self.denoiser.conditioner, guide) if isinstance(r, TextCondition | Guide)]
+        found = {}
+        for text in texts if readers else ():
+            read = min((reader.tokenizer.fitting(text).split() for reader in readers), key=len)
+            if read != text.split():
+                found[text] = read[-1] if read else ""
+        return found
 
     def told(self, prompts: Mapping[str, float], negative: Sequence[str], cfg_scale: float) -> Denoise:
-        """The denoiser under classifier-free guidance, away from `negative`, or from what it draws untold."""
+        """The denoiser by classifier-free guidance, above scale 1 away from `negative`, or from what it draws untold.
+
+        At scale 0 it is the untold denoiser itself, and up to 1 a mixture of told and untold: there a negative prompt
+        would be drawn rather than avoided.
+        """
         if self.denoiser.conditioner is None:
             if cfg_scale != 1:
                 raise UsageError("this denoiser was trained without descriptions; leave --cfg-scale away")
             return self.denoiser
+        if cfg_scale == 0:
+            return self.denoiser.given("")
         wanted = mixed({self.denoiser.given(text): weight for text, weight in prompts.items()})
-        away = mixed({self.denoiser.given(text): 1.0 for text in negative or [""]})
+        avoided = negative if cfg_scale > 1 else ()
+        away = mixed({self.denoiser.given(text): 1.0 for text in avoided or [""]})
         return contrast(away, cfg_scale)(wanted)
 
     @torch.no_grad()
@@ -227,7 +232,7 @@ class Studio:
         if self.guide is None:
             raise UsageError("there is no noisy_clip run beside this denoiser to guide it; leave --scale away")
         log_prob = self.guide.model.log_prob(self.wishes(prompts, negative, steering))
-        strength = between(*steering.interval, scale)
+        strength = scale if steering.interval is None else between(*steering.interval, scale)
         if steering.shift == "mean":
             return mean_shift(log_prob, strength, lambdas)(denoise)
         return score_shift(log_prob, strength)(denoise)
@@ -238,8 +243,8 @@ class Studio:
         guide, found = self.guide, []
         for text, weight in prompts.items():
             wanted, others = guide.embed([text]), guide.embed([*alternatives(text, guide.bank), *negative])
-            found.append(Wish(wanted, others if steering.objective == "softmax" else None, weight))
-            if negative and steering.objective == "softmax":
+            found.append(Wish(wanted, None if steering.objective == "dot" else others, weight))
+            if negative and steering.objective != "dot":
                 welcome = torch.cat([wanted, others[: -len(negative)]])
                 found.append(Wish(welcome, guide.embed(negative), weight))
         if negative and steering.objective == "dot":
@@ -251,32 +256,32 @@ class Studio:
             found.append(Wish(likeness))
         return found
 
-    def _lambdas(self, steps: int, spacing: str) -> Tensor:
+    def _lambdas(self, steps: int, spacing: str, strength: float) -> Tensor:
+        """The levels of the steps, noisiest first, each once: a schedule's that are clamped to a range may be equal."""
         low, high = self.denoiser.range()
-        if spacing == "karras":
-            return karras(low, high, steps)
+        table = log_snr(self.denoiser.diffusion.schedule).clamp(low, high)
+        if strength < 1:
+            table, steps = until(table, strength), max(1, math.ceil(round(steps * strength, 6)))
         if spacing not in SPACINGS:
             raise UsageError(f"unknown spacing {spacing!r}; {did_you_mean(spacing, SPACINGS)}")
-        return spaced(log_snr(self.denoiser.diffusion.schedule).clamp(low, high), steps, cast(Spacing, spacing))
+        if spacing == "karras":
+            found = karras(float(table[-1]), high, steps)
+        else:
+            found = spaced(table, steps, cast(Spacing, spacing))
+        return found[found.diff(prepend=found[:1] - 1) > 0]
 
     @torch.no_grad()
     def _sample(
         self,
         denoise: Denoise,
-        n: int,
+        x: Tensor,
         lambdas: Tensor,
         sampler: str,
-        seed: int,
-        start: Start | None,
+        noise: Sequence[torch.Generator],
+        show: Callable[[Tensor], Tensor],
         watch: Callable[[Tensor], None] | None,
     ) -> tuple[Tensor, list[Tensor]]:
-        generator = torch.Generator().manual_seed(seed)
-        size = self.denoiser.image_size
-        device = next(self.denoiser.parameters()).device
-        x = torch.randn(n, self.denoiser.channels, size, size, generator=generator).to(device)
-        if start is not None and start.strength < 1:
-            lambdas = lambdas[min(len(lambdas) - 1, round((1 - start.strength) * len(lambdas))) :]
-            x = add_noise(start.image.to(device).expand_as(x), x, lambdas[:1].to(x))
+        """The pictures, and each step's x0."""
         trajectory: list[Tensor] = []
         bar = iter(progress(range(len(lambdas)), len(lambdas), "drawing"))
 
@@ -284,15 +289,23 @@ class Studio:
             trajectory.append(x0.cpu())
             next(bar, None)
             if watch is not None:
-                watch(self._shown(x0))
+                watch(show(x0))
 
-        images = self._shown(SAMPLERS[sampler](denoise, x, lambdas, generator, note))
+        images = show(SAMPLERS[sampler](denoise, x, lambdas, noise, note))
         next(bar, None)
+        if not images.isfinite().all():
+            raise UsageError("the pictures came out as NaN; lower the guidance scales")
         return images, trajectory
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
 
     def _seen(self, pictures: Tensor) -> Tensor:
         """Pictures [N, 3, S, S] in [-1, 1] -> what the denoiser sees of them."""
-        pictures = pictures.to(next(self.denoiser.parameters()).device)
+        if pictures.shape[1:] != (3, self.image_size, self.image_size):
+            raise UsageError(f"a picture is {list(pictures.shape)}; it must be [N, 3, S, S] with S = {self.image_size}")
+        pictures = pictures.to(self._device)
         return pictures if self.autoencoder is None else self.autoencoder.encode(pictures)
 
     @torch.no_grad()
@@ -341,8 +354,5 @@ def alternatives(prompt: str, captions: Sequence[str]) -> list[str]:
     return [c for c in captions if not wanted <= _words(c)]
 
 
-_EMPTY_WORDS = frozenset(["a", "an", "the", "one", "of", "in", "on", "with", "photo", "picture", "image", "drawing"])
-
-
 def _words(text: str) -> set[str]:
-    return set(split(text)) - _EMPTY_WORDS
+    return set(split(text)) - EMPTY

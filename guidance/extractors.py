@@ -5,11 +5,12 @@ A number means something only together with its extractor, so each has a name an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -135,27 +136,59 @@ def _pool_by(block: Any, pool: Callable[[Tensor], Tensor]) -> None:
     block._forward = lambda x: [*plain(x)[:-1], block.branch_pool(pool(x))]
 
 
+class Extracted(NamedTuple):
+    """Names and features [N, D] of pictures, and how many were skipped, by reason."""
+
+    names: list[str]
+    features: Tensor
+    skipped: Mapping[str, int]
+
+
+class Skipped:
+    """Counts pictures that cannot be read, by reason, and says so in one line."""
+
+    def __init__(self, source: str) -> None:
+        self.source, self.reasons = source, Counter[str]()
+        self.first: dict[str, str] = {}
+
+    def add(self, name: str, error: SampleError) -> None:
+        """Count one."""
+        self.reasons[error.reason] += 1
+        self.first.setdefault(error.reason, name)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{n} {reason} ({self.first[reason]})" for reason, n in self.reasons.most_common())
+
+    def say(self, total: int) -> None:
+        """One line on stderr, if there were some among `total` pictures."""
+        if self.reasons:
+            say(f"{self.source}: {self.reasons.total()} of {total} pictures skipped: {self}")
+
+
 def extract(
-    extractor: Extractor, pictures: Iterable[tuple[str, bytes]], batch_size: int = 64
-) -> tuple[list[str], Tensor]:
-    """Names and features [N, D] of encoded pictures; unreadable ones are skipped and said.
+    extractor: Extractor, pictures: Iterable[tuple[str, bytes]], batch_size: int = 64, source: str = "pictures"
+) -> Extracted:
+    """Features of encoded pictures; unreadable ones are skipped, counted and said. `source` names them in messages.
 
     Raises DataError when no picture is left.
     """
     names: list[str] = []
     batch: list[Tensor] = []
     found: list[Tensor] = []
+    skipped = Skipped(source)
     for name, data in progress(pictures, None, "pictures"):
         try:
             batch.append(extractor.preprocess(decode(data)))
             names.append(name)
         except SampleError as error:
-            say(f"{name} skipped: {error.reason}")
+            skipped.add(name, error)
         if len(batch) == batch_size:
             found.append(extractor.features(torch.stack(batch)))
             batch = []
     if batch:
         found.append(extractor.features(torch.stack(batch)))
     if not found:
-        raise DataError("there are no pictures to measure, or none that can be read")
-    return names, torch.cat(found)
+        why = f"none of its pictures can be read: {skipped}" if skipped.reasons else "it has no pictures"
+        raise DataError(f"nothing to measure in {source}: {why}")
+    skipped.say(len(names) + skipped.reasons.total())
+    return Extracted(names, torch.cat(found), skipped.reasons)

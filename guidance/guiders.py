@@ -9,6 +9,7 @@ Nichol 2021, arXiv 2105.05233, section 4.2, algorithm 2). With exact p(c | x_t) 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -29,12 +30,25 @@ Scale = float | Callable[[float], float]
 
 
 def _at(scale: Scale, lam: Tensor) -> float:
-    """The scale at this lambda, a scalar or the same for all images."""
-    return scale(float(lam.reshape(-1)[0])) if callable(scale) else scale
+    """The scale at this lambda, a scalar or the same for all images. Raises UsageError for one that is not finite."""
+    found = scale(float(lam.reshape(-1)[0])) if callable(scale) else scale
+    if not math.isfinite(found):
+        raise UsageError(f"a guidance scale is {found}; it must be a finite number")
+    return found
 
 
-def between(low: float, high: float, scale: float, outside: float = 0.0) -> Scale:
-    """`scale` for lambdas in [low, high], `outside` beyond (Kynkaanniemi et al. 2024, arXiv 2404.07724)."""
+def _shift_at(scale: Scale, lam: Tensor) -> float:
+    """The scale of a gradient: 0 at lambda = -infinity, where x_t is all noise and tells nothing of the image."""
+    return 0.0 if float(lam.reshape(-1)[0]) == -math.inf else _at(scale, lam)
+
+
+def between(low: float, high: float, scale: float, outside: float = 0.0) -> Callable[[float], float]:
+    """`scale` for lambdas in [low, high], `outside` beyond (Kynkaanniemi et al. 2024, arXiv 2404.07724).
+
+    Raises UsageError for an interval that is empty.
+    """
+    if not low <= high:
+        raise UsageError(f"the interval from {low:g} to {high:g} is empty; give the noisier log SNR first")
     return lambda lam: scale if low <= lam <= high else outside
 
 
@@ -67,7 +81,7 @@ def _shift(log_prob: LogProb, scale: Scale, level: Callable[[Tensor], Tensor]) -
             return denoise
 
         def guided(x: Tensor, lam: Tensor) -> Prediction:
-            strength = _at(scale, lam)
+            strength = _shift_at(scale, lam)
             lam = lam.to(x).expand(len(x))
             if strength == 0:
                 return denoise(x, lam)
@@ -95,8 +109,10 @@ def through_x0(log_prob: Callable[[Tensor], Tensor], scale: Scale, cutouts: int 
         generator = torch.Generator().manual_seed(seed)
 
         def guided(x: Tensor, lam: Tensor) -> Prediction:
-            strength = _at(scale, lam)
+            strength = _shift_at(scale, lam)
             lam = lam.to(x).expand(len(x))
+            if strength == 0:
+                return denoise(x, lam)
             with torch.enable_grad():
                 seen = x.detach().requires_grad_()
                 plain = denoise(seen, lam)
@@ -158,11 +174,12 @@ def contrast(other: Denoise, scale: Scale, rescale: float = 0.0, renoise: bool =
 def mixed(denoisers: Mapping[Denoise, float]) -> Denoise:
     """The mean of what several denoisers say, by their weights (Liu et al. 2022, arXiv 2206.01714, equation 11).
 
-    Where they have learned a variance, it is the first one's.
+    Where they have learned a variance, it is the first one's. Raises UsageError for weights whose sum is not above 0:
+    what should be drawn and what avoided would change places.
     """
     total = sum(denoisers.values())
-    if total == 0:
-        raise UsageError("the weights of the prompts add up to 0; give them others")
+    if not 0 < total < math.inf:
+        raise UsageError(f"the weights of the prompts add up to {total:g}; their sum must be above 0 and finite")
 
     def said(x: Tensor, lam: Tensor) -> Prediction:
         all_said = [(denoise(x, lam), weight / total) for denoise, weight in denoisers.items()]

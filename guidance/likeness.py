@@ -8,27 +8,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipkit.errors import UsageError
+from clipkit.errors import DataError, UsageError
 
 
-def _pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _pair(x: Tensor, y: Tensor, data_range: float) -> tuple[Tensor, Tensor]:
+    """Both in float64. Raises UsageError for pictures of unequal sizes or beyond the range, DataError for NaN in them.
+
+    A range R is [0, R] or [-R / 2, R / 2]; rounding may step a ten-thousandth beyond.
+    """
     if x.shape != y.shape or x.ndim != 4:
         raise UsageError(f"pictures are {list(x.shape)} and {list(y.shape)}; both must be [B, C, H, W] of one size")
-    return x.double(), y.double()
+    if not 0 < data_range < torch.inf:
+        raise UsageError(f"data_range is {data_range}; it must be the width of the pictures' range, above 0")
+    x, y = x.double(), y.double()
+    values = torch.cat([x.flatten(), y.flatten(), torch.zeros(1).to(x)])  # both ranges hold 0
+    if not values.isfinite().all():
+        raise DataError("pictures hold NaN or infinities; they cannot be compared")
+    (low, high), rounding = (float(end) for end in values.aminmax()), 1e-4 * data_range
+    if max(-low, high) > data_range / 2 + rounding and not (-rounding <= low and high <= data_range + rounding):
+        raise UsageError(
+            f"pictures go from {low:g} to {high:g}, which is neither in [0, {data_range:g}] nor in "
+            f"[{-data_range / 2:g}, {data_range / 2:g}]; give data_range the width of their range"
+        )
+    return x, y
 
 
 def psnr(x: Tensor, y: Tensor, data_range: float = 2.0) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each pair: [B, C, H, W] twice, on a scale of `data_range` -> [B]."""
-    x, y = _pair(x, y)
+    """Peak signal-to-noise ratio in dB of each pair: [B, C, H, W] twice, on a scale of `data_range` -> [B].
+
+    `data_range` is the width of the range that the pictures lie in: 2 for [-1, 1], 1 for [0, 1], 255 for bytes.
+    Infinite for equal pictures. Raises UsageError for pictures beyond that range, DataError for NaN.
+    """
+    x, y = _pair(x, y, data_range)
     return 10 * (data_range**2 / (x - y).square().flatten(1).mean(dim=1)).log10()
+
+
+def mean_psnr(decibels: Tensor) -> tuple[float, int]:
+    """Mean PSNR [B] of the pairs that differ, and how many are equal: with one of those the mean would be infinite.
+
+    Infinite when all are equal.
+    """
+    differing = decibels[decibels.isfinite()].double()
+    return float(differing.mean()) if len(differing) else torch.inf, len(decibels) - len(differing)
 
 
 def ssim(x: Tensor, y: Tensor, data_range: float = 2.0) -> Tensor:
     """Structural similarity of each pair, [B] (Wang et al. 2004, equation 13): Gaussian window of deviation 1.5.
 
-    The window is 11 pixels wide and lies within the picture. Raises UsageError for pictures smaller than that.
+    The window is 11 pixels wide and lies within the picture. Raises UsageError for pictures smaller than that or
+    beyond `data_range` (see `psnr`), DataError for NaN.
     """
-    x, y = _pair(x, y)
+    x, y = _pair(x, y, data_range)
     if min(x.shape[-2:]) < 11:
         raise UsageError(f"SSIM looks through a window of 11 pixels; these pictures have {list(x.shape[-2:])}")
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
@@ -82,12 +112,26 @@ def gram(features: Tensor) -> Tensor:
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """From a to b [B, ...] along the great circle, t [B] in [0, 1] (Shoemake 1985)."""
-    shape = (-1, *[1] * (a.ndim - 1))
-    cosine = F.cosine_similarity(a.flatten(1), b.flatten(1))
-    angle = cosine.clamp(-1 + 1e-12, 1 - 1e-12).acos()
-    near, far = ((1 - t) * angle).sin() / angle.sin(), (t * angle).sin() / angle.sin()
-    return near.view(shape) * a + far.view(shape) * b
+    """From a to b [B, ...] along the great circle, t [B] in [0, 1] (Shoemake 1985).
+
+    Between ends of one direction that is the straight line. Opposite ends have many great circles: the one is taken
+    that goes through the axis on which a is least.
+    """
+    flat_a, flat_b, t = a.flatten(1), b.flatten(1), t[:, None]
+    one, other = F.normalize(flat_a, dim=1), F.normalize(flat_b, dim=1)
+    apart, sum_ = (one - other).norm(dim=1, keepdim=True), (one + other).norm(dim=1, keepdim=True)
+    angle = 2 * torch.atan2(apart, sum_)  # exact for small ones too (Kahan 2006, section 12)
+    # sin(x angle) / sin(angle) = x sinc(x angle) / sinc(angle): no 0 / 0 where the angle is 0.
+    near, far = (x * torch.sinc(x * angle / torch.pi) / torch.sinc(angle / torch.pi) for x in (1 - t, t))
+    line = near * flat_a + far * flat_b
+    opposite = sum_ < 8 * torch.finfo(sum_.dtype).eps
+    if not bool(opposite.any()):
+        return line.view_as(a)
+    least = F.one_hot(one.abs().argmin(dim=1), one.shape[1]).to(one)
+    across = F.normalize(least - (least * one).sum(dim=1, keepdim=True) * one, dim=1)
+    length = torch.lerp(flat_a.norm(dim=1, keepdim=True), flat_b.norm(dim=1, keepdim=True), t)
+    turn = length * ((torch.pi * t).cos() * one + (torch.pi * t).sin() * across)
+    return torch.where(opposite, turn, line).view_as(a)
 
 
 def perceptual_path_length(
@@ -101,7 +145,7 @@ def perceptual_path_length(
 
     d(G(slerp(a, b, t)), G(slerp(a, b, t + epsilon))) / epsilon^2, t uniform (Karras et al. 2019, arXiv 1812.04948,
     equation 2); the mean without the lowest and highest hundredth, as there. Float64 latents are advised: the two
-    pictures hardly differ. Raises UsageError for fewer than two latents.
+    pictures hardly differ. Raises UsageError for fewer than two latents, DataError for distances that are not finite.
     """
     if len(latents) < 2:
         raise UsageError(f"a path needs two latents; found {len(latents)}")
@@ -109,5 +153,7 @@ def perceptual_path_length(
     a, b = latents[:half], latents[half : 2 * half]
     t = torch.rand(half, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(latents)
     lengths = distance(generate(slerp(a, b, t)), generate(slerp(a, b, t + epsilon))) / epsilon**2
+    if bad := int((~lengths.isfinite()).sum()):
+        raise DataError(f"{bad} of {half} paths have no finite length; check the latents and the generator")
     low, high = lengths.double().quantile(torch.tensor([0.01, 0.99], dtype=torch.float64, device=lengths.device))
     return float(lengths[(lengths >= low) & (lengths <= high)].double().mean())

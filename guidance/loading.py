@@ -13,7 +13,7 @@ from torch import Tensor
 from clipkit.checkpoint import Checkpoint
 from clipkit.config import from_dict
 from clipkit.errors import CheckpointError
-from clipkit.guidance.autoencoder import Autoencoder, AutoencoderConfig, from_diffusers
+from clipkit.guidance.autoencoder import Autoencoder, AutoencoderConfig, from_diffusers, is_diffusers
 from clipkit.guidance.classifier import NoisyClassifier
 from clipkit.guidance.condition import ClassCondition, ConditionConfig, Conditioner, TextCondition
 from clipkit.guidance.denoiser import Denoiser, DiffusionConfig, NetworkConfig
@@ -42,7 +42,11 @@ class Guide:
 
 def load_denoiser(path: str | Path) -> Denoiser:
     """Averaged weights of a denoiser run, in evaluation mode on the CPU. Raises CheckpointError."""
-    found = find(path, "denoiser")
+    return denoiser_of(find(path, "denoiser"))
+
+
+def denoiser_of(found: Checkpoint) -> Denoiser:
+    """The same out of a checkpoint."""
     recipe = found.state["recipe"]
     unet, dit = recipe.get("unet"), recipe.get("dit")
     network: NetworkConfig = from_dict(UNetConfig, unet) if unet else from_dict(DiTConfig, dit)
@@ -77,7 +81,7 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
     `path` is that folder, or one that holds it as `autoencoder`. Raises CheckpointError.
     """
     for folder in (folder_of(path), folder_of(path) / "autoencoder"):
-        if (folder / "diffusion_pytorch_model.safetensors").is_file():
+        if is_diffusers(folder):
             return from_diffusers(folder)
     found = find(path, "autoencoder")
     model = Autoencoder(from_dict(AutoencoderConfig, found.state["recipe"]["autoencoder"]))
@@ -92,7 +96,11 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
 
 def load_guide(path: str | Path) -> Guide:
     """Averaged weights of a noisy_clip run, in evaluation mode on the CPU. Raises CheckpointError."""
-    found = find(path, "noisy_clip")
+    return guide_of(find(path, "noisy_clip"))
+
+
+def guide_of(found: Checkpoint) -> Guide:
+    """The same out of a checkpoint."""
     clip, tokenizer = _towers(found)
     model = NoisyCLIP(clip, int(found.state["recipe"]["model"]["width"]))
     load_weights(model, found)
@@ -112,8 +120,3 @@ def load_classifier(path: str | Path) -> tuple[NoisyClassifier, list[list[str]]]
     model = NoisyClassifier(tower, len(classes))
     load_weights(model, found)
     return model.eval().requires_grad_(False), classes
-
-
-def has_guide(path: str | Path) -> bool:
-    """Is there a noisy_clip run in the folder `path`, whole or not?"""
-    return (folder_of(path) / "noisy_clip" / "checkpoints").is_dir()

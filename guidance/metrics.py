@@ -99,6 +99,8 @@ def kernel_distance(a: Tensor, b: Tensor, subsets: int = 100, size: int = 1000, 
     a, b = _checked(a), _checked(b)
     _same_width(a, b)
     size = min(size, len(a), len(b))
+    if subsets < 1:
+        raise UsageError(f"subsets is {subsets}; it must be at least 1")
     if size < 2:
         raise UsageError(f"a kernel distance needs at least 2 pictures on each side; found {len(a)} and {len(b)}")
     generator = torch.Generator().manual_seed(seed)
@@ -140,6 +142,8 @@ def precision_recall(reference: Tensor, samples: Tensor, k: int = 3) -> tuple[fl
     """
     reference, samples = _checked(reference), _checked(samples)
     _same_width(reference, samples)
+    if k < 1:
+        raise UsageError(f"k is {k}; it must be at least 1")
     if min(len(reference), len(samples)) <= k:
         raise UsageError(f"{k} neighbours need more pictures than {len(reference)} and {len(samples)}")
     return _inside(samples, reference, k), _inside(reference, samples, k)
@@ -160,6 +164,8 @@ def inception_score(logits: Tensor, splits: int = 10, seed: int = 0) -> tuple[fl
     logits: [N, classes], in random order cut into `splits` parts. Raises UsageError for fewer pictures than parts.
     """
     logits = _checked(logits)
+    if splits < 1:
+        raise UsageError(f"splits is {splits}; it must be at least 1")
     if len(logits) < splits:
         raise UsageError(f"{splits} splits need as many pictures; found {len(logits)}")
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
@@ -176,6 +182,8 @@ def clip_score(images: Tensor, texts: Tensor) -> float:
     """Mean of 100 max(cosine, 0) over pairs of unit vectors [N, D] (Hessel et al. 2021, arXiv 2104.08718)."""
     images, texts = _checked(images), _checked(texts)
     _same_width(images, texts)
+    if len(images) != len(texts):
+        raise UsageError(f"a CLIP score needs a text for each image; found {len(images)} images, {len(texts)} texts")
     return float(100 * (images * texts).sum(dim=1).clamp(min=0).mean())
 
 
@@ -183,10 +191,12 @@ def compare(reference: Tensor, samples: Tensor, train: Tensor | None = None, see
     """The distances of samples [M, D] to reference pictures [N, D], each with what it would be for a perfect generator.
 
     That "floor" is the distance of the pictures `train` to the reference, or of one half of the reference to the other.
-    Raises UsageError for fewer than four pictures on a side.
+    Raises UsageError for fewer than four pictures on a side, or fewer than two of `train`.
     """
     if min(len(reference), len(samples)) < 4:
         raise UsageError(f"distances need at least 4 pictures on each side; found {len(reference)} and {len(samples)}")
+    if train is not None and len(train) < 2:
+        raise UsageError(f"the floor needs at least 2 pictures that the model was trained on; found {len(train)}")
     order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))
     halves = reference[order[: len(order) // 2]], reference[order[len(order) // 2 :]]
     at_best = (reference, train) if train is not None else halves

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipkit.config import require
+from clipkit.errors import RecipeError
 from clipkit.guidance.guiders import LogProb, softmax_log_prob
 from clipkit.guidance.layers import noise_embedding
 from clipkit.guidance.schedule import expand
@@ -43,6 +45,26 @@ class NoisyCLIPConfig:
     """What that tower is: a timm name."""
     image_kwargs: dict[str, Any] = field(default_factory=dict)
     """Its arguments."""
+
+    def __post_init__(self) -> None:
+        check_start(self.clip, self)
+        if self.bank < 2:
+            raise RecipeError(f"model.bank is {self.bank}; a prompt needs alternatives: at least 2 captions")
+        if self.autoencoder and self.image_size:
+            raise RecipeError("model.image_size has no effect on latents; omit it, or model.autoencoder")
+        if not self.autoencoder and (self.image_kwargs or self.image_tower != "clipkit_resnet"):
+            raise RecipeError("model.image_tower and image_kwargs make a tower for latents; give model.autoencoder too")
+        if "in_chans" in self.image_kwargs:
+            raise RecipeError("model.image_kwargs has in_chans, which are the autoencoder's latent channels; omit it")
+
+
+def check_start(clip: str, config: object) -> None:
+    """What the section [model] of a noise-aware CLIP and of a classifier have in common. Raises RecipeError."""
+    if not clip:
+        raise RecipeError("model.clip is empty; it names the CLIP to start from")
+    require("even and at least 2", "model", config, "width")  # sines and cosines of the noise level
+    require("in [0, 1)", "model", config, "clean_fraction")
+    require("at least 0", "model", config, "image_size")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """Samplers: pure functions that walk from noise to an image along a list of lambdas, noisiest first.
 
-Each takes any `Denoise`, so that every guider composes with every sampler. `lambdas` are float64 on the CPU; the step
-after the last one goes to the clean image. `watch`, if given, is called with each step's x0.
+Each takes any `Denoise`, so that every guider composes with every sampler. `lambdas` are float64 on the CPU, and the
+first may be -infinity (zero terminal SNR); the step after the last one goes to the clean image. Levels that repeat are
+one: a step of no length is none. `watch`, if given, is called with each step's x0. `generator` is one for the batch, or
+one for each picture, whose noise is then the same in a batch of any size.
 
 Samplers of other names are these: Euler (Karras et al. 2022), and Euler for a rectified flow, follow the same straight
 line between x0 and eps as DDIM; Euler ancestral is DDIM with eta = 1, and so is DDPM with the posterior's variance.
@@ -10,16 +12,19 @@ line between x0 and eps as DDIM; Euler ancestral is DDIM with eta = 1, and so is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from itertools import groupby, pairwise
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from clipkit.guidance.denoiser import Denoise, Prediction
 
 Watch = Callable[[Tensor], None]
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""Of a batch's noise, or of each picture's."""
 
 
 class _Level(NamedTuple):
@@ -31,7 +36,11 @@ class _Level(NamedTuple):
 
 
 def _level(lam: float) -> _Level:
-    return _Level(lam, math.sqrt(1 / (1 + math.exp(-lam))), math.sqrt(1 / (1 + math.exp(lam))))
+    return _Level(lam, math.sqrt(_sigmoid(lam)), math.sqrt(_sigmoid(-lam)))
+
+
+def _sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value)) if value > -700 else 0.0  # beyond it exp overflows
 
 
 _Step = Callable[[Tensor, Prediction, _Level, _Level], Tensor]
@@ -43,7 +52,7 @@ def _walk(denoise: Denoise, x: Tensor, lambdas: Tensor, watch: Watch | None, ste
 
     Every first-order rule agrees on that last jump: nothing is left of x when the noise is gone.
     """
-    levels = [_level(lam) for lam in lambdas.tolist()]
+    levels = [_level(lam) for lam, _ in groupby(lambdas.tolist())]
 
     def look(x: Tensor, level: _Level) -> Prediction:
         prediction = denoise(x, torch.tensor(level.lam))
@@ -56,10 +65,28 @@ def _walk(denoise: Denoise, x: Tensor, lambdas: Tensor, watch: Watch | None, ste
     return look(x, levels[-1]).x0
 
 
-def _noise(x: Tensor, generator: torch.Generator | None) -> Tensor:
+def _noise(x: Tensor, generator: Generators) -> Tensor:
     """Standard normal like x, drawn on the generator's device, so that a seed means the same noise everywhere."""
+    if isinstance(generator, Sequence):
+        return torch.stack([_noise(picture, own) for picture, own in zip(x, generator, strict=True)])
     device = generator.device if generator is not None else x.device
     return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+
+
+def first_noise(shape: Sequence[int], seed: int) -> Tensor:
+    """Standard normal [N, ...], float32 on the CPU; that of picture i is a function of (seed, i), whatever N is.
+
+    torch fills sixteen numbers at a time, and the last sixteen of a tensor of another size otherwise: that is cut off.
+    """
+    count = math.prod(shape)
+    drawn = torch.randn(-(-count // 16) * 16, generator=torch.Generator().manual_seed(seed))
+    return drawn[:count].reshape(*shape)
+
+
+def generators(n: int, seed: int) -> list[torch.Generator]:
+    """A generator for each of `n` pictures, a function of (seed, i), for the noise of their steps."""
+    states = [np.random.SeedSequence([seed, i]).generate_state(1) for i in range(n)]
+    return [torch.Generator().manual_seed(int(state[0])) for state in states]
 
 
 _Noise = Callable[[Tensor], Tensor]
@@ -74,7 +101,7 @@ class Sampler(Protocol):
         denoise: Denoise,
         x: Tensor,
         lambdas: Tensor,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         watch: Watch | None = None,
     ) -> Tensor: ...
 
@@ -86,7 +113,7 @@ def _sampler(make_step: Callable[[Denoise, Tensor, _Noise], _Step]) -> Sampler:
         denoise: Denoise,
         x: Tensor,
         lambdas: Tensor,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         watch: Watch | None = None,
     ) -> Tensor:
         step = make_step(denoise, lambdas, lambda like: _noise(like, generator))
@@ -101,7 +128,7 @@ def ddim(
     denoise: Denoise,
     x: Tensor,
     lambdas: Tensor,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     watch: Watch | None = None,
     eta: float = 0.0,
 ) -> Tensor:
@@ -127,7 +154,7 @@ def ddpm(denoise: Denoise, lambdas: Tensor, noise: _Noise) -> _Step:
 
     def step(x: Tensor, prediction: Prediction, here: _Level, there: _Level) -> Tensor:
         # The share of x_t's noise that this step takes away: beta_t / s_t^2 in the notation of the paper.
-        share = 1 - (here.a / here.s * there.s / there.a) ** 2
+        share = max(0.0, 1 - (here.a / here.s * there.s / there.a) ** 2)
         mean = here.a / there.a * (there.s / here.s) ** 2 * x + there.a * share * prediction.x0
         if prediction.fraction is not None:
             deviation = math.sqrt(share) * here.s**prediction.fraction * there.s ** (1 - prediction.fraction)
@@ -199,6 +226,8 @@ def heun(denoise: Denoise, lambdas: Tensor, noise: _Noise) -> _Step:
     """
 
     def step(x: Tensor, prediction: Prediction, here: _Level, there: _Level) -> Tensor:
+        if here.a == 0:  # pure noise: x / a is infinite, and the way from it a straight line
+            return there.a * prediction.x0 + there.s * prediction.eps
         ratio, distance = there.a / here.a, there.a * (there.s / there.a - here.s / here.a)
         first = ratio * x + distance * prediction.eps
         eps = denoise(first, torch.tensor(there.lam)).eps
@@ -224,7 +253,8 @@ def unipc(denoise: Denoise, lambdas: Tensor, noise: _Noise) -> _Step:
             r = (last[-1].level.lam - here.lam) / 2 / h
             slope = (last[-1].x0 - prediction.x0) / r
             base = base - there.a * math.expm1(-h) * slope / 2
-        last.append(_Past(x, here, prediction.x0))
+        if here.a > 0:  # of an infinite step nothing is remembered: it has no slope
+            last.append(_Past(x, here, prediction.x0))
         del last[:-2]
         return base
 

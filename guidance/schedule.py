@@ -94,11 +94,21 @@ def sample_log_snr(name: str, count: int, low: float = 0.0, high: float = 1.0) -
     One random offset and `count` equal strata (Kingma et al. 2021, arXiv 2107.00630, appendix I.1) between the shares
     `low` and `high` of time, interpolated between the table's steps; in random order.
     """
-    table = log_snr(name)
     u = (torch.randperm(count) + torch.rand(())).double() / count
-    position = (low + (high - low) * u) * (len(table) - 1)
+    return at_time(log_snr(name), low + (high - low) * u).float()
+
+
+def at_time(table: Tensor, share: Tensor) -> Tensor:
+    """lambda at shares of time (0: the cleanest level of the table, 1: the noisiest), interpolated between levels."""
+    position = share * (len(table) - 1)
     below = position.long().clamp(max=len(table) - 2)
-    return torch.lerp(table[below], table[below + 1], position - below).float()
+    return torch.lerp(table[below], table[below + 1], position - below)
+
+
+def until(table: Tensor, share: float) -> Tensor:
+    """The part of a schedule's table up to this share of time, whose level is the last: the noisiest."""
+    last = at_time(table, torch.tensor([share], dtype=torch.float64))
+    return torch.cat([table[table > last], last])
 
 
 def later_log_snr(name: str, lam: Tensor) -> Tensor:

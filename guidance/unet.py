@@ -45,6 +45,17 @@ class UNetConfig:
     """Compute blocks again in the backward pass instead of keeping their activations."""
 
     def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "channels", "blocks", "head_channels"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"unet.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.attention_from < 0:
+            raise RecipeError(f"unet.attention_from is {self.attention_from}; it must be at least 0, the highest")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise RecipeError(
+                f"unet.multipliers are {list(self.multipliers)}; give one of at least 1 for each resolution"
+            )
+        if not 0 <= self.dropout < 1:
+            raise RecipeError(f"unet.dropout is {self.dropout}; it must be in [0, 1)")
         step = self.patch_size * 2 ** (len(self.multipliers) - 1)
         if self.image_size % step:
             raise RecipeError(
@@ -53,6 +64,17 @@ class UNetConfig:
             )
         if self.channels % 16:
             raise RecipeError(f"channels is {self.channels}; it must be a multiple of 16 (group normalisation)")
+        # The middle has attention as well.
+        for width in {self.channels * m for m in (*self.multipliers[self.attention_from :], self.multipliers[-1])}:
+            if width % (heads := _heads(width, self.head_channels)):
+                raise RecipeError(
+                    f"unet.head_channels is {self.head_channels}: a width of {width} makes {heads} heads, which do not "
+                    "divide it; choose one that divides the widths with attention"
+                )
+
+
+def _heads(width: int, head_channels: int) -> int:
+    return max(1, width // head_channels)
 
 
 class _ResidualBlock(nn.Module):
@@ -92,7 +114,7 @@ class _Attention(nn.Module):
 
     def __init__(self, channels: int, head_channels: int, words_width: int) -> None:
         super().__init__()
-        self.heads = max(1, channels // head_channels)
+        self.heads = _heads(channels, head_channels)
         self.norm = nn.GroupNorm(16, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.context = nn.Linear(words_width, 2 * channels) if words_width else None

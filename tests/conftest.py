@@ -5,19 +5,22 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import site
 import tempfile
 from pathlib import Path
 
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # heads and features of these tests are nobody else's
+os.environ.setdefault("PYTHONUSERBASE", site.getuserbase())
+os.environ["HOME"] = tempfile.mkdtemp()  # what these tests keep is nobody else's
+os.environ["XDG_CACHE_HOME"] = os.environ["HOME"] + "/.cache"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
 from hypothesis import settings
-from worlds import TINY
+from worlds import LATENT, TINY
 
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
 torch.set_num_threads(1)
 settings.register_profile("clipkit", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("clipkit")
@@ -31,6 +34,13 @@ def pytest_addoption(parser):
 def times(request):
     """times(push, nightly) -> how often a fault is injected: on every push, or under --nightly."""
     return lambda push, nightly: nightly if request.config.getoption("--nightly") else push
+
+
+@pytest.fixture
+def nightly(times):
+    """For a test that takes long and asks for little that others have not asked for: it is skipped on a push."""
+    if not times(0, 1):
+        pytest.skip("nightly: make faults")
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +67,25 @@ def chain(packs, tmp_path_factory) -> Path:
     denoiser.run("drawings_denoiser", [*data, f"run.out={runs / 'denoiser'}"])
     noisy_clip.run("drawings_noisy_clip", [*data, val, f"run.out={runs / 'noisy_clip'}", f"model.clip={runs / 'clip'}"])
     return runs
+
+
+@pytest.fixture(scope="session")
+def latent(chain, packs, tmp_path_factory) -> Path:
+    """A folder with `clip`, and `autoencoder`, `denoiser` and `noisy_clip` of its latents, of four steps each."""
+    from clipkit.train import autoencoder, denoiser, noisy_clip
+
+    root = tmp_path_factory.mktemp("latent")
+    data = [*TINY, f"data.shards={packs / 'train'}"]
+    val, ours = f"data.val={packs / 'heldout'}", f"{root / 'autoencoder'}"
+    judge = [f"reconstruction.features={chain / 'clip'}", "reconstruction.adversarial_from=2"]
+    autoencoder.run("emoji_autoencoder", [*data, val, *LATENT, *judge, f"run.out={ours}"])
+    shape = ["unet.image_size=12", "unet.patch_size=1", "unet.multipliers=[1,2]"]
+    denoiser.run("drawings_denoiser", [*data, *shape, f"latent.autoencoder={ours}", f"run.out={root / 'denoiser'}"])
+    tower = [f"model.autoencoder={ours}", "model.image_kwargs={channels=[8,16], depths=[1,1]}"]
+    words = [*data, val, *tower, f"model.clip={chain / 'clip'}", f"run.out={root / 'noisy_clip'}"]
+    noisy_clip.run("drawings_noisy_clip", words)
+    (root / "clip").symlink_to(chain / "clip")
+    return root
 
 
 @pytest.fixture

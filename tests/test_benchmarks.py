@@ -26,7 +26,7 @@ def test_loss_memory():
     assert all(row["seconds"] > 0 for row in rows)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 def test_train_step():
     (row,) = run("train_step.py", "--model", "vit_tiny", "--batch", "2", "--rounds", "1")
     assert row["clipkit_s"] > 0
@@ -34,7 +34,7 @@ def test_train_step():
     assert row["unkept_ratio"] == pytest.approx(row["unkept_s"] / row["open_clip_s"])
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 def test_paired_training(packs):
     words = ["--shards", str(packs / "train"), "--val", str(packs / "heldout"), "--batch", "16"]
     found = run("paired_training.py", *words, "--steps", "4", "--turn", "2")
@@ -67,14 +67,14 @@ def test_learning_curves(chain, tmp_path):
     assert "has no log.jsonl" in wrong.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 def test_loader():
     row = run("loader.py", "--samples", "256", "--rounds", "1")
     assert row["clipkit_samples_per_s"] > 0
     assert row["ratio"] == pytest.approx(row["clipkit_samples_per_s"] / row["open_clip_samples_per_s"])
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 def test_tokenizer():
     rows = run("tokenizer.py", "--captions", "1000", "--rounds", "1")
     assert [(row["captions"], row["memory"]) for row in rows] == [
@@ -83,7 +83,7 @@ def test_tokenizer():
     assert all(row["ids_equal"] for row in rows)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 def test_class_head():
     row = run("class_head.py", "--classes", "1")
     assert row["ratio"] > 0
@@ -111,7 +111,9 @@ def test_sampling(chain):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", ["drawings", "pack"])
-def test_guidance_study(chain, packs, tmp_path, world):
+def test_guidance_study(chain, packs, tmp_path, world, request):
+    if world == "pack":
+        request.getfixturevalue("nightly")
     pytest.importorskip("matplotlib")
     for name, folder in (("clip", "clip"), ("judge", "clip"), ("noisy_clip", "noisy_clip")):
         (tmp_path / name).symlink_to(chain / folder)
@@ -130,7 +132,7 @@ def test_guidance_study(chain, packs, tmp_path, world):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 def test_nouns(chain, tmp_path):
     words = [
         "--judge",

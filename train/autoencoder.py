@@ -1,13 +1,14 @@
 """Train an autoencoder, whose latents a denoiser can learn instead of pixels.
 
 torchrun --nproc_per_node 2 train/autoencoder.py emoji_autoencoder.toml
-clipkit autoencoder emoji_autoencoder.toml run.steps=200   # the same on one process
+clipkit autoencoder emoji_autoencoder.toml run.batch_size=8   # the same on one process
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,15 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipkit import DEFAULT_MODEL, distributed
-from clipkit.config import Recipe
+from clipkit.config import Recipe, require
 from clipkit.errors import RecipeError
-from clipkit.guidance.autoencoder import Autoencoder, AutoencoderConfig, Discriminator, frozen_scores
+from clipkit.guidance.autoencoder import SMALLEST, Autoencoder, AutoencoderConfig, Discriminator, frozen_scores
 from clipkit.guidance.extractors import activations
-from clipkit.guidance.likeness import lpips, psnr
+from clipkit.guidance.likeness import lpips, mean_psnr, psnr
 from clipkit.images import decode, preprocess
-from clipkit.pretrained import load
+from clipkit.pretrained import TRAINED_WITH, identity, load
 from clipkit.shards import Shards
-from clipkit.stream import Batch
+from clipkit.stream import Batch, validation_of
 from clipkit.train.launch import launch
 from clipkit.train.step import Features, Task
 
@@ -47,9 +48,12 @@ class ReconstructionConfig:
     """Step at which the discriminator comes in."""
 
     def __post_init__(self) -> None:
-        for name in ("perceptual", "regularisation", "adversarial", "adversarial_from"):
-            if getattr(self, name) < 0:
-                raise RecipeError(f"reconstruction.{name} is {getattr(self, name)}; it must be at least 0")
+        names = ("perceptual", "regularisation", "adversarial", "adversarial_from")
+        require("at least 0", "reconstruction", self, *names)
+        if self.perceptual and not self.features:
+            raise RecipeError(
+                "reconstruction.features names no CLIP for reconstruction.perceptual; give one, or 0 to it"
+            )
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,21 @@ class AutoencoderRecipe(Recipe):
     autoencoder: AutoencoderConfig
     reconstruction: ReconstructionConfig
 
+    def __post_init__(self) -> None:
+        judged = self.reconstruction
+        if not judged.adversarial:
+            return
+        if judged.adversarial_from >= self.run.steps:
+            raise RecipeError(
+                f"reconstruction.adversarial_from is {judged.adversarial_from}, and run.steps {self.run.steps}: the "
+                "discriminator would never come in; give an earlier step, or reconstruction.adversarial=0"
+            )
+        if self.autoencoder.image_size < SMALLEST:
+            raise RecipeError(
+                f"pictures of {self.autoencoder.image_size} pixels are too small for the discriminator, which needs "
+                f"{SMALLEST}; give reconstruction.adversarial=0"
+            )
+
 
 class Adversaries(nn.Module):
     """The autoencoder, its discriminator, and how many steps they have had: what a checkpoint holds."""
@@ -67,7 +86,7 @@ class Adversaries(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        self.autoencoder, self.discriminator = Autoencoder(config), Discriminator()
+        self.autoencoder, self.discriminator = Autoencoder(config), Discriminator(image_size=config.image_size)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
 
@@ -88,6 +107,7 @@ class Reconstruction(Task):
         clip = load(self.weights.features, "cpu").model if self.weights.perceptual else None
         self.seen_size = clip.config.image_size if clip is not None else 0
         self.tower = clip.image.requires_grad_(False).eval() if clip is not None else None
+        self.trained_with = {"reconstruction.features": identity(clip.image)} if clip is not None else {}
         self._variance = torch.ones(())
         self._logged: dict[str, Tensor] = {}
 
@@ -154,6 +174,10 @@ class Reconstruction(Task):
         values = {"distance": distance.mean(), "discriminator": judged.detach().mean(), **self._logged}
         return (total.sum() + judged.sum()) * share, values
 
+    def texts(self) -> Mapping[str, str]:
+        """What the training used."""
+        return {TRAINED_WITH: json.dumps(self.trained_with)}
+
     @torch.no_grad()
     def after_step(self) -> None:
         """Measure the latents' spread, move the codebook, count the step."""
@@ -167,17 +191,19 @@ class Reconstruction(Task):
         self.model.steps += 1
 
     def evaluate(self, device: torch.device) -> dict[str, float]:
-        """PSNR in dB of pictures that came back, on the first of the validation set."""
-        if not self.recipe.data.val:
+        """PSNR in dB of pictures that came back, on the first of the validation set; exact ones are counted."""
+        shards, model = validation_of(self.recipe.data), self.model.autoencoder
+        if shards is None:
             return {}
-        shards, model = Shards(self.recipe.data.val, verify=False), self.model.autoencoder
         found = []
         with torch.no_grad():
             for i in range(min(_EVALUATED, len(shards))):
                 pixels = preprocess(decode(shards.read(i).image), self.image_size)[None].to(device)
                 x = pixels.float() / 127.5 - 1
                 found.append(psnr(model.decode(model.encode(x)).clamp(-1, 1), x))
-        return {"psnr": float(torch.cat(found).mean()), "latent_spread": float(model.spread)}
+        decibels, exact = mean_psnr(torch.cat(found))
+        scores = {"latent_spread": float(model.spread), **({"exact": exact} if exact else {})}
+        return scores if exact == len(found) else {"psnr": decibels, **scores}
 
 
 run = partial(launch, AutoencoderRecipe, Reconstruction)

@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clipkit import checkpoint, pretrained
+from clipkit import checkpoint, inputs, pretrained
 from clipkit.checkpoint import Checkpoint
 from clipkit.config import from_dict
 from clipkit.errors import CheckpointError, UsageError
 from clipkit.model import CLIP
+from clipkit.records import written_whole
 from clipkit.shards import Shards
 from clipkit.stream import Stream
 from clipkit.train.pretrain import PretrainRecipe
@@ -33,12 +34,11 @@ def average(runs: Sequence[str | Path], out: Path, shares: Sequence[float] = ())
     BatchNorms are not averaged: those of the averaged weights are measured, on some 5,000 views of the last run's data
     (Izmailov et al. 2018, arXiv 1803.05407, section 3.2).
 
-    Raises UsageError for fewer than two runs or shares that are not theirs, CheckpointError for runs that do not fit
-    each other or an `out` that holds a run, ShardError when the data for the statistics is gone.
+    Raises UsageError for fewer than two runs, shares that are not theirs, or an `out` that holds something or cannot be
+    written; CheckpointError for runs that do not fit each other, ShardError when the data for the statistics is gone.
     """
     weights = _weights(len(runs), shares)
-    if checkpoint.latest(out) is not None:
-        raise CheckpointError(f"{out} holds a run; give another folder")
+    inputs.check_new(out)
     found = [pretrained.find(run, "clip") for run in runs]
     averaged = found[-1].tensors("ema")
     for name, tensor in averaged.items():
@@ -52,7 +52,10 @@ def average(runs: Sequence[str | Path], out: Path, shares: Sequence[float] = ())
     _measure_statistics(model, last)
     made_of = [{"run": str(run), "share": weight} for run, weight in zip(runs, weights, strict=True)]
     texts = {"tokenizer.json": last.text("tokenizer.json")}
-    return checkpoint.save(out, {**last.state, "averaged": made_of}, {"ema": model.state_dict()}, texts, keep_last=1)
+    state = {**last.state, "averaged": made_of}
+    with written_whole(out) as aside:
+        written = checkpoint.save(aside, state, {"ema": model.state_dict()}, texts, keep_last=1).relative_to(aside)
+    return out / written
 
 
 def _weights(runs: int, shares: Sequence[float]) -> list[float]:

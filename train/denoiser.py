@@ -40,7 +40,7 @@ from clipkit.guidance.dit import DiTConfig
 from clipkit.guidance.loading import load_autoencoder
 from clipkit.guidance.schedule import add_noise, later_log_snr, sample_log_snr
 from clipkit.guidance.unet import UNetConfig
-from clipkit.pretrained import load
+from clipkit.pretrained import TRAINED_WITH, identity, load
 from clipkit.shards import Shards
 from clipkit.stream import Batch, packs_of
 from clipkit.tokenizer import Tokenizer
@@ -61,6 +61,8 @@ class DenoiserRecipe(Recipe):
     def __post_init__(self) -> None:
         if (self.unet is None) == (self.dit is None):
             raise RecipeError("a denoiser needs one network: give the recipe a section [unet] or [dit], not both")
+        if self.condition.kind != "none" and self.condition.drop == 1:
+            raise RecipeError("condition.drop is 1, so that no description would be learned; it must be below 1")
 
     @property
     def network(self) -> NetworkConfig:
@@ -88,7 +90,13 @@ class Denoising(Task):
                     f"the network's image_size is {recipe.network.image_size}; the latents of {where} have a side of "
                     f"{shape.latent_size}"
                 )
-        self.model: Denoiser = Denoiser(recipe.network, recipe.diffusion, _conditioner(recipe, shards), channels)
+        conditioner = _conditioner(recipe, shards)
+        self.model: Denoiser = Denoiser(recipe.network, recipe.diffusion, conditioner, channels)
+        self.trained_with: dict[str, str] = {}
+        if self.autoencoder is not None:
+            self.trained_with["latent.autoencoder"] = identity(self.autoencoder)
+        if isinstance(conditioner, TextCondition):
+            self.trained_with["condition.clip"] = identity(conditioner.tower)
 
     def forward(self, batch: Batch) -> Features:
         """Each image's loss [b], at noise levels stratified over the batch."""
@@ -96,14 +104,15 @@ class Denoising(Task):
         if self.autoencoder is not None:
             x0 = self.autoencoder.encode(x0)
         config = self.model.diffusion
-        lam, eps = sample_log_snr(config.schedule, len(x0)).to(x0.device), torch.randn_like(x0)
+        drawn, eps = sample_log_snr(config.schedule, len(x0)), torch.randn_like(x0)
+        lam = drawn.to(x0.device)
         x = add_noise(x0, eps, lam)
         output, fraction = self.model.output(x, lam, self._described(batch))
         errors = loss_of(config, output, target(config.prediction, x0, eps, lam), lam)
         if fraction is not None:  # the hybrid loss: 0.001 of the bound, whose 1,000 terms one level stands for
-            later = later_log_snr(config.schedule, lam)
-            bound = variational_loss(x0, from_output(config.prediction, output, x, lam).x0, fraction, lam, later)
-            errors = errors + torch.where(later > lam + 1e-6, bound, 0.0)
+            later = later_log_snr(config.schedule, drawn)  # in float64, which not every device has
+            said = from_output(config.prediction, output, x, lam).x0
+            errors = errors + variational_loss(x0, said, fraction, drawn, later)
         return (errors,)
 
     def _described(self, batch: Batch) -> Condition | None:
@@ -127,7 +136,7 @@ class Denoising(Task):
         found = dict(self.model.conditioner.texts()) if self.model.conditioner is not None else {}
         if self.autoencoder is not None:
             found["latent.json"] = json.dumps({"channels": self.model.latent_channels})
-        return found
+        return {**found, TRAINED_WITH: json.dumps(self.trained_with)}
 
     def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over the images of all ranks."""

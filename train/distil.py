@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipkit import distributed
-from clipkit.errors import CheckpointError, RecipeError
+from clipkit.config import require
+from clipkit.errors import CheckpointError
 from clipkit.model import CLIP
 from clipkit.pretrained import load
 
@@ -31,8 +32,7 @@ class DistilConfig:
     """What the squared distance to the teachers' features weighs beside the contrastive loss."""
 
     def __post_init__(self) -> None:
-        if self.weight <= 0:
-            raise RecipeError(f"distil.weight is {self.weight}; it must be above 0")
+        require("above 0", "distil", self, "weight")
 
 
 class Teachers:

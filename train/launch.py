@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -9,9 +10,12 @@ from typing import TypeVar
 import torch
 
 from clipkit import distributed
-from clipkit.config import Recipe, load_recipe, to_toml
+from clipkit.config import Recipe, RunConfig, load_recipe, to_toml
+from clipkit.errors import RecipeError
+from clipkit.inputs import check_writable
+from clipkit.records import remark
 from clipkit.shards import Shards
-from clipkit.stream import Stream, cache_of
+from clipkit.stream import Stream, cache_of, validation_of
 from clipkit.train.loop import seed_everything, train
 from clipkit.train.step import EARLY, Task
 
@@ -24,24 +28,43 @@ def launch(
 ) -> Path | None:
     """Load the recipe at `path` and train it -> the run's folder; with `dry_run` only print it, resolved.
 
-    Under torchrun every rank calls this.
+    Under torchrun every rank calls this. Raises UsageError for a `run.out` that cannot be written.
     """
     recipe = load_recipe(kind, path, overrides)
     if dry_run:
         print(to_toml(recipe), end="")
         return None
+    if os.environ.get("RANK", "0") == "0":  # the others wait for it in the group
+        check_writable(Path(recipe.run.out))
     device = distributed.choose_device(recipe.run.device)
     with distributed.process_group(device, recipe.run.timeout_minutes):
         return train_recipe(recipe, make_task, device)
 
 
 def train_recipe(recipe: R, make_task: MakeTask[R], device: torch.device) -> Path:
-    """Open the pack, build the task and its stream, train -> the run's folder."""
+    """Open the pack, build the task and its stream, train -> the run's folder.
+
+    Raises RecipeError for a batch that does not divide over the ranks, ShardError for a `data.val` that is no pack.
+    """
     rank, world_size = distributed.rank(), distributed.world_size()
+    _check_batch(recipe.run, world_size)
     shards = Shards(recipe.data.shards, verify=False, cache=cache_of(recipe.data))  # hashed while training
     seed_everything(recipe.run.seed, 0, 0)  # the same initial weights on every rank
     task = make_task(recipe, shards)
+    validation_of(recipe.data)  # a missing one is missed now, not after the last step
     run = recipe.run
     early = (task.early_size or task.image_size, round(EARLY * run.steps))
     stream = Stream(shards, recipe.data, task.image_size, run.batch_size, run.seed, rank, world_size, *early)
+    if stream.not_indexed:
+        remark(f"clipkit: not taken into the index: {', '.join(f'{n} {why}' for why, n in stream.not_indexed.items())}")
     return train(task, stream, recipe, device)
+
+
+def _check_batch(run: RunConfig, ranks: int) -> None:
+    share, rest = divmod(run.batch_size, ranks)
+    if rest:
+        raise RecipeError(f"run.batch_size is {run.batch_size}; it must be a multiple of the {ranks} ranks")
+    if run.micro_batches > share:
+        raise RecipeError(
+            f"run.micro_batches is {run.micro_batches}, more than the {share} samples that each of {ranks} ranks has"
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import os
 import platform
 import signal
@@ -23,16 +24,17 @@ from types import FrameType
 from typing import Any, Literal, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipkit import checkpoint, distributed
 from clipkit._version import __version__
 from clipkit.config import Recipe, from_dict
 from clipkit.errors import CheckpointError, NonFiniteError, StoppedError, UsageError
+from clipkit.pretrained import TRAINED_WITH
 from clipkit.records import Records, say
 from clipkit.saver import Saver, lock
 from clipkit.stream import Batch, Stream
-from clipkit.train import optim, parallel
+from clipkit.train import batchnorm, optim, parallel
 from clipkit.train.pages import keep_pages
 from clipkit.train.step import Task, backward
 
@@ -49,7 +51,7 @@ def autocast(device: torch.device, asked: str) -> AbstractContextManager[Any]:
 
 def seed_everything(seed: int, step: int, rank: int) -> None:
     """Make what follows a function of these three numbers."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**64)  # both factors are odd: seeds stay apart
 
 
 def train(task: Task, stream: Stream, recipe: Recipe, device: torch.device) -> Path:
@@ -60,7 +62,7 @@ def train(task: Task, stream: Stream, recipe: Recipe, device: torch.device) -> P
     the gradient is no longer a number, RankError when another rank dies or hangs.
     """
     folder, main = Path(recipe.run.out), distributed.rank() == 0
-    task.to(device)
+    task.to(device).train()
     with lock(folder) if main else nullcontext():
         loop = _Loop(task, recipe, device)
         start = loop.resume(folder)
@@ -71,6 +73,8 @@ def train(task: Task, stream: Stream, recipe: Recipe, device: torch.device) -> P
                 f"{task.kind}: {parameters / 1e6:.2f}M parameters on {where}, step {start} of {recipe.run.steps}, "
                 f"in {folder}"
             )
+            for line in batchnorm.limits(task, recipe.run):
+                say(line)
         records = Records(folder, start, recipe.run.steps, task.kind, recipe.run.tensorboard, main)
         with records, loop.saver, keep_pages():
             loop.steps(stream, start, records)
@@ -84,8 +88,8 @@ class _Loop:
     def __init__(self, task: Task, recipe: Recipe, device: torch.device) -> None:
         self.task, self.recipe, self.device = task, recipe, device
         self.run, self.config = run, config = recipe.run, recipe.optim
-        if run.sync_batchnorm:
-            _synchronise_batchnorm(task.model, device)
+        if run.sync_batchnorm and distributed.world_size() > 1:
+            batchnorm.synchronise(task)
         if run.compile:
             for network in task.networks():
                 network.compile(dynamic=False)
@@ -103,7 +107,18 @@ class _Loop:
         found = checkpoint.latest(folder)
         if found is None:
             return 0
-        _same_recipe(found, self.recipe)
+        if found.state.get("kind") != self.task.kind:
+            raise CheckpointError(
+                f"{folder} holds a run of another kind ({found.state.get('kind')} there, {self.task.kind} here); "
+                "give run.out another folder"
+            )
+        news = _same_recipe(found, self.recipe)
+        _same_models(found, self.task.texts())
+        if batchnorm.over_ranks(self.task) and found.state["recipe"]["run"].get("sync_batchnorm") is not True:
+            news.append(f"run.sync_batchnorm: from step {found.step} on BatchNorm takes its statistics over all ranks")
+        if distributed.rank() == 0:
+            for line in news:
+                say(line)
         for there, here in (("model", self.task.model.state_dict()), ("ema", self.ema.shadow)):
             for name, tensor in found.stream(there):
                 here[name].copy_(parallel.like(tensor, here[name]))
@@ -116,7 +131,6 @@ class _Loop:
     def steps(self, stream: Stream, start: int, records: Records) -> None:
         """Run from step `start` to the end, logging, evaluating and saving when due."""
         run, meter = self.run, _Meter(self.device)
-        self.task.train()
         batches, step = stream.batches(start, run.steps), start
         with _Interruption() as interruption:
             try:
@@ -131,6 +145,12 @@ class _Loop:
                     records.bar.update(1)
                     self.record(stream, step + 1, meter, records)
                 next(batches, None)  # the last word on the shards' hashes
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise UsageError(
+                    "BatchNorm needs more than one sample at a time; raise run.batch_size or lower run.micro_batches"
+                ) from error
             except (RuntimeError, ConnectionError, EOFError) as error:
                 explained = stream.explain(error)
                 raise (
@@ -161,7 +181,8 @@ class _Loop:
             records.write(done, {**line, **({"skipped": skipped} if skipped else {})})
         if (epoch := stream.epoch(done)) != stream.epoch(done - 1):
             counts = distributed.sum_counts(self.epoch)
-            records.write(done, {"epoch": epoch, "seen": counts["seen"], "skipped": _without_seen(counts)})
+            indexed = {"not_indexed": stream.not_indexed} if stream.not_indexed else {}
+            records.write(done, {"epoch": epoch, "seen": counts["seen"], "skipped": _without_seen(counts), **indexed})
             self.epoch.clear()
         if evaluate and (scores := self.evaluate()):
             records.write(done, scores)
@@ -263,10 +284,12 @@ class _Interruption:
     @staticmethod
     def obey(number: int, step: int) -> NoReturn:
         """End as the signal asks."""
+        done = f"saved at step {step}; the same command resumes" if step else "no step was done, nothing is saved"
         if number == signal.SIGINT:
+            if distributed.rank() == 0:
+                say(done)
             raise KeyboardInterrupt
-        name = signal.Signals(number).name
-        raise StoppedError(f"stopped by {name}, saved at step {step}; the same command goes on from there")
+        raise StoppedError(f"stopped by {signal.Signals(number).name}, {done}")
 
 
 class _Guard:
@@ -336,12 +359,6 @@ class _Meter:
         return line
 
 
-def _synchronise_batchnorm(model: nn.Module, device: torch.device) -> None:
-    if device.type != "cuda":
-        raise UsageError(f"run.sync_batchnorm needs GPUs, and this run is on {device}: torch has it for CUDA only")
-    nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-
-
 def _versions() -> dict[str, str]:
     return {"clipkit": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
@@ -367,7 +384,7 @@ _FREE_TO_CHANGE = {"data.workers", "data.cache", "data.cache_gb"} | {
     f"run.{key}"
     for key in (
         *("out", "device", "log_every", "save_every", "save_minutes", "keep_last", "keep_every", "eval_every"),
-        *("tensorboard", "parallel", "timeout_minutes"),
+        *("tensorboard", "parallel", "timeout_minutes", "sync_batchnorm", "steps"),
     )
 }
 
@@ -377,8 +394,12 @@ def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{section}.{key}": v for section, values in recipe.items() for key, v in (values or {}).items()}
 
 
-def _same_recipe(found: checkpoint.Checkpoint, recipe: Recipe) -> None:
-    """Refuse to resume a run with a recipe that would have trained something else. Raises CheckpointError."""
+def _same_recipe(found: checkpoint.Checkpoint, recipe: Recipe) -> list[str]:
+    """Refuse to resume a run with a recipe that would have trained something else -> lines on what is new from here.
+
+    A run may be of another length, as long as that has not been reached: what depends on `run.steps` (the learning
+    rate, early_size) is from here on that of the new length. Raises CheckpointError.
+    """
     there = from_dict(type(recipe), found.state["recipe"])  # keys that are younger than the run have their defaults
     ours, theirs = _flat(dataclasses.asdict(recipe)), _flat(dataclasses.asdict(there))
     keys = [key for key in {**theirs, **ours} if key not in _FREE_TO_CHANGE]
@@ -387,11 +408,33 @@ def _same_recipe(found: checkpoint.Checkpoint, recipe: Recipe) -> None:
         for key in keys
         if theirs.get(key) != ours.get(key)
     ]
+    run = found.path.parent.parent
     if changed:
+        tune = f"; to fine-tune from it, tune.init_from={run} and a new run.out" if "tune.init_from" in ours else ""
         raise CheckpointError(
-            f"{found.path.parent.parent} holds a run of another recipe ({'; '.join(changed)}); "
-            "give run.out another folder, or the recipe its old values"
+            f"{run} holds a run of another recipe ({'; '.join(changed)}); give run.out another folder, or the recipe "
+            f"its old values{tune}"
         )
+    steps, before = recipe.run.steps, there.run.steps
+    if steps == before:
+        return []
+    if steps <= found.step:
+        raise CheckpointError(
+            f"{run} has done {found.step} of {before} steps; run.steps={steps} must be more than it has done"
+        )
+    return [f"run.steps: {before} there, {steps} here; from step {found.step} on the schedule is that of {steps} steps"]
+
+
+def _same_models(found: checkpoint.Checkpoint, texts: Mapping[str, str]) -> None:
+    """Refuse to resume with other models than the run was trained with so far. Raises CheckpointError."""
+    there, here = (json.loads(text) for text in (found.text(TRAINED_WITH, "{}"), texts.get(TRAINED_WITH, "{}")))
+    for key in here:
+        if there.get(key, here[key]) != here[key]:
+            section, name = key.split(".")
+            raise CheckpointError(
+                f"{found.path.parent.parent} was trained with another {key}: {found.state['recipe'][section][name]} "
+                f"has changed since ({there[key]} then, {here[key]} now); put it back, or give run.out another folder"
+            )
 
 
 def _show(value: Any) -> str:

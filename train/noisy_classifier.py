@@ -21,9 +21,9 @@ from clipkit import distributed
 from clipkit.config import Recipe
 from clipkit.errors import RecipeError
 from clipkit.guidance.classifier import NoisyClassifier
-from clipkit.guidance.noisy_clip import NoisyCLIP, noised
+from clipkit.guidance.noisy_clip import NoisyCLIP, check_start, noised
 from clipkit.guidance.schedule import sample_log_snr
-from clipkit.pretrained import load
+from clipkit.pretrained import TRAINED_WITH, identity, load
 from clipkit.shards import Shards
 from clipkit.stream import Batch
 from clipkit.train.launch import launch
@@ -43,6 +43,9 @@ class ClassifierConfig:
     """Share of clean images in each batch."""
     image_size: int = 0
     """Pixels of the denoiser's pictures; 0: the CLIP's."""
+
+    def __post_init__(self) -> None:
+        check_start(self.clip, self)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Classification(Task):
                 f"{recipe.data.shards} has no classes, or data.mix adds others; a classifier needs one such pack"
             )
         clip = load(recipe.model.clip, "cpu").model
+        self.trained_with = {"model.clip": identity(clip)}
         if recipe.model.image_size not in (0, clip.config.image_size):
             clip = resized(clip, recipe.model.image_size)
         self.config, self.shape, self.image_size = recipe.model, clip.config, clip.config.image_size
@@ -94,12 +98,16 @@ class Classification(Task):
         self.model.tower.clip.clamp_logit_scale()
 
     def texts(self) -> Mapping[str, str]:
-        """The classes, and the shape of the CLIP inside."""
+        """The classes, the shape of the CLIP inside, and what the training used."""
         shape = {
             "config": dataclasses.asdict(self.shape),
             "vocab_size": self.model.tower.clip.text.tokens.num_embeddings,
         }
-        return {"classes.json": json.dumps(self.names, ensure_ascii=False), "clip.json": json.dumps(shape)}
+        return {
+            "classes.json": json.dumps(self.names, ensure_ascii=False),
+            "clip.json": json.dumps(shape),
+            TRAINED_WITH: json.dumps(self.trained_with),
+        }
 
 
 run = partial(launch, ClassifierRecipe, Classification)

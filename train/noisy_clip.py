@@ -26,9 +26,9 @@ from clipkit.guidance.noisy_clip import NoisyCLIP, NoisyCLIPConfig, for_latents,
 from clipkit.guidance.schedule import sample_log_snr
 from clipkit.images import decode, preprocess
 from clipkit.losses import LossConfig, info_nce
-from clipkit.pretrained import load
+from clipkit.pretrained import TRAINED_WITH, identity, load
 from clipkit.shards import Shards
-from clipkit.stream import Batch, packs_of
+from clipkit.stream import Batch, packs_of, validation_of
 from clipkit.train.launch import launch
 from clipkit.train.step import Features, Task
 from clipkit.train.tune import resized
@@ -61,7 +61,9 @@ class NoisyPretraining(Task):
         self.recipe, self.tokenizer, self.image_size = recipe, clean.tokenizer, clean.model.config.image_size
         clip, where = clean.model, recipe.model.autoencoder
         self.autoencoder = load_autoencoder(where) if where else None
+        self.trained_with = {"model.clip": identity(clip)}
         if self.autoencoder is not None:
+            self.trained_with["model.autoencoder"] = identity(self.autoencoder)
             shape = self.autoencoder.config
             self.image_size = shape.image_size
             clip = for_latents(clip, recipe.model, shape.latent_channels, shape.latent_size)
@@ -105,7 +107,7 @@ class NoisyPretraining(Task):
 
     def evaluate(self, device: torch.device) -> dict[str, float]:
         """Zero-shot accuracy at several noise levels, on the first images of a classed validation set."""
-        shards = Shards(self.recipe.data.val, verify=False) if self.recipe.data.val else None
+        shards = validation_of(self.recipe.data)
         if shards is None or not shards.classes:
             return {}
         head = class_head(self.model.clip, self.tokenizer, shards.classes, shards.templates)
@@ -117,13 +119,14 @@ class NoisyPretraining(Task):
         return {f"top1_at_{level:g}": accuracy_at(encode, head, x0, labels, level) for level in _LEVELS}
 
     def texts(self) -> Mapping[str, str]:
-        """Tokenizer, caption bank, words, and the shape of the clean CLIP inside."""
+        """Tokenizer, caption bank, words, the shape of the clean CLIP inside, and what the training used."""
         shape = dataclasses.asdict(self.model.clip.config)
         return {
             "tokenizer.json": self.tokenizer.to_json(),
             "bank.json": json.dumps(self.bank, ensure_ascii=False),
             "words.json": json.dumps(self.words, ensure_ascii=False),
             "clip.json": json.dumps(shape),
+            TRAINED_WITH: json.dumps(self.trained_with),
         }
 
 

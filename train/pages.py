@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # Parameters of mallopt(3) in glibc's malloc.h.
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 
 
 @contextmanager
@@ -33,3 +33,13 @@ def keep_pages() -> Iterator[None]:
         glibc.mallopt(_TRIM_THRESHOLD, 64 << 20)  # what glibc's own adjustment, which ends with mallopt, comes to
         glibc.mallopt(_MMAP_MAX, 65_536)  # the default
         glibc.malloc_trim(0)
+
+
+def give_back_large_blocks() -> None:
+    """From now on, what has 8 MiB or more goes back to the system when it is freed, whichever thread had it.
+
+    By itself glibc raises this limit to 32 MiB, and keeps smaller blocks in a heap of each thread: those of pictures,
+    which Pillow takes 16 MiB at a time, would stay for good.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 8 << 20)

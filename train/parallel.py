@@ -6,6 +6,7 @@ and towers are put together while they run. The functions here are right for bot
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 
@@ -29,7 +30,7 @@ def share(task: Task, how: str, device: torch.device) -> nn.Module | None:
     """
     if not distributed.active():
         return None
-    if how == "ddp":  # buffers are averaged after the step, so that every rank's statistics count
+    if how == "ddp":  # buffers are averaged after the step, so that statistics of each rank by itself count too
         with warnings.catch_warnings():  # torch 2.15 renames this argument; 2.10 knows only the old name
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(task, broadcast_buffers=False)
@@ -45,7 +46,11 @@ def share(task: Task, how: str, device: torch.device) -> nn.Module | None:
 
 
 def finish_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Average over ranks what sharding left alone, then scale the whole gradient to `max_norm` -> its norm before."""
+    """Average over ranks what sharding left alone, then scale the whole gradient to `max_norm` -> its norm before.
+
+    At a `max_norm` of 0 it stays as it is.
+    """
+    max_norm = max_norm or math.inf
     with_gradient = [p for p in parameters if p.grad is not None]
     if not any(isinstance(p, DTensor) for p in with_gradient):
         return nn.utils.clip_grad_norm_(with_gradient, max_norm)

@@ -6,6 +6,7 @@ clipkit pretrain drawings_clip.toml run.steps=200          # the same on one pro
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,14 +23,15 @@ from clipkit.losses import LossConfig, info_nce, sigmoid_loss
 from clipkit.model import CLIP, CLIPConfig
 from clipkit.records import write_atomically
 from clipkit.shards import Shards
-from clipkit.stream import Batch, packs_of
-from clipkit.tokenizer import Tokenizer
+from clipkit.stream import Batch, packs_of, validation_of
+from clipkit.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from clipkit.towers import residual_blocks
 from clipkit.train import tune
 from clipkit.train.distil import DistilConfig, Teachers, squared_distance
 from clipkit.train.launch import launch
 from clipkit.train.step import Features, Task
 from clipkit.train.tune import TuneConfig
+from clipkit.words import split
 
 _CAPTIONS = 500_000
 """Samples whose captions are enough for a vocabulary."""
@@ -122,7 +124,7 @@ class Pretraining(Task):
     @cached_property
     def validation(self) -> Shards | None:
         """The packed validation set, if the recipe names one."""
-        return Shards(self.recipe.data.val) if self.recipe.data.val else None
+        return validation_of(self.recipe.data, verify=True)
 
     def evaluate(self, device: torch.device) -> dict[str, float]:
         """Zero-shot scores on the validation set, or retrieval where it has no classes."""
@@ -139,8 +141,10 @@ class Pretraining(Task):
         return {"zeroshot_top1": scores.top1, "zeroshot_top5": scores.top5}
 
     def texts(self) -> Mapping[str, str]:
-        """The tokenizer belongs to the weights."""
-        return {"tokenizer.json": self.tokenizer.to_json()}
+        """The tokenizer belongs to the weights, and so do the words of the captions, if they are known."""
+        noted = Path(self.recipe.run.out) / "words.json"
+        words = {"words.json": noted.read_text(encoding="utf-8")} if noted.is_file() else {}
+        return {"tokenizer.json": self.tokenizer.to_json(), **words}
 
 
 def _contrastive(config: LossConfig, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -156,7 +160,8 @@ def _contrastive(config: LossConfig, features: Features, batch: Batch) -> tuple[
 def make_tokenizer(recipe: PretrainRecipe, shards: Shards) -> Tokenizer:
     """The tokenizer of the text tower to start from; or CLIP's, if the recipe names its merges file; or a trained one.
 
-    That is trained on captions of all packs, once, on rank 0, and kept in the run's folder.
+    That is trained on captions of all packs, once, on rank 0, and kept in the run's folder; so are their words, if none
+    of the captions is left out.
     """
     config, source = recipe.model, recipe.tune.source
     if source is not None and recipe.tune.init != "image":
@@ -164,9 +169,22 @@ def make_tokenizer(recipe: PretrainRecipe, shards: Shards) -> Tokenizer:
     if config.merges:
         return Tokenizer.clip(config.merges, config.context_length)
     path = Path(recipe.run.out) / "tokenizer.json"
-    if distributed.rank() == 0 and not path.is_file():
-        captions = sorted({c for pack in packs_of(shards, recipe.data) for c in pack.captions(_CAPTIONS)})
+    # One without checkpoints may be of another recipe, whose run did not begin.
+    if distributed.rank() == 0 and not (path.is_file() and (path.parent / "checkpoints").is_dir()):
+        if config.vocab_size < SMALLEST_VOCABULARY:
+            raise RecipeError(
+                f"model.vocab_size is {config.vocab_size}; it must be at least {SMALLEST_VOCABULARY}: each has every "
+                "byte, inside a word and at its end"
+            )
+        packs = packs_of(shards, recipe.data)
+        captions = sorted({c for pack in packs for c in pack.captions(_CAPTIONS)})
         path.parent.mkdir(parents=True, exist_ok=True)
+        noted = path.with_name("words.json")
+        if any(pack.store.remote or len(pack) > _CAPTIONS for pack in packs):
+            noted.unlink(missing_ok=True)
+        else:
+            words = sorted({word for caption in captions for word in split(caption)})
+            write_atomically(noted, json.dumps(words, ensure_ascii=False))
         write_atomically(path, Tokenizer.train(captions, config.vocab_size).to_json())
     distributed.barrier()
     return Tokenizer.from_json(path.read_text(encoding="utf-8"), config.context_length)

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from clipkit import distributed
 from clipkit.stream import Batch
+from clipkit.train.batchnorm import undisturbed
 
 Features = tuple[Tensor, ...]
 
@@ -77,23 +79,28 @@ def backward(
 
     With `micro_batches` > 1 memory is that of one part: the features of all parts are made without a graph, the loss
     gives their gradients, and each part is done again, with the random numbers it had, to carry them to the weights
-    (GradCache, Gao et al. 2021, arXiv 2101.06983). The result is that of the whole batch, dropout and all, except for
-    towers with BatchNorm, whose statistics are those of the parts. `parallel` is `task` spread over ranks by
-    `parallel.share`; they average once. `precision` makes the autocast context of the towers.
+    (GradCache, Gao et al. 2021, arXiv 2101.06983). The result is that of the whole batch, dropout and all. BatchNorm
+    normalises each part by itself (batchnorm.py says why): the result is exact for that, and running statistics are
+    those of one pass over the parts. `parallel` is `task` spread over ranks by `parallel.share`; they average once.
+    `precision` makes the autocast context of the towers.
     """
     module = parallel or task
+    if micro_batches > 1:  # as many on every rank, for ranks meet in each: the one with the fewest samples decides
+        micro_batches = min(micro_batches, *distributed.batch_sizes(len(batch)))
     parts = batch.split(micro_batches)
     if len(parts) == 1:
         with precision():
             features = module(batch)
         loss, values = task.loss(features, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with undisturbed(task):  # gradient checkpointing calls blocks again
+            loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach(), values
     states, cached = [], []
-    for part in parts:
-        states.append(_random_state(batch.images.device))
-        with torch.no_grad(), precision():
-            cached.append(task(part))
+    with undisturbed(task):
+        for part in parts:
+            states.append(_random_state(batch.images.device))
+            with torch.no_grad(), precision():
+                cached.append(task(part))
     leaves = tuple(torch.cat(column).requires_grad_() for column in zip(*cached, strict=True))
     loss, values = task.loss(leaves, batch)
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
@@ -104,7 +111,8 @@ def backward(
             task.set_requires_gradient_sync(i == len(parts) - 1)
         with precision():
             again = (module if i == len(parts) - 1 else task)(part)
-        _carry(again, share)
+        with undisturbed(task):
+            _carry(again, share)
     return loss.detach(), values
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from clipkit import pretrained
 from clipkit.checkpoint import Checkpoint
+from clipkit.config import require
 from clipkit.errors import CheckpointError, RecipeError
 from clipkit.model import CLIP
 from clipkit.towers import residual_blocks
@@ -31,10 +32,12 @@ class TuneConfig:
     """Learning rate of a block as a share of the next one's (ELECTRA, Clark et al. 2020, arXiv 2003.10555)."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.layer_decay <= 1:
-            raise RecipeError(f"tune.layer_decay is {self.layer_decay}; it must be in (0, 1]")
-        if self.unlock_blocks < 0:
-            raise RecipeError(f"tune.unlock_blocks is {self.unlock_blocks}; it must be 0 or more")
+        require("in (0, 1]", "tune", self, "layer_decay")
+        require("at least 0", "tune", self, "unlock_blocks")
+        if self.unlock_blocks and self.lock == "none":
+            raise RecipeError(f"tune.unlock_blocks is {self.unlock_blocks}, but no tower is locked; give tune.lock too")
+        if self.init != "both" and not self.init_from:
+            raise RecipeError(f"tune.init is {self.init!r}, but there is no run to start from; give tune.init_from too")
 
     @property
     def source(self) -> Checkpoint | None:

@@ -5,19 +5,20 @@ Radford et al. 2021 (arXiv 2103.00020), section 3.1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipkit import distributed
-from clipkit.errors import UsageError
+from clipkit.errors import DataError, SampleError, UsageError
+from clipkit.files import counted
 from clipkit.images import preprocessing
-from clipkit.model import CLIP
+from clipkit.model import CLIP, CLIPConfig
 from clipkit.records import progress
 from clipkit.zeroshot.datasets import ImageSet
 
@@ -36,6 +37,10 @@ class Predictions:
     """float64 [N]: the probability of the first, under the model's own logit scale."""
     similarities: Tensor | None
     """float32 [N, C], kept for multi-label sets only."""
+    rows: Sequence[int] | None = None
+    """Numbers of the N images in their set; None: all of it."""
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """The set's images that could not be read, by reason."""
 
 
 @dataclass(frozen=True)
@@ -55,29 +60,33 @@ class Scores:
     """Expected calibration error: 15 bins of confidence (Guo et al. 2017, arXiv 1706.04599, equation 3)."""
 
 
-class _Share(Dataset[tuple[int, Tensor, Tensor]]):
-    """This rank's share of an image set: index, pixels, and which classes it is of."""
+class _Share(Dataset[tuple[int, Tensor, Tensor, str]]):
+    """This rank's share of an image set: index, pixels, which classes it is of, and why it cannot be read."""
 
-    def __init__(self, images: ImageSet, preprocess: Callable[[Image.Image], Tensor]) -> None:
-        self.images, self.preprocess = images, preprocess
+    def __init__(self, images: ImageSet, config: CLIPConfig) -> None:
+        self.images, self.preprocess, self.size = images, preprocessing(config), config.image_size
         self.rank, self.ranks = distributed.rank(), distributed.world_size()
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.ranks)  # the same on all ranks: a cut model needs them all
 
-    def __getitem__(self, i: int) -> tuple[int, Tensor, Tensor]:
+    def __getitem__(self, i: int) -> tuple[int, Tensor, Tensor, str]:
         index = self.rank + i * self.ranks
-        image, labels = self.images[min(index, len(self.images) - 1)]
         targets = torch.zeros(len(self.images.classes), dtype=torch.bool)
+        try:
+            image, labels = self.images[min(index, len(self.images) - 1)]
+        except SampleError as error:
+            return index, torch.zeros(3, self.size, self.size, dtype=torch.uint8), targets, error.reason
         targets[list(labels)] = True
-        return index, self.preprocess(image), targets
+        return index, self.preprocess(image), targets, ""
 
 
 @torch.no_grad()
 def predict(model: CLIP, head: Tensor, images: ImageSet, batch_size: int = 256, workers: int = 0) -> Predictions:
     """Compare every image with every row of `head` [C, D]; all ranks share the work and get all of it.
 
-    Raises UsageError for an empty set, or a head with another number of classes.
+    Images that cannot be read are skipped and counted. Raises UsageError for an empty set, or a head with another
+    number of classes, DataError when no image can be read.
     """
     if not len(images):
         raise UsageError(f"data set {images.name!r} holds no image")
@@ -88,23 +97,33 @@ def predict(model: CLIP, head: Tensor, images: ImageSet, batch_size: int = 256, 
     found = torch.zeros(n, k + 1, dtype=torch.float64)  # ranking and confidence, filled by one rank each
     targets = torch.zeros(n, classes, dtype=torch.uint8)
     similarities = torch.zeros(n if images.multilabel else 0, classes)
-    loader = DataLoader(_Share(images, preprocessing(model.config)), batch_size=batch_size, num_workers=workers)
-    for index, pixels, labels in progress(loader, len(loader), "zero-shot"):
+    is_read, skipped = torch.zeros(n, dtype=torch.uint8), Counter[str]()
+    loader = DataLoader(_Share(images, model.config), batch_size=batch_size, num_workers=workers)
+    for index, pixels, labels, reasons in progress(loader, len(loader), "zero-shot"):
         similar = model.encode_image(pixels.to(device)) @ head.T  # [b, C]
         probability = (model.logit_scale * similar).softmax(dim=1)
         ranking = similar.topk(k, dim=1).indices
         best = probability.gather(1, ranking[:, :1])
-        inside = index < n
+        skipped.update(why for i, why in zip(index.tolist(), reasons, strict=True) if why and i < n)
+        inside = (index < n) & torch.tensor([not why for why in reasons])
         rows = index[inside]
+        is_read[rows] = 1
         found[rows] = torch.cat([ranking.double(), best.double()], dim=1).cpu()[inside]
         targets[rows] = labels[inside].to(torch.uint8)
         if images.multilabel:
             similarities[rows] = similar.float().cpu()[inside]
     if distributed.active():
-        found, targets, similarities = (
-            distributed.sum_over_ranks(t.to(device)).cpu() for t in (found, targets, similarities)
+        found, targets, similarities, is_read = (
+            distributed.sum_over_ranks(t.to(device)).cpu() for t in (found, targets, similarities, is_read)
         )
-    return Predictions(targets.bool(), found[:, :k].long(), found[:, k], similarities if images.multilabel else None)
+        skipped = distributed.sum_counts(skipped)
+    kept = is_read.bool()
+    if not kept.any():
+        raise DataError(f"none of the {n} images of {images.name} can be read: {counted(skipped)}")
+    found, targets = found[kept], targets[kept].bool()
+    similar_to_all = similarities[kept] if images.multilabel else None
+    rows = kept.nonzero()[:, 0].tolist()
+    return Predictions(targets, found[:, :k].long(), found[:, k], similar_to_all, rows, skipped)
 
 
 def evaluate(model: CLIP, head: Tensor, images: ImageSet, batch_size: int = 256, workers: int = 0) -> Scores:

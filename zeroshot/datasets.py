@@ -6,32 +6,28 @@ the directory's name.
 
 from __future__ import annotations
 
-import csv
+import dataclasses
+import functools
 import json
-import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from clipkit.errors import DataError, SampleError, ShardError, UsageError, did_you_mean
+from clipkit.classes import Names, are_consecutive, checked_templates, class_name, fit_names, in_order
+from clipkit.errors import DataError, SampleError, UsageError, did_you_mean
+from clipkit.files import File, Files, members
 from clipkit.images import SUFFIXES, decode
-from clipkit.shards import Shards, StrictTarInfo
-from clipkit.sources import (
-    DEFAULT_TEMPLATES,
-    RawSample,
-    Source,
-    class_name,
-    draw_captions,
-    encode_png,
-    image_files,
-    images_of,
-)
+from clipkit.orientation import upright
+from clipkit.shards import Shards, is_hidden, split_key
+from clipkit.sources import DEFAULT_TEMPLATES, RawSample, Source, class_layout, draw_captions, encode_png
+from clipkit.tables import decoded, read_table
 from clipkit.zeroshot.heads import ensembles
 
 KINDS = ("folder", "tar", "csv", "shards", "wds")
@@ -40,7 +36,12 @@ KINDS = ("folder", "tar", "csv", "shards", "wds")
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled images: `images[i]` is (RGB image, its labels), which index `classes`; one label unless `multilabel`."""
+    """Labelled images: `images[i]` is (RGB image, its labels), which index `classes`; one label unless `multilabel`.
+
+    An image that cannot be read raises SampleError when it is asked for. keys: what the classes are called where the
+    images lie, if not by their first names. ordered: whether a list of names that somebody else made has this order.
+    skipped: what is no image of the set, by reason.
+    """
 
     name: str
     classes: Sequence[Sequence[str]]
@@ -48,12 +49,25 @@ class ImageSet:
     _length: int
     _get: Callable[[int], tuple[Image.Image, tuple[int, ...]]]
     multilabel: bool = False
+    keys: Sequence[str] = ()
+    ordered: bool = True
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, i: int) -> tuple[Image.Image, tuple[int, ...]]:
         return self._get(i)
+
+    def only(self, rows: Sequence[int]) -> ImageSet:
+        """The set of these images alone."""
+        return dataclasses.replace(self, _length=len(rows), _get=lambda i: self._get(rows[i]))
+
+    def renamed(self, names: Mapping[str, Names] | Sequence[Names], what: str) -> ImageSet:
+        """The set with its classes named otherwise. Raises UsageError as `fit_names` does; `what` is the source."""
+        first = [c[0] for c in self.classes]
+        classes = fit_names(names, self.keys or first, first, self.ordered, what)
+        return dataclasses.replace(self, classes=classes)
 
 
 @cache
@@ -67,19 +81,22 @@ def _data(name: str) -> Any:
     return json.loads(files("clipkit.zeroshot").joinpath(f"data/{name}").read_text(encoding="utf-8"))
 
 
-def open_set(name: str, data_dir: Path, download: bool = False, training: bool = False) -> ImageSet:
+def open_set(
+    name: str, data_dir: Path, download: bool = False, training: bool = False, folders: Collection[str] = ()
+) -> ImageSet:
     """A data set by its name in the registry, or folder:DIR, tar:FILE, csv:FILE, shards:DIR or wds:DIR.
 
     Named sets are looked for in `data_dir` and fetched there only with `download`; they are what is tested on, or with
-    `training` what is trained on. Raises UsageError for an unknown name or one without training part, DataError (saying
-    how to get it) for missing or unreadable data.
+    `training` what is trained on. `folders` are those of classes, where a layout leaves that open. Raises UsageError
+    for an unknown name or one without training part, DataError (saying how to get it) for missing or unreadable data.
     """
     kind, colon, where = name.partition(":")
     if colon and kind in KINDS:
         if kind == "shards":
             return from_shards(name, Shards(where))
-        opener = {"folder": _from_folder, "tar": _from_tar, "csv": _from_csv, "wds": _from_webdataset}[kind]
-        return opener(name, Path(where))
+        if kind in ("folder", "tar"):
+            return _from_files(name, Path(where), kind, folders)
+        return (_from_csv if kind == "csv" else _from_webdataset)(name, Path(where))
     if name not in known():
         raise UsageError(
             f"unknown data set {name!r}; {did_you_mean(name, known())} (or KIND:PLACE, KIND one of {', '.join(KINDS)})"
@@ -101,78 +118,108 @@ def as_source(images: ImageSet, seed: int) -> Source:
     def samples() -> Iterator[RawSample | SampleError]:
         rng = np.random.default_rng(seed)
         for i in range(len(images)):
-            image, (label,) = images[i]
+            try:
+                image, (label,) = images[i]
+            except SampleError as error:
+                yield error
+                continue
             yield RawSample(encode_png(image), draw_captions(images.classes[label], images.templates, rng), label)
 
     identity = repr((images.name, len(images), [list(c) for c in images.classes], list(images.templates), seed))
-    return Source(samples(), lambda: len(images), identity, [list(c) for c in images.classes], list(images.templates))
+    classes, templates = [list(c) for c in images.classes], list(images.templates)
+    return Source(samples(), lambda: len(images), identity, classes, templates, lambda: images.skipped)
 
 
-def _from_folder(name: str, folder: Path) -> ImageSet:
-    if not folder.is_dir():
-        raise DataError(f"no folder at {folder}")
-    found = images_of(folder)
-    return _from_directories(name, folder, [p.relative_to(folder) for p in found], lambda i: found[i].read_bytes())
+def _from_files(name: str, source: Path, kind: str, folders: Collection[str]) -> ImageSet:
+    if not (source.is_dir() if kind == "folder" else source.is_file()):
+        raise DataError(f"no {kind} at {source}")
+    found = Files(source)
+    layout = class_layout(found, folders)
+    keys, skipped, kept = list(layout.classes), found.counts(), list[tuple[File, int]]()
+    for file in found:
+        if (label := layout.label_of(file.name)) is None:
+            skipped["unknown class"] += 1
+        else:
+            kept.append((file if found.is_folder else _held(file), label))
+    ordered = are_consecutive(keys) or set(keys) == _data("imagenet.json").keys()
+    return _of_files(name, kept, [[class_name(k)] for k in keys], DEFAULT_TEMPLATES, keys, ordered, skipped)
 
 
-def _from_tar(name: str, archive: Path) -> ImageSet:
-    if not archive.is_file():
-        raise DataError(f"no tar at {archive}")
-    found = list(image_files(archive))
-    return _from_directories(name, archive, [path for path, _ in found], lambda i: found[i][1])
+def _held(file: File) -> File:
+    """A tar's picture, kept in memory."""
+    return dataclasses.replace(file, read=functools.partial(bytes, file.read()))
 
 
-def _from_directories(name: str, source: Path, paths: Sequence[PurePath], read: Callable[[int], bytes]) -> ImageSet:
-    classes = sorted({path.parent.name for path in paths})
-    if not classes or "" in classes:
-        raise DataError(f"{source} holds no <class>/<image> files (JPEG, PNG or WebP)")
-    label = {directory: i for i, directory in enumerate(classes)}
-
+def _of_files(
+    name: str,
+    found: Sequence[tuple[File, int]],
+    classes: list[Names],
+    templates: Sequence[str],
+    keys: Sequence[str],
+    ordered: bool,
+    skipped: Mapping[str, int],
+) -> ImageSet:
     def get(i: int) -> tuple[Image.Image, tuple[int, ...]]:
-        return _decode(read(i), f"{name}, {paths[i]}"), (label[paths[i].parent.name],)
+        file, label = found[i]
+        return _decode(file.read(), f"{name}, {file.name}"), (label,)
 
-    return ImageSet(name, [[class_name(c)] for c in classes], DEFAULT_TEMPLATES, len(paths), get)
+    return ImageSet(name, classes, templates, len(found), get, keys=keys, ordered=ordered, skipped=skipped)
 
 
 def _from_csv(name: str, table: Path) -> ImageSet:
-    """A CSV with the columns image and label, paths counted from its folder; labels joined by | make it multi-label."""
-    try:
-        with table.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames is None or not {"image", "label"} <= set(reader.fieldnames):
-                raise DataError(f"{table} has the columns {reader.fieldnames}; image and label are needed")
-            rows = [(table.parent / r["image"], [x for x in (r["label"] or "").split("|") if x]) for r in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{table} is not a readable CSV: {error}") from None
-    classes = sorted({label for _, labels in rows for label in labels})
-    place = {c: i for i, c in enumerate(classes)}
-    multilabel = any(len(labels) != 1 for _, labels in rows)
-    if not classes:
+    """A table with the columns image and label, paths counted from its folder; labels joined by | make it multi-label.
+
+    Of a table in a pipe, paths are counted from the current folder.
+    """
+    beside, skipped = table.parent if table.is_file() else Path(), Counter[str]()
+    rows: list[tuple[int, Path, list[str]]] = []
+    for row in read_table(table, ("image", "label")):
+        labels = [*dict.fromkeys(filter(None, map(class_name, row.values["label"].split("|"))))]
+        if not labels or not row.values["image"]:
+            skipped["no image" if labels else "no label"] += 1
+        else:
+            rows.append((row.number, beside / row.values["image"], labels))
+    if not rows:
         raise DataError(f"{table} has no labelled row")
+    classes = in_order(label for _, _, labels in rows for label in labels)
+    place = {c: i for i, c in enumerate(classes)}
 
     def get(i: int) -> tuple[Image.Image, tuple[int, ...]]:
-        path, labels = rows[i]
+        number, path, labels = rows[i]
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise DataError(f"{table}, row {i + 1}: cannot read {path}: {error.strerror or error}") from None
-        return _decode(data, f"{table}, row {i + 1}"), tuple(place[x] for x in labels)
+            reason = "image missing" if isinstance(error, FileNotFoundError) else "unreadable file"
+            raise SampleError(reason, f"{table}, row {number}: {path}: {error.strerror or error}") from None
+        return _decode(data, f"{table}, row {number}"), tuple(place[x] for x in labels)
 
-    return ImageSet(name, [[class_name(c)] for c in classes], DEFAULT_TEMPLATES, len(rows), get, multilabel)
+    return ImageSet(
+        name,
+        [[c] for c in classes],
+        DEFAULT_TEMPLATES,
+        len(rows),
+        get,
+        multilabel=any(len(labels) > 1 for _, _, labels in rows),
+        ordered=are_consecutive(classes),
+        skipped=skipped,
+    )
 
 
 def from_shards(name: str, shards: Shards) -> ImageSet:
     """A pack as a data set, with its own classes and templates. Raises DataError if it was packed without classes."""
     if not shards.classes:
         raise DataError(f"{shards.source} was packed without classes; zero-shot needs a classed pack")
+    classes, templates = shards.classes, checked_templates(shards.templates or DEFAULT_TEMPLATES, shards.source)
 
     def get(i: int) -> tuple[Image.Image, tuple[int, ...]]:
         sample = shards.read(i)
         if sample.label is None:
-            raise DataError(f"{shards.source}: sample {i} has no label")
-        return _decode(sample.image, f"{name}, image {i}"), (sample.label,)
+            raise SampleError("no label", shards.name(i))
+        if sample.label >= len(classes):
+            raise SampleError("unknown class", f"{shards.name(i)}: {sample.label}")
+        return _decode(sample.image, shards.name(i)), (sample.label,)
 
-    return ImageSet(name, shards.classes, shards.templates or DEFAULT_TEMPLATES, len(shards), get)
+    return ImageSet(name, classes, templates, len(shards), get)
 
 
 def _from_webdataset(name: str, folder: Path) -> ImageSet:
@@ -181,34 +228,50 @@ def _from_webdataset(name: str, folder: Path) -> ImageSet:
     if not tars:
         raise DataError(f"{folder} holds no .tar; fetch the data set with `hf download --repo-type dataset`")
     classes = _lines_of(folder, "classnames.txt")
-    lines = _lines_of(folder, "zeroshot_classification_templates.txt", optional=True)
-    templates = [line.replace("{c}", "{}") for line in lines]
-    found = [pair for path in tars for pair in _pairs(path)]
-    if bad := [label for _, label in found if not 0 <= label < len(classes)]:
+    listed = "zeroshot_classification_templates.txt"
+    templates = checked_templates(_lines_of(folder, listed, optional=True), f"{folder}, {listed}")
+    found: list[tuple[str, bytes, int]] = []
+    skipped = Counter[str]()
+    for path in tars:
+        for key, parts in _samples(path).items():
+            try:
+                found.append((f"{path}, {key}", *_pair(parts)))
+            except SampleError as error:
+                skipped[error.reason] += 1
+    if bad := [label for _, _, label in found if label >= len(classes)]:
         raise DataError(f"{folder} has label {bad[0]}; classnames.txt has {len(classes)} names")
 
     def get(i: int) -> tuple[Image.Image, tuple[int, ...]]:
-        data, label = found[i]
-        return _decode(data, f"{name}, image {i}"), (label,)
+        where, data, label = found[i]
+        return _decode(data, where), (label,)
 
-    return ImageSet(name, [[c] for c in classes], templates or DEFAULT_TEMPLATES, len(found), get)
+    names = [[c] for c in classes]
+    return ImageSet(name, names, templates or DEFAULT_TEMPLATES, len(found), get, skipped=skipped)
 
 
-def _pairs(path: Path) -> Iterator[tuple[bytes, int]]:
-    parts: dict[str, dict[str, bytes]] = {}
+def _samples(path: Path) -> dict[str, dict[str, bytes]]:
+    """Images and labels in a tar, by key and suffix; other members are none of ours."""
+    found: dict[str, dict[str, bytes]] = {}
+    for name, member, read in members(path):
+        if member.isfile() and not is_hidden(name):
+            key, suffix = split_key(name)
+            parts = found.setdefault(key, {})
+            if suffix.lower() in (*SUFFIXES, ".cls"):
+                parts[suffix.lower()] = read()
+    return found
+
+
+def _pair(parts: Mapping[str, bytes]) -> tuple[bytes, int]:
+    image = next((data for suffix, data in parts.items() if suffix in SUFFIXES), None)
+    if image is None:
+        raise SampleError("no image")
     try:
-        with tarfile.open(path, "r:", tarinfo=StrictTarInfo) as archive:
-            for member in archive:
-                if member.isfile() and (file := archive.extractfile(member)) is not None:
-                    key, _, kind = member.name.partition(".")
-                    parts.setdefault(key, {})[kind.lower()] = file.read()
-        for key, sample in parts.items():
-            image = next((data for kind, data in sample.items() if f".{kind}" in SUFFIXES), None)
-            if image is None or "cls" not in sample:
-                raise DataError(f"{path}: sample {key!r} has no image (JPEG, PNG or WebP), or no .cls")
-            yield image, int(sample["cls"])
-    except (tarfile.TarError, ShardError, EOFError, ValueError) as error:
-        raise DataError(f"{path} is damaged: {error}") from None
+        label = int(parts[".cls"])
+    except (KeyError, ValueError):
+        label = -1
+    if label < 0:
+        raise SampleError("no label")
+    return image, label
 
 
 def _lines_of(folder: Path, name: str, optional: bool = False) -> list[str]:
@@ -217,7 +280,7 @@ def _lines_of(folder: Path, name: str, optional: bool = False) -> list[str]:
         if optional:
             return []
         raise DataError(f"{folder} has no {name}")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in decoded(path).splitlines() if line.strip()]
 
 
 def _from_imagenet(name: str, entry: Mapping[str, Any], data_dir: Path) -> ImageSet:
@@ -233,14 +296,16 @@ def _from_imagenet(name: str, entry: Mapping[str, Any], data_dir: Path) -> Image
     else:
         how = "unpack it there, into folders by WordNet id (n01440764 ...)"
         raise DataError(f"{name} is not in {data_dir / name}; {how}")
-    found = [p for p in images_of(place) if p.parent.name in ids]
     classes = sorted(set(ids.values()))
-    label = {directory: classes.index(wnid) for directory, wnid in ids.items()}
-
-    def get(i: int) -> tuple[Image.Image, tuple[int, ...]]:
-        return _decode(found[i].read_bytes(), str(found[i])), (label[found[i].parent.name],)
-
-    return ImageSet(name, [[names[c]] for c in classes], ensembles()[entry["templates"]], len(found), get)
+    found, skipped = list[tuple[File, int]](), Counter[str]()
+    for directory in sorted(ids):
+        inside = Files(place / directory)
+        label = classes.index(ids[directory])
+        found += [(dataclasses.replace(file, name=f"{directory}/{file.name}"), label) for file in inside]
+        skipped += inside.counts()
+    return _of_files(
+        name, found, [[names[c]] for c in classes], ensembles()[entry["templates"]], classes, True, skipped
+    )
 
 
 def _is_index(directory: str) -> bool:
@@ -251,7 +316,8 @@ def _decode(data: bytes, where: str) -> Image.Image:
     try:
         return decode(data)
     except SampleError as error:
-        raise DataError(f"{where}: {error}; remove it or replace it") from None
+        detail = str(error).removeprefix(f"{error.reason}: ")
+        raise SampleError(error.reason, f"{where}: {detail}") from None
 
 
 def _from_torchvision(name: str, shown: str, arguments: Mapping[str, Any], data_dir: Path, download: bool) -> ImageSet:
@@ -273,8 +339,11 @@ def _from_torchvision(name: str, shown: str, arguments: Mapping[str, Any], data_
         raise DataError(f"{name} could not be fetched or read ({error}); put its files in {data_dir} by hand") from None
 
     def get(i: int) -> tuple[Image.Image, tuple[int, ...]]:
-        image, label = data[i]
-        return image, (int(label),)
+        try:
+            image, label = data[i]
+        except (OSError, ValueError, SyntaxError, EOFError) as error:  # of its files torchvision decodes each by itself
+            raise SampleError("damaged image", f"{name}, image {i}: {error}") from None
+        return upright(image), (int(label),)
 
     return ImageSet(shown, classes, entry["templates"], len(data), get)
 

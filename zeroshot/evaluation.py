@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clipkit.errors import UsageError
+from clipkit.files import counted
 from clipkit.pretrained import Pretrained, load
 from clipkit.zeroshot import classify
 from clipkit.zeroshot.classify import Predictions, Scores
@@ -28,9 +30,15 @@ class Result:
     """Of a multi-label set."""
     predictions: Predictions
 
+    @property
+    def skipped(self) -> dict[str, int]:
+        """What of the data set is in no score, by reason: files that are not taken, and images that cannot be read."""
+        return dict(Counter(self.images.skipped) + Counter(self.predictions.skipped))
+
     def as_dict(self) -> dict[str, Any]:
         """What a script reads: names, counts, and the scores as fractions."""
         found = {"dataset": self.images.name, "model": self.model, **dataclasses.asdict(self.scores)}
+        found["skipped"] = self.skipped
         if self.mean_average_precision is not None:
             found["mean_average_precision"] = self.mean_average_precision
         return found
@@ -56,7 +64,8 @@ def evaluate(
 ) -> Result:
     """Make a head for the data set and classify its images; all ranks share the work and get the same result.
 
-    Raises UsageError for prompts that do not fit the data set.
+    Images that cannot be read are skipped and counted. Raises UsageError for prompts that do not fit the data set,
+    DataError when no image can be read.
     """
     prompts = prompts or Prompts()
     classes = prompts.classes or images.classes
@@ -66,6 +75,8 @@ def evaluate(
     templates = prompts.templates or images.templates
     head = class_head(clip.model, clip.tokenizer, classes, templates, prompts.descriptions, cache)
     predictions = classify.predict(clip.model, head, images, batch_size, workers)
+    if predictions.rows is not None:
+        images = images.only(predictions.rows)
     precision = None
     if predictions.similarities is not None:
         precision = classify.mean_average_precision(predictions.similarities, predictions.targets)
@@ -76,15 +87,20 @@ def evaluate_all(
     models: Sequence[str], sets: Sequence[ImageSet], prompts: Prompts, device: str = "auto", **how: Any
 ) -> list[Result]:
     """Each model, loaded once, on each data set; `how` as `evaluate` takes it."""
-    results = []
+    return list(evaluate_each(models, sets, prompts, device, **how))
+
+
+def evaluate_each(
+    models: Sequence[str], sets: Sequence[ImageSet], prompts: Prompts, device: str = "auto", **how: Any
+) -> Iterator[Result]:
+    """The same, each result as soon as it is there."""
     for name in models:
         clip = load(name, device)
-        results += [evaluate(name, clip, images, prompts, **how) for images in sets]
-    return results
+        yield from (evaluate(name, clip, images, prompts, **how) for images in sets)
 
 
 def table(results: Sequence[Result]) -> str:
-    """The results as lines of text."""
+    """The results as lines of text, and what was skipped."""
     rows = [["model", "data set", "n", "top-1", "95 %", "top-5", "per class", "ECE", "mAP"]]
     rows += [[r.model, r.images.name, *figures(r)] for r in results]
     if all(row[-1] == "" for row in rows[1:]):
@@ -94,7 +110,9 @@ def table(results: Sequence[Result]) -> str:
         [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
         for row in rows
     )
-    return "\n".join("  ".join(cells).rstrip() for cells in aligned)
+    lines = ["  ".join(cells).rstrip() for cells in aligned]
+    skipped = {r.images.name: f"skipped of {r.images.name}: {counted(r.skipped)}" for r in results if r.skipped}
+    return "\n".join([*lines, *skipped.values()])
 
 
 def figures(result: Result) -> list[str]:

@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipkit import distributed
+from clipkit.classes import checked_templates, fill
 from clipkit.errors import UsageError
 from clipkit.model import CLIP
-from clipkit.records import progress, write_atomically
+from clipkit.records import progress, say, write_atomically
 from clipkit.tokenizer import AnyTokenizer
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "clipkit"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clipkit"
 """Where the command line keeps heads and features."""
 _TEXT_BATCH = 256
 
@@ -60,9 +62,9 @@ def class_head(
 ) -> Tensor:
     """Head [C, D]: for each class the normalised mean of the normalised embeddings of its prompts.
 
-    A class is a name or a list of names (synonyms count alike); a template has one `{}` for the name. `descriptions`
-    gives further prompts, whole sentences, to classes by their first name. With `cache` (a folder) a head is computed
-    once for the same text tower, tokenizer and prompts.
+    A class is a name or a list of names (synonyms count alike); a template has one `{}` (or `{c}`) for the name.
+    `descriptions` gives further prompts, whole sentences, to classes by their first name. With `cache` (a folder) a
+    head is computed once for the same text tower, tokenizer and prompts.
     Raises UsageError for no classes, no templates, an empty name or a template without `{}`.
     """
     prompts = _prompts(classnames, templates, descriptions or {})
@@ -86,14 +88,10 @@ def _prompts(
         raise UsageError(f"a class head needs classes and templates; got {len(groups)} and {len(templates)}")
     if any(not group or not all(n.strip() for n in group) for group in groups):
         raise UsageError("a class name is empty; every class needs at least one word")
-    if bad := [t for t in templates if t.count("{}") != 1]:
-        raise UsageError(f"template {bad[0]!r} must hold exactly one {{}} where the class name goes")
+    templates = checked_templates(templates)
     if strangers := [name for name in descriptions if name not in {group[0] for group in groups}]:
         raise UsageError(f"there are descriptions of {strangers[0]!r}, which is none of the {len(groups)} classes")
-    return [
-        [t.replace("{}", n) for n in group for t in templates] + list(descriptions.get(group[0], ()))
-        for group in groups
-    ]
+    return [[fill(t, n) for n in group for t in templates] + list(descriptions.get(group[0], ())) for group in groups]
 
 
 def _key(model: CLIP, tokenizer: AnyTokenizer, prompts: list[list[str]]) -> str:
@@ -115,7 +113,16 @@ def remembered(file: Path, compute: Callable[[], Tensor]) -> Tensor:
         found: Tensor = load_file(file)["tensor"]
         return found
     computed = compute()
-    with contextlib.suppress(OSError):  # a cache that cannot be written is only slower
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, save({"tensor": computed.cpu().contiguous()}))
+    except OSError as error:  # a cache that cannot be written is only slower
+        _say_unwritable(file.parent, error.strerror or str(error))
     return computed
+
+
+@cache
+def _say_unwritable(folder: Path, reason: str) -> None:
+    """Once for each folder and reason."""
+    if distributed.rank() == 0:
+        say(f"clipkit: cannot write the cache {folder}: {reason}; what it would keep is computed each time")

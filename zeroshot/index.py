@@ -1,34 +1,36 @@
 """Embeddings of many pictures on disk, and search in them by text or by picture.
 
-An index is a folder: `part-00000.npy` (float16 unit vectors), `part-00000.json` (their keys, and what was skipped) and
-so on, each part written when it is whole, so that an interrupted run goes on and several ranks share the work; and
-`index.json`, which says what the parts are of.
+An index is a folder: `part-00000.npy` (float16 unit vectors), `part-00000.json` (their keys and marks, and what was
+skipped) and so on, each part written when it is whole, so that an interrupted run goes on and several ranks share the
+work; and `index.json`, which says what the parts are of. When pictures have changed, parts of another series
+(`part-1a2b3c4d-00000.npy`) are written beside them, with the vectors of what has not changed; `index.json` names the
+series that counts, so that until it is written the index is the one before.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from clipkit import distributed
-from clipkit.errors import CheckpointError, DataError, SampleError, ShardError, UsageError
-from clipkit.images import decode, preprocessing
+from clipkit.errors import CheckpointError, SampleError, ShardError, UsageError
+from clipkit.inputs import file_of
 from clipkit.pretrained import Pretrained, fingerprint, load
 from clipkit.records import progress, read_object, say, write_atomically
-from clipkit.shards import Shards
-from clipkit.sources import images_of
+from clipkit.zeroshot import galleries
+from clipkit.zeroshot.galleries import Gallery, Pack, open_gallery
 from clipkit.zeroshot.heads import embed_texts
 from clipkit.zeroshot.similarity import embed_images, read_images
 
@@ -38,105 +40,34 @@ PART = 10_000
 FAISS_ABOVE = 1_000_000
 """Vectors beyond which an approximate index is made (the [search] extra)."""
 _CHUNK = 1024
+_FIRST = "part"
+"""Series of the parts of an index that was never updated."""
+_PART_FILE = re.compile(r"(part(?:-[0-9a-f]{8})?)-\d{5}\.(?:json|npy|texts\.npy)")
 
 Array = np.ndarray[Any, np.dtype[np.float16]]
+Places = Mapping[tuple[str, str], tuple[Path, int]]
+"""(key, mark) of a picture -> a part, and the row of its vector in it."""
 
 
-class Gallery(Protocol):
-    """Pictures with names, in a fixed order."""
+@dataclass(frozen=True)
+class Built:
+    """What an index holds now, and how it came to that from what it held before (nothing, for one that is new)."""
 
-    @property
-    def source(self) -> str:
-        """The folder or URL as it was given."""
+    pictures: int
+    skipped: Counter[str]
+    added: int
+    changed: int
+    dropped: int
+    kept: int
 
-    def __len__(self) -> int: ...
-
-    def identity(self) -> str:
-        """Hash of what decides keys and images; an index goes on only with the same."""
-
-    def key(self, i: int) -> str:
-        """What the picture is called."""
-
-    def image(self, i: int) -> bytes:
-        """Its bytes, encoded. Raises SampleError or ShardError."""
-
-
-class _Folder:
-    """Every image file below a folder; a key is its path in it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.source = str(folder)
-        self._folder, self._paths = folder, images_of(folder)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def identity(self) -> str:
-        files = [(self.key(i), *_size_and_time(path)) for i, path in enumerate(self._paths)]
-        return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
-
-    def key(self, i: int) -> str:
-        return self._paths[i].relative_to(self._folder).as_posix()
-
-    def image(self, i: int) -> bytes:
-        try:
-            return self._paths[i].read_bytes()
-        except OSError as error:
-            raise SampleError("unreadable file", str(error)) from None
-
-
-def _size_and_time(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
-
-
-class _Pack:
-    """The images of a pack; a key is shard and sample."""
-
-    def __init__(self, source: str) -> None:
-        self.source, self.shards = source, Shards(source, verify=False)
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def identity(self) -> str:
-        digests = [entry["sha256"] for entry in self.shards.entries]
-        return hashlib.sha256(repr(digests).encode()).hexdigest()[:16]
-
-    def key(self, i: int) -> str:
-        return self.shards.name(i)
-
-    def image(self, i: int) -> bytes:
-        return self.shards.read(i).image
-
-
-def open_gallery(source: str) -> Gallery:
-    """A folder of images, or a pack (folder or URL). Raises DataError for a folder without images."""
-    if "://" in source or (Path(source) / "index.json").is_file():
-        return _Pack(source)
-    if not Path(source).is_dir():
-        raise DataError(f"no folder at {source}")
-    gallery = _Folder(Path(source))
-    if not len(gallery):
-        raise DataError(f"{source} holds no images (JPEG, PNG or WebP)")
-    return gallery
-
-
-class _Pixels(Dataset[tuple[int, Tensor, str]]):
-    """Some rows of a gallery: row, pixels, and why there are none, if there are none."""
-
-    def __init__(self, gallery: Gallery, rows: range, clip: Pretrained) -> None:
-        self.gallery, self.rows, self.preprocess = gallery, rows, preprocessing(clip.model.config)
-        self.size = clip.model.config.image_size
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> tuple[int, Tensor, str]:
-        try:
-            return self.rows[i], self.preprocess(decode(self.gallery.image(self.rows[i]))), ""
-        except SampleError as error:
-            return self.rows[i], torch.zeros(3, self.size, self.size, dtype=torch.uint8), error.reason
+    @classmethod
+    def between(cls, before: Mapping[str, str], index: Index) -> Built:
+        """Compare marks by key with those of an index."""
+        now = index.marks
+        kept = sum(before.get(key) == mark for key, mark in now.items())
+        changed = len(now.keys() & before.keys()) - kept
+        dropped = len(before.keys() - now.keys())
+        return cls(len(index), index.skipped, len(now) - kept - changed, changed, dropped, kept)
 
 
 def build(
@@ -148,15 +79,17 @@ def build(
     batch_size: int = 128,
     workers: int = 0,
     part_size: int = PART,
-) -> Counter[str]:
-    """Embed every picture of `gallery` into `out`, with `texts` also the first captions of a pack -> skipped by reason.
+) -> Built:
+    """Embed every picture of `gallery` into `out`, with `texts` also the first captions of a pack.
 
-    All ranks share the parts; parts that are there are kept. Unreadable pictures are skipped and counted.
-    Raises UsageError if `out` holds an index of something else (also of the same folder before it changed), or texts
-    are wanted of a folder.
+    All ranks share the parts; parts that are there are kept. Of an index whose pictures have changed, the vectors of
+    those that have not are taken over. Unreadable pictures are skipped and counted.
+    Raises UsageError if `out` holds an index of another source or model, or texts are wanted of a folder.
     """
-    if texts and not isinstance(gallery, _Pack):
+    if texts and not isinstance(gallery, Pack):
         raise UsageError(f"{gallery.source} has no captions to embed; they come with packs (clipkit pack)")
+    if _same_place(gallery.source, str(out)):
+        raise UsageError(f"{out} is the folder of the pictures; give another for the index")
     about = {
         "format": FORMAT,
         "source": gallery.source,
@@ -168,67 +101,173 @@ def build(
         "part_size": part_size,
         "texts": texts,
     }
-    _begin(out, about)
+    series, before = _begin(out, about)
     parts = range(-(-len(gallery) // part_size))
     mine = [p for p in parts if p % distributed.world_size() == distributed.rank()]
-    todo = [p for p in mine if not _part(out, p, "json").is_file()]
+    todo = [p for p in mine if not _part(out, series, p, "json").is_file()]
     if len(todo) < len(mine):
         say(f"{len(mine) - len(todo)} of {len(mine)} parts are there already")
+    places = _places(out) if todo else {}
     for p in progress(todo, len(todo), "parts"):
         rows = range(p * part_size, min((p + 1) * part_size, len(gallery)))
-        _write_part(clip, gallery, out, p, rows, texts, batch_size, workers)
+        _write_part(clip, gallery, _part(out, series, p, "json"), rows, texts, batch_size, workers, places)
     distributed.barrier()
-    index = Index(out)
-    if distributed.rank() == 0 and len(index) > FAISS_ABOVE:
-        index.make_approximate()
+    if distributed.rank() == 0:
+        _finish(out, series, about)
     distributed.barrier()
-    return index.skipped
+    return Built.between(before, Index(out))
 
 
-def _part(folder: Path, number: int, kind: str) -> Path:
-    return folder / f"part-{number:05d}.{kind}"
+def _part(folder: Path, series: str, number: int, kind: str) -> Path:
+    return folder / f"{series}-{number:05d}.{kind}"
 
 
-def _begin(out: Path, about: dict[str, Any]) -> None:
+def _begin(out: Path, about: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """The series of parts to write, and what the index in `out` held before an update: marks by key."""
     file = out / "index.json"
     if distributed.rank() == 0 and not file.is_file():
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(about, indent=1))
     distributed.barrier()
     found = read_object(file)
-    if differing := [k for k in about if found.get(k) != about[k] and k != "model"]:
-        k = differing[0]
-        raise UsageError(f"{out} holds another index: {k} is {found.get(k)!r}, not {about[k]!r}; give another folder")
+    for k in about:
+        same = found.get(k) == about[k] or (k == "source" and _same_place(str(found.get(k)), about[k]))
+        if not same and k not in ("model", "pictures", "count"):
+            raise UsageError(
+                f"{out} holds another index: {k} is {found.get(k)!r}, not {about[k]!r}; give another folder"
+            )
+    if (found.get("pictures"), found.get("count")) == (about["pictures"], about["count"]):
+        return str(found.get("series", _FIRST)), {}
+    before = _held(out, str(found.get("series", _FIRST)))
+    if distributed.rank() == 0:
+        if any(not mark for mark in before.values()):
+            say(f"{out} is of an older version, which did not note when pictures change; all are embedded again")
+        else:
+            say(f"{out} is updated: its pictures have changed")
+    return f"{_FIRST}-{about['pictures'][:8]}", before
 
 
-@torch.no_grad()
+def _same_place(one: str, other: str) -> bool:
+    return "://" not in one + other and Path(one).resolve() == Path(other).resolve()
+
+
+def _held(folder: Path, series: str) -> dict[str, str]:
+    """Mark by key of what the parts of a series hold; no marks in those of older versions."""
+    found: dict[str, str] = {}
+    for path in sorted(folder.glob(f"{series}-[0-9][0-9][0-9][0-9][0-9].json")):
+        labels = _Labels.read(path)
+        found |= dict(zip(labels.keys, labels.marks or [""] * len(labels.keys), strict=True))
+    return found
+
+
+def _places(folder: Path) -> Places:
+    """Where the vector of each picture is, in the parts of any series: interrupted updates are not lost either."""
+    found: dict[tuple[str, str], tuple[Path, int]] = {}
+    for path in sorted(folder.glob("part-*.json")):
+        labels = _Labels.read(path)
+        found |= {place: (path, i) for i, place in enumerate(zip(labels.keys, labels.marks, strict=False))}
+    return found
+
+
+def _finish(out: Path, series: str, about: dict[str, Any]) -> None:
+    """Let the parts of this series be the index, remove those of others, and make faiss's index if it is large."""
+    if str(read_object(out / "index.json").get("series", _FIRST)) != series:
+        write_atomically(out / "index.json", json.dumps({**about, "series": series}, indent=1))
+    index = Index(out)
+    for path in out.iterdir():
+        part = _PART_FILE.fullmatch(path.name)
+        faiss = path.name.startswith("index") and path.suffix == ".faiss" and path != index.approximate
+        if (part and part[1] != series) or faiss or (path.name.startswith(".part-") and path.suffix == ".tmp"):
+            path.unlink()
+    if len(index) > FAISS_ABOVE and not index.approximate.is_file():
+        index.make_approximate()
+
+
 def _write_part(
-    clip: Pretrained, gallery: Gallery, out: Path, number: int, rows: range, texts: bool, batch_size: int, workers: int
+    clip: Pretrained,
+    gallery: Gallery,
+    part: Path,
+    rows: range,
+    texts: bool,
+    batch_size: int,
+    workers: int,
+    places: Places,
 ) -> None:
-    device, kept, skipped = clip.model.log_logit_scale.device, [], Counter[str]()
-    vectors = []
-    loader = DataLoader(_Pixels(gallery, rows, clip), batch_size=batch_size, num_workers=workers)
-    for batch, pixels, reasons in progress(loader, len(loader), "pictures"):
-        good = [i for i, reason in enumerate(reasons) if not reason]
-        skipped.update(reason for reason in reasons if reason)
-        if good:
-            vectors.append(clip.model.encode_image(pixels[good].to(device)).half().cpu())
-            kept += [int(batch[i]) for i in good]
-    embedded = torch.cat(vectors) if vectors else torch.zeros(0, clip.model.config.embed_dim, dtype=torch.half)
+    """Vectors and labels of some rows: those whose places are known are copied, the others embedded."""
+    marked = {row: (gallery.key(row), gallery.mark(row)) for row in rows}
+    known = {row: places[label] for row, label in marked.items() if label in places}
+    found = galleries.embed(clip, gallery, [row for row in rows if row not in known], batch_size, workers)
+    kept = sorted([*known, *found.rows])
     if texts:
-        assert isinstance(gallery, _Pack)
-        captions = [gallery.shards.read(row).captions[0] for row in kept]
-        described = embed_texts(clip.model, clip.tokenizer, captions) if captions else embedded
-        _write_array(_part(out, number, "texts.npy"), described.half().cpu())
-    _write_array(_part(out, number, "npy"), embedded)
-    about = {"rows": kept, "keys": [gallery.key(row) for row in kept], "skipped": dict(skipped)}
-    write_atomically(_part(out, number, "json"), json.dumps(about))
+        assert isinstance(gallery, Pack)
+        captions = [gallery.shards.read(row).captions[0] for row in found.rows]
+        described = embed_texts(clip.model, clip.tokenizer, captions) if captions else found.vectors
+        _write_array(part.with_suffix(".texts.npy"), _merged(kept, known, found.rows, described, ".texts.npy"))
+    _write_array(part.with_suffix(".npy"), _merged(kept, known, found.rows, found.vectors, ".npy"))
+    about = {
+        "rows": kept,
+        "keys": [marked[row][0] for row in kept],
+        "marks": [marked[row][1] for row in kept],
+        "skipped": Counter(found.unread.values()),
+        "unread": [marked[row] for row in found.unread],
+    }
+    write_atomically(part, json.dumps(about))
+
+
+def _merged(
+    kept: Sequence[int], known: Mapping[int, tuple[Path, int]], rows: Sequence[int], vectors: Tensor, suffix: str
+) -> Tensor:
+    """Vectors of `kept` rows [len(kept), D], float16: out of the parts where they are known, or else of `rows`."""
+    new = dict(zip(rows, vectors.half().cpu(), strict=True))
+    merged = torch.zeros(len(kept), vectors.shape[1], dtype=torch.half)
+    opened = lru_cache(_array)
+    for i, row in enumerate(kept):
+        part, place = known.get(row, (None, 0))
+        merged[i] = new[row] if part is None else torch.from_numpy(opened(part.with_suffix(suffix))[place])
+    return merged
 
 
 def _write_array(path: Path, values: Tensor) -> None:
     buffer = io.BytesIO()
     np.save(buffer, values.numpy())
     write_atomically(path, buffer.getvalue())
+
+
+def _array(path: Path) -> Array:
+    try:
+        found: Array = np.load(path, mmap_mode="c", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    return found
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """What a part's file says: rows in the gallery, keys, marks (of older versions none), and what was skipped."""
+
+    rows: list[int]
+    keys: list[str]
+    marks: list[str]
+    skipped: Counter[str]
+    unread: list[tuple[str, str]]
+
+    @classmethod
+    def read(cls, path: Path) -> _Labels:
+        """Raises CheckpointError for another file."""
+        found = read_object(path)
+        try:
+            labels = cls(
+                [int(row) for row in found["rows"]],
+                [str(key) for key in found["keys"]],
+                [str(mark) for mark in found.get("marks", ())],
+                Counter({str(k): int(n) for k, n in found["skipped"].items()}),
+                [(str(key), str(mark)) for key, mark in found.get("unread", ())],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path} is damaged: {type(error).__name__} {error}") from None
+        if len(labels.rows) != len(labels.keys) or len(labels.marks) not in (0, len(labels.keys)):
+            raise CheckpointError(f"{path} is damaged: {len(labels.rows)} rows and {len(labels.keys)} keys")
+        return labels
 
 
 @dataclass(frozen=True)
@@ -248,20 +287,28 @@ class Index:
         if not (self.folder / "index.json").is_file():
             raise CheckpointError(f"{folder} is not an index; clipkit index makes one")
         self.about = read_object(self.folder / "index.json")
+        if missing := [k for k in ("source", "model", "weights", "dim", "count", "part_size") if k not in self.about]:
+            raise CheckpointError(
+                f"{folder} is not an index (its index.json has no {missing[0]}); clipkit index makes one"
+            )
         if self.about.get("format") != FORMAT:
             raise CheckpointError(f"{folder} is an index of format {self.about.get('format')!r}; {FORMAT} is known")
-        parts = range(-(-int(self.about["count"]) // int(self.about["part_size"])))
-        if missing := [p for p in parts if not _part(self.folder, p, "json").is_file()]:
-            raise CheckpointError(f"{folder} is not whole: part {missing[0]} is missing; run the same command again")
-        self._labels = [read_object(_part(self.folder, p, "json")) for p in parts]
-        self._vectors = [self._map(_part(self.folder, p, "npy"), len(a["keys"])) for p, a in enumerate(self._labels)]
+        series = str(self.about.get("series", _FIRST))
+        self.approximate = self.folder / f"index{series.removeprefix(_FIRST)}.faiss"
+        parts = [
+            _part(self.folder, series, p, "json")
+            for p in range(-(-int(self.about["count"]) // int(self.about["part_size"])))
+        ]
+        if lacking := [p for p, part in enumerate(parts) if not part.is_file()]:
+            raise CheckpointError(f"{folder} is not whole: part {lacking[0]} is missing; run the same command again")
+        self._labels = [_Labels.read(part) for part in parts]
+        self._vectors = [
+            self._map(part.with_suffix(".npy"), len(labels.keys))
+            for part, labels in zip(parts, self._labels, strict=True)
+        ]
 
     def _map(self, path: Path, rows: int) -> Array:
-        try:
-            found: Array = np.load(path, mmap_mode="c", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from None
-        due = (rows, self.about["dim"])
+        found, due = _array(path), (rows, self.about["dim"])
         if found.shape != due or found.dtype != np.float16:
             raise CheckpointError(f"{path} is damaged: {found.dtype} {found.shape}, float16 {due} due")
         return found
@@ -272,17 +319,36 @@ class Index:
     @cached_property
     def keys(self) -> list[str]:
         """The pictures' names."""
-        return [key for labels in self._labels for key in labels["keys"]]
+        return [key for labels in self._labels for key in labels.keys]
 
     @cached_property
     def rows(self) -> list[int]:
         """Their places in the gallery."""
-        return [row for labels in self._labels for row in labels["rows"]]
+        return [row for labels in self._labels for row in labels.rows]
+
+    @cached_property
+    def marks(self) -> dict[str, str]:
+        """Each picture's mark, by its key; "" where an older version wrote the part."""
+        pairs = (zip(labels.keys, labels.marks or [""] * len(labels.keys), strict=True) for labels in self._labels)
+        return {key: mark for each in pairs for key, mark in each}
 
     @property
     def skipped(self) -> Counter[str]:
         """Pictures that could not be read, by reason."""
-        return Counter({k: n for labels in self._labels for k, n in labels["skipped"].items()})
+        return sum((labels.skipped for labels in self._labels), Counter[str]())
+
+    def differences(self, gallery: Gallery) -> str:
+        """How the pictures in `gallery` differ from those that were embedded, in words; "" when they do not."""
+        if gallery.identity() == self.about.get("pictures"):
+            return ""
+        before = self.marks | {key: mark for labels in self._labels for key, mark in labels.unread}
+        now = {gallery.key(i): gallery.mark(i) for i in range(len(gallery))}
+        counts = {
+            "new": len(now.keys() - before.keys()),
+            "changed": sum(before[key] not in ("", now[key]) for key in now.keys() & before.keys()),
+            "gone": len(before.keys() - now.keys()),
+        }
+        return ", ".join(f"{n} {what}" for what, n in counts.items() if n) or "some changed"
 
     def search(self, queries: Tensor, k: int = 12) -> list[list[Hit]]:
         """Unit vectors [Q, D] -> for each the k pictures most like it, best first.
@@ -292,8 +358,7 @@ class Index:
         if queries.ndim != 2 or queries.shape[1] != self.about["dim"]:
             raise UsageError(f"queries are {list(queries.shape)}; this index needs [Q, {self.about['dim']}]")
         queries, k = queries.float().cpu(), min(k, len(self))
-        approximate = self.folder / "index.faiss"
-        scores, places = self._approximate(queries, k) if approximate.is_file() else self._exact(queries, k)
+        scores, places = self._approximate(queries, k) if self.approximate.is_file() else self._exact(queries, k)
         return [
             [Hit(self.keys[i], self.rows[i], s) for s, i in zip(row_scores, row_places, strict=True) if i >= 0]
             for row_scores, row_places in zip(scores.tolist(), places.tolist(), strict=True)
@@ -325,12 +390,13 @@ class Index:
         for i in range(0, len(everything), 1 << 16):
             index.add(everything[i : i + (1 << 16)].astype(np.float32))
         index.nprobe = max(1, cells // 16)
-        faiss.write_index(index, str(self.folder / "index.faiss.tmp"))
-        (self.folder / "index.faiss.tmp").replace(self.folder / "index.faiss")
+        aside = self.approximate.with_suffix(".faiss.tmp")
+        faiss.write_index(index, str(aside))
+        aside.replace(self.approximate)
 
     @cached_property
     def _faiss_index(self) -> Any:
-        return _faiss().read_index(str(self.folder / "index.faiss"))
+        return _faiss().read_index(str(self.approximate))
 
     def _approximate(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         scores, places = self._faiss_index.search(queries.numpy(), k)
@@ -345,30 +411,54 @@ def _faiss() -> Any:
     return faiss
 
 
-def embed_query(index: Index, query: str, model: str | None = None, device: str = "auto") -> Tensor:
-    """A description, or the path of a picture -> a unit vector [1, D] of the index's model.
+def load_model(index: Index, model: str | None = None, device: str = "auto") -> Pretrained:
+    """The model that an index was made with, or `model` in its place.
 
-    Raises CheckpointError when the model at hand is not the one that the index was made with.
+    Raises CheckpointError when its weights are not those that the index was made with.
     """
-    if not query.strip():
-        raise UsageError("the query is empty; describe a picture, or give the file of one")
-    name = model or index.about["model"]
+    name = model or str(index.about["model"])
     clip = load(name, device)
     if fingerprint(clip.model) != index.about["weights"]:
         raise CheckpointError(f"{index.folder} was made with other weights than those of {name}")
-    if Path(query).is_file():
-        return embed_images(clip, read_images([query]))
-    return embed_texts(clip.model, clip.tokenizer, [query])
+    return clip
 
 
-def show(index: Index, hits: Sequence[Hit]) -> list[tuple[bytes | str, str]]:
-    """For a contact sheet: each picture's bytes, or what is wrong with it now, and its key and score."""
-    gallery = open_gallery(index.about["source"])
+def read_query(query: str) -> str | Image.Image:
+    """A description as it is, or the picture in the file that `query` names.
+
+    Raises UsageError for an empty query and a missing file, DataError for a file that is no picture.
+    """
+    if not query.strip():
+        raise UsageError("the query is empty; describe a picture, or give the file of one")
+    file = file_of(query, "the query")
+    return query if file is None else read_images([file])[0]
+
+
+def embed_asked(clip: Pretrained, asked: str | Image.Image) -> Tensor:
+    """A description or a picture -> a unit vector [1, D]."""
+    return embed_texts(clip.model, clip.tokenizer, [asked]) if isinstance(asked, str) else embed_images(clip, [asked])
+
+
+def embed_query(index: Index, query: str, model: str | None = None, device: str = "auto") -> Tensor:
+    """The same of what `read_query` takes, by the model that `load_model` loads; raises what they raise."""
+    asked = read_query(query)
+    return embed_asked(load_model(index, model, device), asked)
+
+
+def show(index: Index, hits: Sequence[Hit], gallery: Gallery | None = None) -> list[tuple[bytes | str, str]]:
+    """For a contact sheet: each picture's bytes, or what is wrong with it now, and its key and score.
+
+    Pictures are found by their keys: in a folder that has changed, other pictures have their rows.
+    """
+    gallery = gallery or open_gallery(index.about["source"])
+    rows = {hit.key: hit.row for hit in hits}
+    if gallery.identity() != index.about["pictures"]:
+        rows = {key: i for i in range(len(gallery)) if (key := gallery.key(i)) in rows}
     found: list[tuple[bytes | str, str]] = []
     for hit in hits:
         try:
-            image: bytes | str = gallery.image(hit.row)
-        except (SampleError, ShardError, IndexError) as error:
+            image: bytes | str = gallery.image(rows[hit.key]) if hit.key in rows else "it is not there any more"
+        except (SampleError, ShardError) as error:
             image = str(error)
         found.append((image, f"{hit.score:.3f} {hit.key}"))
     return found

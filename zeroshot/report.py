@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipkit._version import __version__
+from clipkit.files import counted
 from clipkit.records import write_atomically
 from clipkit.zeroshot.classify import confusions
 from clipkit.zeroshot.evaluation import Result, figures
@@ -81,8 +82,9 @@ def _bars(results: Sequence[Result]) -> str:
 def _section(result: Result) -> str:
     matrix = confusions(result.predictions)
     title = html.escape(f"{result.images.name}, {result.model}")
+    skipped = f"; skipped: {html.escape(counted(result.skipped))}" if result.skipped else ""
     return f"""<section><h2>{title}</h2>
-<p>{result.scores.n:,} images, {len(result.images.classes)} classes, {result.templates} templates.</p>
+<p>{result.scores.n:,} images, {len(result.images.classes)} classes, {result.templates} templates{skipped}.</p>
 <div class="columns"><div><h3>Confusions</h3>{_matrix_picture(matrix)}
 <p class="muted">A row is a class, a column what it was taken for, in the order of the class list; dark is much.</p>
 </div><div><h3>Most frequent</h3>{_pairs(result, matrix)}</div></div>

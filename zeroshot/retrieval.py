@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from clipkit.errors import UsageError
+from clipkit.errors import DataError, SampleError, UsageError
+from clipkit.files import counted
 from clipkit.images import decode, preprocessing
 from clipkit.model import CLIP
 from clipkit.records import progress
@@ -57,19 +59,32 @@ def recalls(images: Tensor, texts: Tensor, owner: Sequence[int]) -> dict[str, fl
 
 @torch.no_grad()
 def evaluate(model: CLIP, tokenizer: AnyTokenizer, shards: Shards, batch_size: int = 256) -> dict[str, float]:
-    """Recall over every image of a pack and all of its distinct captions."""
+    """Recall over every image of a pack and all of its distinct captions.
+
+    Samples that cannot be read are skipped and counted. Raises UsageError for an empty pack, DataError when none can.
+    """
     device, preprocess = model.log_logit_scale.device, preprocessing(model.config)
-    images, captions, owner = [], [], []
+    images, captions, owner = list[Tensor](), list[str](), list[int]()
+    n, skipped = 0, Counter[str]()
     starts = range(0, len(shards), batch_size)
     for start in progress(starts, len(starts), "retrieval"):
-        samples = [shards.read(i) for i in range(start, min(start + batch_size, len(shards)))]
-        pixels = torch.stack([preprocess(decode(s.image)) for s in samples])
-        images.append(model.encode_image(pixels.to(device)))
-        for i, sample in enumerate(samples, start):
+        pixels = []
+        for i in range(start, min(start + batch_size, len(shards))):
+            try:
+                sample = shards.read(i)
+                pixels.append(preprocess(decode(sample.image)))
+            except SampleError as error:
+                skipped[error.reason] += 1
+                continue
             distinct = list(dict.fromkeys(sample.captions))
             captions += distinct
-            owner += [i] * len(distinct)
-    if not images:
+            owner += [n] * len(distinct)
+            n += 1
+        if pixels:
+            images.append(model.encode_image(torch.stack(pixels).to(device)))
+    if not len(shards):
         raise UsageError(f"{shards.source} holds no sample")
+    if not images:
+        raise DataError(f"none of the {len(shards)} samples of {shards.source} can be read: {counted(skipped)}")
     found = recalls(torch.cat(images), embed_texts(model, tokenizer, captions), owner)
-    return {"n": len(shards), "texts": len(captions), **found}
+    return {"n": n, "texts": len(captions), "unread": skipped.total(), **found}

@@ -14,6 +14,7 @@ from torch import Tensor
 from clipkit.errors import DataError, UsageError
 from clipkit.images import decode
 from clipkit.pretrained import Pretrained
+from clipkit.words import unknown
 from clipkit.zeroshot.heads import class_head, embed_texts
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TOP = 5
+MOST_SHOWN = 100
+"""Pictures, or texts, in a figure."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,17 @@ def embed_images(clip: Pretrained, images: Sequence[Image.Image], batch_size: in
 
 def similarities(clip: Pretrained, images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
     """Cosines [len(texts), len(images)] of every text with every image. Raises UsageError for an empty text or none."""
-    if not images or not texts or not all(t.strip() for t in texts):
+    if not images:
         raise UsageError("similarity needs at least one image and one text, none of them empty")
-    return (embed_texts(clip.model, clip.tokenizer, texts) @ embed_images(clip, images).T).float().cpu()
+    return cosines(clip, embed_images(clip, images), texts)
+
+
+def cosines(clip: Pretrained, vectors: Tensor, texts: Sequence[str]) -> Tensor:
+    """The same of images that were embedded, [N, D] -> [len(texts), N]."""
+    if not texts or not all(t.strip() for t in texts):
+        raise UsageError("similarity needs at least one image and one text, none of them empty")
+    described = embed_texts(clip.model, clip.tokenizer, texts)
+    return (described @ vectors.to(described).T).float().cpu()
 
 
 def classify(
@@ -69,13 +80,27 @@ def classify(
 ) -> list[list[Guess]]:
     """The five most probable labels of each image, best first. Raises UsageError for labels that make no head."""
     head = class_head(clip.model, clip.tokenizer, labels, templates)
-    with torch.no_grad():
-        probabilities = (clip.model.logit_scale * embed_images(clip, images) @ head.T).softmax(dim=1).cpu()
+    return guesses(clip, embed_images(clip, images), labels, head)
+
+
+@torch.no_grad()
+def guesses(clip: Pretrained, vectors: Tensor, labels: Sequence[str], head: Tensor) -> list[list[Guess]]:
+    """The same of images that were embedded, [N, D], under a head [len(labels), D]."""
+    probabilities = (clip.model.logit_scale * vectors.to(head) @ head.T).softmax(dim=1).cpu()
     best = probabilities.topk(min(_TOP, len(labels)), dim=1)
     return [
         [Guess(labels[i], p) for i, p in zip(places, values, strict=True)]
         for places, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
+
+
+def unknown_words(clip: Pretrained, texts: Sequence[str]) -> list[str]:
+    """Words of `texts` that no caption had from which the model learned; none where its captions' words are not known.
+
+    Numbers are left out: they are read digit by digit.
+    """
+    found = unknown([text.replace("_", " ") for text in texts], clip.words)
+    return [word for word in found if not any(character.isdigit() for character in word)]
 
 
 def _pyplot() -> type[Figure]:
@@ -84,6 +109,14 @@ def _pyplot() -> type[Figure]:
     except ModuleNotFoundError:
         raise UsageError('figures are drawn with matplotlib: pip install "clipkit[plot]"') from None
     return Figure
+
+
+def check_figure(out: Path) -> None:
+    """Check that figures can be drawn and written to this file. Raises UsageError."""
+    from clipkit.inputs import check_file
+
+    kinds = _pyplot()().canvas.get_supported_filetypes()
+    check_file(out, [f".{kind}" for kind in sorted(kinds, key=lambda kind: (kind not in ("png", "svg", "pdf"), kind))])
 
 
 def similarity_figure(images: Sequence[Image.Image], texts: Sequence[str], cosines: Tensor) -> Figure:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from clipkit import DEFAULT_MODEL
-from clipkit.errors import UsageError
+from clipkit.errors import DataError, SampleError, UsageError
+from clipkit.inputs import print_json
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
-    from clipkit.guidance.draw import Drawn, Start
+    from clipkit.guidance.draw import Start, Studio
+    from clipkit.shards import Sample, Shards
 
 _SAMPLERS = ["dpmpp-2m", "dpmpp-2m-sde", "dpmpp-2s", "heun", "unipc", "ddim", "ddpm"]
 _SPACINGS = ["karras", "linspace", "leading", "trailing"]
@@ -24,7 +28,7 @@ _SPACINGS = ["karras", "linspace", "leading", "trailing"]
 @click.command("guided-sample")
 @click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
 @click.option(
-    "--model", default=DEFAULT_MODEL, show_default=True, help="Folder of the runs clip, denoiser, noisy_clip."
+    "--model", default=DEFAULT_MODEL, show_default=True, help="A denoiser's run, or a folder of the runs it draws with."
 )
 @click.option("--n", type=click.IntRange(min=1), default=16, show_default=True, help="Pictures.")
 @click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True, help="Sampler steps.")
@@ -32,11 +36,11 @@ _SPACINGS = ["karras", "linspace", "leading", "trailing"]
 @click.option("--cfg-scale", type=float, help="Classifier-free, for denoisers trained with descriptions.  [default: 2]")
 @click.option("--sampler", type=click.Choice(_SAMPLERS), default="dpmpp-2m", show_default=True)
 @click.option("--spacing", type=click.Choice(_SPACINGS), help="Of the steps.  [default: karras; ddim, ddpm: linspace]")
-@click.option("--objective", type=click.Choice(["softmax", "dot"]), default="softmax", show_default=True)
-@click.option("--shift", type=click.Choice(["score", "mean"]), default="score", show_default=True)
+@click.option("--objective", type=click.Choice(["softmax", "dot"]), help="Of the noise-aware CLIP.  [default: softmax]")
+@click.option("--shift", type=click.Choice(["score", "mean"]), help="By its gradient, of what.  [default: score]")
 @click.option("--interval", type=(float, float), help="Log SNR from which to which the noise-aware CLIP guides.")
 @click.option("--init", type=click.Path(path_type=Path), help="Begin with this picture; see --strength and --mask.")
-@click.option("--strength", type=float, default=0.6, show_default=True, help="How much of --init is drawn anew.")
+@click.option("--strength", type=float, help="Noise on --init: a share of the schedule's time.  [default: 0.6]")
 @click.option(
     "--mask", type=click.Path(path_type=Path), help="Draw where this picture is white, keep --init elsewhere."
 )
@@ -44,7 +48,9 @@ _SPACINGS = ["karras", "linspace", "leading", "trailing"]
 @click.option("--image-prompt", type=click.Path(path_type=Path), help="Be like this picture, as the CLIP sees it.")
 @click.option("--negative", multiple=True, help="What the pictures should not show; may be repeated.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("grid.png"), show_default=True)
+@click.option(
+    "--out", default="grid.png", show_default=True, help="One sheet (.png, .jpg, .webp), or DIR/ for single pictures."
+)
 @click.option("--gif", type=click.Path(path_type=Path), help="Also write the denoising as an animation.")
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
@@ -57,17 +63,17 @@ def guided_sample(
     cfg_scale: float | None,
     sampler: str,
     spacing: str | None,
-    objective: Literal["softmax", "dot"],
-    shift: Literal["score", "mean"],
+    objective: Literal["softmax", "dot"] | None,
+    shift: Literal["score", "mean"] | None,
     interval: tuple[float, float] | None,
     init: Path | None,
-    strength: float,
+    strength: float | None,
     mask: Path | None,
     reference: Path | None,
     image_prompt: Path | None,
     negative: tuple[str, ...],
     seed: int,
-    out: Path,
+    out: str,
     gif: Path | None,
     device: str,
     as_json: bool,
@@ -75,22 +81,32 @@ def guided_sample(
     """Draw pictures of a prompt.
 
     A denoiser is steered by a noise-aware CLIP, or draws by itself if it was told what it drew.
-    Writes a PNG grid whose metadata holds prompt, seed, scale and version, and prints each picture's CLIP score. The
-    same seed gives the same bytes on a CPU. Several prompts are wanted together; "a rocket:0.5" weighs half.
+    Writes one sheet, or single pictures, whose metadata holds all that is needed to draw them again, and prints each
+    picture's CLIP score. The same seed gives the same bytes on a CPU, and the same first picture whatever --n is.
+    Several prompts are wanted together; "a rocket:0.5" weighs half.
 
     \b
     Examples:
       clipkit guided-sample "a rocket" --gif rocket.gif
+      clipkit guided-sample "a rocket" --n 64 --out drawn/
       clipkit guided-sample "a rocket" --model runs/drawings --init sketch.png --strength 0.7
       clipkit guided-sample "a cat" "something red:0.5" --negative "a dog"
     """
     from clipkit.guidance.draw import Steering, Studio
-    from clipkit.guidance.sheet import save_gif, save_grid
+    from clipkit.guidance.sheet import check_places, is_folder, save_gif, save_grid, save_pictures
 
+    wanted = _weighted(prompts, negative)
+    check_places(out, gif, n)
+    if mask is not None and init is None:
+        raise UsageError("--mask says what of --init is drawn anew; give --init too")
+    if strength is not None and init is None:
+        raise UsageError("--strength says how much of --init is drawn anew; give --init too")
     studio = Studio.open(model, device)
-    shape, look = (_picture(path, studio.image_size) for path in (reference, image_prompt))
+    files = {"init": init, "mask": mask, "reference": reference, "image_prompt": image_prompt}
+    seen, about = _pictures({name: path for name, path in files.items() if path is not None}, studio.image_size)
+    _warn(studio, [*wanted, *negative], scale)
     drawn = studio.draw(
-        _weighted(prompts),
+        wanted,
         n=n,
         steps=steps,
         scale=scale,
@@ -98,58 +114,103 @@ def guided_sample(
         negative=negative,
         seed=seed,
         spacing=spacing or "",
-        start=_start(init, strength, mask, studio.image_size),
-        reference=shape,
-        steering=Steering(cfg_scale, objective, shift, interval or (-math.inf, math.inf), look),
+        start=_start(seen, strength),
+        reference=seen.get("reference"),
+        steering=Steering(cfg_scale, objective, shift, interval, seen.get("image_prompt")),
     )
-    save_grid(drawn.images, drawn.about, out)
+    about = drawn.about | about
+    if is_folder(out):
+        each = [about | {"index": i, "clip_score": score} for i, score in enumerate(drawn.scores)]
+        save_pictures(drawn.images, each, Path(out))
+    else:
+        save_grid(drawn.images, about, Path(out))
     if gif is not None:
         save_gif(drawn.trajectory, gif)
-    _say(drawn, prompts, out, as_json)
-
-
-def _picture(path: Path | None, size: int) -> Tensor | None:
-    """A file as the denoiser sees it, if there is one."""
-    from clipkit.guidance.draw import picture
-    from clipkit.zeroshot.similarity import read_images
-
-    return None if path is None else picture(read_images([path])[0], size)
-
-
-def _start(init: Path | None, strength: float, mask: Path | None, size: int) -> Start | None:
-    """The picture to begin with, and where it is drawn anew."""
-    from clipkit.guidance.draw import Start
-
-    if mask is not None and init is None:
-        raise UsageError("--mask says what of --init is drawn anew; give --init too")
-    begin, where = _picture(init, size), _picture(mask, size)
-    return None if begin is None else Start(begin, strength, None if where is None else _white(where))
-
-
-def _say(drawn: Drawn, prompts: tuple[str, ...], out: Path, as_json: bool) -> None:
-    """What was drawn, and each picture's CLIP score."""
-    about = drawn.about
     if as_json:
-        click.echo(json.dumps({**about, "out": str(out), "clip_scores": drawn.scores}))
-        return
-    wanted = ", ".join(map(repr, prompts))
-    click.echo(f"{out}: {about['n']} x {wanted}, guidance scale {about['scale']:g}, seed {about['seed']}")
-    click.echo("CLIP scores: " + " ".join(f"{s:.3f}" for s in drawn.scores))
-    if unknown := about["unknown_words"]:
-        words = ", ".join(map(repr, unknown))
-        click.echo(f"clipkit: no caption that this model learned from had {words}; it guessed", err=True)
+        print_json({**about, "out": out, "clip_scores": drawn.scores})
+    else:
+        _say(about, prompts, out)
+        click.echo("CLIP scores: " + " ".join(f"{s:.3f}" for s in drawn.scores))
 
 
-def _weighted(prompts: tuple[str, ...]) -> str | dict[str, float]:
-    """One prompt as it is; several, or one with a weight, by their weights."""
-    found = {}
-    for prompt in prompts:
-        text, colon, number = prompt.rpartition(":")
+def _pictures(files: dict[str, Path], size: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Files as the denoiser sees them; and what is kept of each beside a drawing: its name and sha256."""
+    from clipkit.guidance.draw import picture
+    from clipkit.images import decode
+
+    seen, about = {}, {}
+    for name, path in files.items():
         try:
-            found[text if colon else prompt] = float(number) if colon else 1.0
-        except ValueError:  # a colon of the prompt's own
-            found[prompt] = 1.0
-    return prompts[0] if found == {prompts[0]: 1.0} else found
+            data = path.read_bytes()  # once: it may be a pipe
+            seen[name] = picture(decode(data), size)
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+        about[name] = {"file": path.name, "sha256": hashlib.sha256(data).hexdigest()}
+    return seen, about
+
+
+def _start(seen: dict[str, Tensor], strength: float | None) -> Start | None:
+    """The picture to begin with, and where it is drawn anew."""
+    from clipkit.guidance.steering import DEFAULT_STRENGTH, Start
+
+    if "init" not in seen:
+        return None
+    mask = _white(seen["mask"]) if "mask" in seen else None
+    return Start(seen["init"], DEFAULT_STRENGTH if strength is None else strength, mask)
+
+
+def _warn(studio: Studio, texts: list[str], scale: float | None) -> None:
+    """Name what the model does not know of these texts, and what it does not read, before it draws."""
+    from clipkit.commands.pictures import say_unknown
+
+    say_unknown(studio.unknown_words(texts))
+    for text, last in studio.cut_after(texts, scale).items():
+        shown = text if len(text) <= 40 else f"{text[:37]}..."
+        click.echo(f"clipkit: {shown!r} is longer than what the model reads; it is cut after {last!r}", err=True)
+
+
+def _say(about: dict[str, Any], prompts: tuple[str, ...], out: str) -> None:
+    """What was drawn."""
+    wanted = ", ".join(map(repr, prompts))
+    scales = f"noise-aware scale {about['scale']:g}"
+    if "cfg_scale" in about:
+        scales = f"classifier-free scale {about['cfg_scale']:g}, {scales}"
+    click.echo(f"{out}: {about['n']} x {wanted}, {scales}, seed {about['seed']}")
+
+
+def _weighted(prompts: tuple[str, ...], negative: tuple[str, ...]) -> dict[str, float]:
+    """Prompts with their weights. Raises UsageError for one that is given twice, and for what lacks its quotes."""
+    found: dict[str, float] = {}
+    bare = []
+    for prompt in prompts:
+        text, weight = _weight(prompt)
+        if text in found:
+            raise UsageError(f"the prompt {text!r} is given twice; give it once, with a weight")
+        found[text] = 1.0 if weight is None else weight
+        bare += [text] if weight is None and len(text.split()) == 1 else []
+    if len(bare) > 1 and len(bare) == len(prompts):
+        several = " ".join(f"{word}:1" for word in bare)
+        raise UsageError(
+            f'{len(bare)} prompts of a word each; quote one of several words, "{" ".join(bare)}", or write several '
+            f"with their weights, {several}"
+        )
+    for text in (*found, *negative):
+        if text.lower() in ("a", "an", "the"):
+            raise UsageError(f'"{text}" alone says nothing; put quotes around a prompt of several words')
+    return found
+
+
+def _weight(prompt: str) -> tuple[str, float | None]:
+    """ "a cat:0.5" -> the text and its weight. After a digit a colon is the text's own: "a clock at 10:30", "16:9"."""
+    text, colon, number = prompt.rpartition(":")
+    if not colon or text[-1:].isdigit():
+        return prompt, None
+    try:
+        return text.rstrip(), float(number)
+    except ValueError:
+        return prompt, None
 
 
 def _white(mask: Tensor) -> Tensor:
@@ -158,7 +219,7 @@ def _white(mask: Tensor) -> Tensor:
 
 
 @click.command("noise-curve")
-@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Folder of the runs clip and noisy_clip.")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="A noisy_clip run, or a folder of one.")
 @click.option("--shards", required=True, help="A pack: its classes are told apart, or its captions if it has none.")
 @click.option("--n", type=click.IntRange(min=2), default=1000, show_default=True, help="Pictures, evenly spread.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also draw the curve into this file (PNG, SVG, PDF).")
@@ -173,27 +234,29 @@ def noise_curve(model: str, shards: str, n: int, out: Path | None, device: str, 
     Example:
       clipkit noise-curve --model runs/drawings --shards packs/drawings-heldout --out curve.png
     """
-    import numpy as np
     import torch
 
     from clipkit.commands.pictures import save_figure
     from clipkit.guidance import curve
-    from clipkit.guidance.loading import load_guide
-    from clipkit.images import decode, preprocessing
-    from clipkit.pretrained import load
+    from clipkit.guidance.parts import load_guide_and_clip
+    from clipkit.images import preprocessing
     from clipkit.records import progress
     from clipkit.shards import Shards
     from clipkit.zeroshot.heads import class_head, embed_texts
+    from clipkit.zeroshot.similarity import check_figure
 
-    clip, guide, pack = load(model, device), load_guide(model), Shards(shards)
+    if out is not None:
+        check_figure(out)
+    (guide, clip), pack = load_guide_and_clip(model, device), Shards(shards)
     where = clip.model.log_logit_scale.device
-    guide.model.to(where)
     if len(guide.model.clip.config.conventions.image_mean) != 3:
         raise UsageError(f"the noise-aware CLIP of {model} sees latents, which the clean one does not; compare others")
-    samples = [pack.read(int(i)) for i in np.linspace(0, len(pack) - 1, min(n, len(pack))).astype(int)]
-    pictures = [decode(sample.image) for sample in samples]
-    labels = [sample.label for sample in samples] if pack.classes else list(range(len(samples)))
-    wanted, found, targets = torch.tensor(labels, device=where), {}, 0
+    samples, pictures, skipped = _evenly(pack, n)
+    texts = list(dict.fromkeys(sample.captions[0] for sample in samples))  # equal captions are one target
+    labels = [sample.label if pack.classes else texts.index(sample.captions[0]) for sample in samples]
+    if (targets := len(pack.classes or texts)) < 2:
+        raise UsageError(f"{shards} has one class or caption, which is always right; give a pack with several")
+    wanted, found = torch.tensor(labels, device=where), {}
     for name, towers, tokenizer, encode in (
         ("noise-aware", guide.model.clip, guide.tokenizer, curve.noise_aware(guide.model)),
         ("clean", clip.model, clip.tokenizer, curve.clean(clip.model)),
@@ -201,19 +264,45 @@ def noise_curve(model: str, shards: str, n: int, out: Path | None, device: str, 
         if pack.classes:
             head = class_head(towers, tokenizer, pack.classes, pack.templates)
         else:
-            head = embed_texts(towers, tokenizer, [sample.captions[0] for sample in samples])
+            head = embed_texts(towers, tokenizer, texts)
         seen = preprocessing(towers.config)
         x0 = torch.stack([seen(picture) for picture in pictures]).to(where).float() / 127.5 - 1
         levels = progress(curve.LEVELS, len(curve.LEVELS), name)
         found[name] = [curve.accuracy_at(encode, head, x0, wanted, level) for level in levels]
-        targets = len(head)
     if out is not None:
         save_figure(curve.figure(curve.LEVELS, found, 1 / targets), out)
     names = ["clean" if math.isinf(level) else f"{level:g}" for level in curve.LEVELS]
     if as_json:
-        click.echo(json.dumps({"n": len(samples), "targets": targets, "log_snr": names, **found}))
+        about = {"n": len(samples), "targets": targets, "skipped": skipped, "log_snr": names}
+        print_json({**about, **found})
         return
-    click.echo(f"top-1 of {len(samples)} pictures among {targets}")
+    reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "none"
+    click.echo(f"top-1 of {len(samples)} pictures among {targets}; skipped: {reasons}")
     click.echo("log SNR  " + "  ".join(f"{name:>11}" for name in found))
     for row, name in enumerate(names):
         click.echo(f"{name:>7}  " + "  ".join(f"{values[row]:11.1%}" for values in found.values()))
+
+
+def _evenly(pack: Shards, n: int) -> tuple[list[Sample], list[Image], dict[str, int]]:
+    """At most `n` samples of a pack, evenly spread, with their pictures; and how many were skipped, by reason.
+
+    Raises DataError when none is left.
+    """
+    import numpy as np
+
+    from clipkit.images import decode
+
+    samples, pictures, skipped = [], [], Counter[str]()
+    for i in np.linspace(0, len(pack) - 1, min(n, len(pack))).astype(int):
+        try:
+            sample = pack.read(int(i))
+            if pack.classes and not (isinstance(sample.label, int) and 0 <= sample.label < len(pack.classes)):
+                raise SampleError("no label of its classes")
+            pictures.append(decode(sample.image))
+            samples.append(sample)
+        except SampleError as error:
+            skipped[error.reason] += 1
+    if not samples:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "none"
+        raise DataError(f"no picture of {pack.source} can be used; skipped: {reasons}")
+    return samples, pictures, dict(skipped)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from clipkit import DEFAULT_MODEL
-from clipkit.commands.given import MODEL_HELP, read_class_list, read_class_names, read_templates
+from clipkit.commands.given import MODEL_HELP, read_class_list, read_class_names, read_templates, refuse_options
 from clipkit.errors import UsageError
+from clipkit.inputs import print_json
+
+if TYPE_CHECKING:
+    from clipkit.zeroshot.evaluation import Result
 
 
 @click.command()
@@ -18,7 +23,7 @@ from clipkit.errors import UsageError
     "--dataset", "datasets", required=True, multiple=True, help="A name, or folder:, tar:, csv:, shards:, wds:."
 )
 @click.option(
-    "--classnames", type=click.Path(path_type=Path), help="JSON list (a name or names per class), or text file."
+    "--classnames", type=click.Path(path_type=Path), help="JSON (folder -> names, or a list), or a text file."
 )
 @click.option("--templates", help='"one", "7", "80" (those for ImageNet), or a text file, one template with {} a line.')
 @click.option("--descriptions", type=click.Path(path_type=Path), help="JSON: class -> sentences, as further prompts.")
@@ -54,7 +59,8 @@ def zeroshot(
     Names: cifar10 cifar100 fashion-mnist mnist svhn stl10 oxford-pets flowers102 food101 dtd eurosat gtsrb caltech101
     fgvc-aircraft stanford-cars sun397 imagenet imagenet-v2 imagenet-r imagenet-a imagenet-sketch
 
-    --model and --dataset may be repeated. Scores are fractions. Under torchrun the ranks share the images.
+    --model and --dataset may be repeated. Scores are fractions. Images that cannot be read are skipped and counted.
+    Under torchrun the ranks share the images.
 
     \b
     Examples:
@@ -63,30 +69,45 @@ def zeroshot(
       clipkit zeroshot --model ViT-B-32/laion2b_s34b_b79k --dataset cifar10 --json
     """
     from clipkit import distributed
+    from clipkit.inputs import check_writable
     from clipkit.zeroshot import evaluation, heads
-    from clipkit.zeroshot.datasets import open_set
+    from clipkit.zeroshot.datasets import known, open_set
     from clipkit.zeroshot.report import write_report
 
-    sets = [open_set(name, data_dir, download) for name in datasets]
+    if not any(name in known() for name in datasets):
+        refuse_options(["data_dir", "download"], "on data sets that are given by their place")
+    if report is not None:
+        check_writable(report)
+    names = read_class_list(classnames) if classnames else None
     prompts = evaluation.Prompts(
-        classes=read_class_list(classnames, sets[0].classes) if classnames else None,
         templates=read_templates(templates, heads.ensembles()) if templates else None,
         descriptions=read_class_names(descriptions) if descriptions else None,
     )
+    sets = [open_set(name, data_dir, download, folders=names if isinstance(names, dict) else ()) for name in datasets]
+    if names is not None:
+        sets = [images.renamed(names, str(classnames)) for images in sets]
+    results: list[evaluation.Result] = []
     with distributed.process_group(distributed.choose_device(device)):
-        results = evaluation.evaluate_all(
-            models, sets, prompts, device, batch_size=batch_size, workers=workers, cache=heads.CACHE / "heads"
-        )
-        if distributed.rank():
-            return
-    if report is not None:
-        page = write_report(results, report)
-        click.echo(f"{page}", err=True)
+        how = {"batch_size": batch_size, "workers": workers, "cache": heads.CACHE / "heads"}
+        try:
+            for result in evaluation.evaluate_each(models, sets, prompts, device, **how):
+                results.append(result)
+        finally:  # what ends one data set must not cost the scores of those before it
+            if results and not distributed.rank():
+                _show(results, len(models) * len(sets), as_json)
+    if report is not None and not distributed.rank():
+        click.echo(f"{write_report(results, report)}", err=True)
+
+
+def _show(results: Sequence[Result], due: int, as_json: bool) -> None:
+    """Print results: a table, or one JSON object, a list where several are due."""
+    from clipkit.zeroshot.evaluation import table
+
+    found = [result.as_dict() for result in results]
     if as_json:
-        found = [result.as_dict() for result in results]
-        click.echo(json.dumps(found[0] if len(found) == 1 else found))
+        print_json(found[0] if due == 1 else found)
     else:
-        click.echo(evaluation.table(results))
+        click.echo(table(results))
 
 
 @click.command()
@@ -110,9 +131,10 @@ def retrieval(model: str, shards: str, device: str, as_json: bool) -> None:
     clip = load(model, device)
     found = {"shards": shards, "model": model, **room.evaluate(clip.model, clip.tokenizer, Shards(shards))}
     if as_json:
-        click.echo(json.dumps(found))
+        print_json(found)
         return
-    click.echo(f"{shards}: {found['n']} images, {found['texts']} captions")
+    unread = f"; {found['unread']} samples could not be read" if found["unread"] else ""
+    click.echo(f"{shards}: {found['n']} images, {found['texts']} captions{unread}")
     for way in ("image_to_text", "text_to_image"):
         scores = "   ".join(f"recall@{k} {found[f'{way}_recall@{k}']:.2%}" for k in (1, 5, 10))
         click.echo(f"{way.replace('_', ' ')}   {scores}")
@@ -123,7 +145,7 @@ def retrieval(model: str, shards: str, device: str, as_json: bool) -> None:
 @click.option("--train", required=True, help="As zeroshot takes it: folder:DIR ...; of a NAME, its training part.")
 @click.option("--test", required=True, help="The same, to count on.")
 @click.option("--shots", type=click.IntRange(min=0), default=0, show_default=True, help="Images a class; 0 is all.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Draws the shots.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Draws the shots.")
 @click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that decode.")
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
@@ -139,6 +161,7 @@ def probe(model: str, train: str, test: str, shots: int, seed: int, workers: int
     import dataclasses
     from itertools import zip_longest
 
+    from clipkit.files import counted
     from clipkit.pretrained import load
     from clipkit.zeroshot import probe as room
     from clipkit.zeroshot.datasets import open_set
@@ -155,10 +178,16 @@ def probe(model: str, train: str, test: str, shots: int, seed: int, workers: int
         )
     clip = load(model, device)
     cache = CACHE / "features"
-    fitted, counted = (room.features(clip.model, images, workers=workers, cache=cache) for images in sets)
-    found = room.probe(fitted, counted, len(known), shots, seed)
+    (x, y, unfit), (u, v, untested) = (
+        room.features(clip.model, images, workers=workers, cache=cache) for images in sets
+    )
+    found = room.probe((x, y), (u, v), len(known), shots, seed)
     if as_json:
-        click.echo(json.dumps({"model": model, **dataclasses.asdict(found)}))
+        skipped = {"skipped_train": unfit, "skipped_test": untested}
+        print_json({"model": model, **dataclasses.asdict(found), **skipped})
         return
     click.echo(f"{found.train} training images, {found.test} test images, {found.classes} classes, C = {found.C:g}")
+    for name, counts in ((train, unfit), (test, untested)):
+        if counts:
+            click.echo(f"skipped of {name}: {counted(counts)}")
     click.echo(f"accuracy {found.accuracy:.2%}   on the validation part {found.validation_accuracy:.2%}")

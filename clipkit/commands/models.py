@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -10,6 +9,7 @@ import click
 from clipkit import DEFAULT_MODEL
 from clipkit.commands.given import MODEL_HELP
 from clipkit.errors import UsageError
+from clipkit.inputs import print_json
 
 
 @click.command()
@@ -34,7 +34,7 @@ def models(pattern: str, as_json: bool) -> None:
     if not found:
         raise UsageError(f"no published model has {pattern!r} in its name; `clipkit models` lists them all")
     if as_json:
-        click.echo(json.dumps(found))
+        print_json(found)
         return
     width = max(map(len, found))
     for name, repository in found.items():
@@ -56,7 +56,7 @@ def export(model: str, out: Path, form: str, push: str | None) -> None:
     """Write a model for other libraries.
 
     open_clip and transformers read their folders with equal features; onnx and torch write two graphs, from uint8
-    pixels and from token ids to unit vectors.
+    pixels and from token ids to unit vectors. OUT is a new folder, or one with an earlier export in this format.
 
     \b
     Example:
@@ -66,8 +66,9 @@ def export(model: str, out: Path, form: str, push: str | None) -> None:
     from clipkit import hub
     from clipkit.pretrained import load
 
+    room.check_place(out, form)
     clip = load(model, "cpu")
-    for path in room.export(clip, out, form):
+    for path in room.export(clip, out, form, push or ""):
         click.echo(f"{path}")
     if push is not None:
         click.echo(hub.push(clip.model, out, push))

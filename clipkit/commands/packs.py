@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import click
 
-from clipkit.commands.given import read_class_names, read_lines
+from clipkit.commands.given import read_class_names, read_templates, refuse_options
 from clipkit.errors import UsageError, did_you_mean
+from clipkit.inputs import check_file, print_json
 
 
 @click.command()
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--classnames", type=click.Path(path_type=Path), help="JSON: class folder -> list of names, or name.")
-@click.option("--templates", type=click.Path(path_type=Path), help="Text file, one caption template with {} a line.")
-@click.option("--csv", "table", type=click.Path(path_type=Path), help="CSV with the columns image,caption.")
+@click.option("--templates", help='Text file, one caption template with {} a line; or "one", "7", "80".')
+@click.option("--csv", "table", type=click.Path(path_type=Path), help="Table with the columns image,caption.")
 @click.option("--shard-size", type=click.IntRange(min=1), default=10_000, show_default=True, help="Samples a shard.")
 @click.option("--holdout", type=click.IntRange(min=0), default=0, help="Samples set aside in OUT-val.")
 @click.option(
@@ -25,10 +25,20 @@ from clipkit.errors import UsageError, did_you_mean
 )
 @click.option("--encode", type=click.Choice(["jpeg", "png", "webp"]), help="Encode the images anew.")
 @click.option("--quality", type=click.IntRange(1, 100), default=90, show_default=True, help="Of new JPEG and WebP.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Decides captions and drawings.")
-@click.option("--split", default="train", show_default=True, help="train, val or heldout drawings; NAME: train, test.")
-@click.option("--count", type=int, default=12_000, show_default=True, help="drawings: how many.")
-@click.option("--size", type=click.IntRange(min=8), default=24, show_default=True, help="drawings: pixels.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Decides captions and drawings."
+)
+@click.option(
+    "--split",
+    default="train",
+    show_default=True,
+    help="drawings: train, val, heldout; scenes: also relations; pictograms: train, heldout; NAME: train, test.",
+)
+@click.option(
+    "--count", type=click.IntRange(min=1), default=12_000, show_default=True, help="drawings, scenes: number."
+)
+@click.option("--size", type=click.IntRange(min=8), default=24, show_default=True, help="Pixels of what is rendered.")
+@click.option("--variants", type=click.IntRange(min=1), default=4, show_default=True, help="Samples of a pictogram.")
 @click.option(
     "--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True, help="NAME: place."
 )
@@ -37,7 +47,7 @@ def pack(
     source: str,
     out: Path,
     classnames: Path | None,
-    templates: Path | None,
+    templates: str | None,
     table: Path | None,
     shard_size: int,
     holdout: int,
@@ -48,14 +58,17 @@ def pack(
     split: str,
     count: int,
     size: int,
+    variants: int,
     data_dir: Path,
     download: bool,
 ) -> None:
     """Pack captioned images into shards with an index.
 
     SOURCE is a folder or tar laid out <class>/<image>, or a folder or tar of images with --csv, or the word
-    "drawings" for the embedded data set, or a NAME that zeroshot knows (fashion-mnist, cifar100 ...). Images are kept
-    byte for byte unless --resize or --encode says otherwise. Interrupted, the same command goes on after the last whole
+    "drawings" for the embedded data set or "scenes" for rendered scenes of one to three objects, or pictograms:DIR
+    (captions.csv and transparent images), or a NAME that zeroshot knows (fashion-mnist, cifar100 ...). Images are kept
+    byte for byte unless --resize or --encode says otherwise. The class is the first folder, as for torchvision's
+    ImageFolder. What is not taken is counted by reason. Interrupted, the same command resumes after the last whole
     shard.
 
     \b
@@ -63,31 +76,67 @@ def pack(
       clipkit pack photos/ packs/photos --classnames names.json
       clipkit pack emoji.tar.xz packs/emoji --csv captions.csv --holdout 500
       clipkit pack drawings packs/drawings --count 20000
+      clipkit pack scenes packs/scenes --count 20000 --size 48
       clipkit pack fashion-mnist packs/fashion-mnist --download
     """
     from clipkit import sources
-    from clipkit.pack import Encoding
+    from clipkit.files import counted
+    from clipkit.inputs import check_writable
+    from clipkit.pack import Encoding, holdout_of
     from clipkit.pack import pack as write
+    from clipkit.pictograms import pictograms_source
     from clipkit.zeroshot.datasets import as_source, known, open_set
+    from clipkit.zeroshot.heads import ensembles
 
+    is_named = source in known() and not Path(source).exists()
+    kind, colon, place = source.partition(":")
+    pictograms = Path(place) if colon and kind == "pictograms" else None
+    if source not in _RENDERED and pictograms is None and not is_named and not Path(source).exists():
+        raise UsageError(
+            f"no folder or tar at {source}, nor a data set; {did_you_mean(source, [*_RENDERED, *known()])}"
+        )
+    _refuse_options(source, pictograms is not None, is_named, table is not None)
+    if encode == "png" or not (encode or resize):
+        refuse_options(["quality"], "on PNGs" if encode else "on images that are kept (see --resize and --encode)")
+    for folder in (out, holdout_of(out))[: 1 + bool(holdout)]:
+        check_writable(folder)
     if source == "drawings":
         data = sources.drawings_source(split, count, size, seed)
-    elif source in known() and not Path(source).exists():
+    elif source == "scenes":
+        data = sources.scenes_source(split, count, size, seed)
+    elif pictograms is not None:
+        data = pictograms_source(pictograms, split, size, variants, seed)
+    elif is_named:
         if split not in ("train", "test"):
             raise UsageError(f"--split is {split!r}; {source} has train and test")
         data = as_source(open_set(source, data_dir, download, training=split == "train"), seed)
-    elif not Path(source).exists():
-        raise UsageError(
-            f"no folder or tar at {source}, nor a data set; {did_you_mean(source, ['drawings', *known()])}"
-        )
     elif table is not None:
         data = sources.csv_source(table, Path(source))
     else:
-        lines = read_lines(templates) if templates else sources.DEFAULT_TEMPLATES
+        lines = read_templates(templates, ensembles()) if templates else sources.DEFAULT_TEMPLATES
         data = sources.class_source(Path(source), read_class_names(classnames) if classnames else None, lines, seed)
     index = write(data, out, shard_size, holdout, Encoding(resize, encode or "", quality))
-    skipped = ", ".join(f"{n} {reason}" for reason, n in index["skipped"].items()) or "none"
+    skipped = counted(index["skipped"])
     click.echo(f"{out}: {index['samples']} samples in {len(index['shards'])} shards; skipped: {skipped}")
+
+
+_RENDERED = ("drawings", "scenes")
+
+
+def _refuse_options(source: str, is_pictograms: bool, is_named: bool, has_table: bool) -> None:
+    """Refuse options that do nothing for this kind of source."""
+    named, written = ["data_dir", "download"], ["classnames", "templates", "table"]
+    drawn = ["count", "size", "variants"]
+    if source in _RENDERED:
+        refuse_options([*named, *written, "variants"], f"on {source}")
+    elif is_pictograms:
+        refuse_options([*named, *written, "count"], "on pictograms, which have their own names and captions")
+    elif is_named:
+        refuse_options([*drawn, *written], f"on {source}, which has its own names and templates")
+    elif has_table:
+        refuse_options([*named, *drawn, "split", "classnames", "templates", "seed"], "with --csv")
+    else:
+        refuse_options([*named, *drawn, "split"], "on a folder or tar")
 
 
 @click.command()
@@ -111,27 +160,28 @@ def verify(shards: str, samples: int, as_json: bool) -> None:
 
     report = inspection.verify(shards, samples)
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(report)))
+        print_json(dataclasses.asdict(report))
     else:
         click.echo(f"{report.source}: {report.samples} samples in {report.shards} shards")
         for name, count in report.skipped.items():
-            click.echo(f"  skipped when packed: {count} {name}")
+            click.echo(f"  not taken into the index: {count} {name}")
         for name, problem in report.damaged.items():
             click.echo(f"  {name}: {problem}")
+        for reason, count in report.incomplete.items():
+            click.echo(f"  {count} of {report.samples} samples: {reason}")
         for reason, count in report.bad.items():
             click.echo(f"  {count} of {report.decoded} decoded samples: {reason}")
         good = f"sound: every hash is right, {report.decoded} samples decoded"
-        click.echo(
-            f"{len(report.damaged)} damaged shards" if report.damaged else good if not report.bad else "not sound"
-        )
-    if report.damaged or report.bad:
+        unsound = report.bad or report.incomplete
+        click.echo(f"{len(report.damaged)} damaged shards" if report.damaged else "not sound" if unsound else good)
+    if report.damaged or report.bad or report.incomplete:
         sys.exit(1)
 
 
 @click.command()
 @click.argument("shards")
 @click.option("-n", "--n", "count", type=click.IntRange(min=1), default=16, show_default=True, help="Samples shown.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Decides which.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Decides which.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("sheet.png"), show_default=True)
 def inspect(shards: str, count: int, seed: int, out: Path) -> None:
     """Show random samples of a pack and their captions.
@@ -143,10 +193,9 @@ def inspect(shards: str, count: int, seed: int, out: Path) -> None:
     from clipkit.inspection import sheet
     from clipkit.shards import Shards
 
-    picture = sheet(Shards(shards, verify=False), count, seed)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(out, "PNG")
-    except OSError as error:
-        raise UsageError(f"cannot write {out}: {error.strerror or error}") from None
-    click.echo(f"{out}: {count} samples of {shards}")
+    check_file(out, [".png"])
+    pack = Shards(shards, verify=False)
+    picture = sheet(pack, count, seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(out, "PNG")
+    click.echo(f"{out}: {min(count, len(pack))} samples of {shards}")

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-import json
+import shlex
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from clipkit import DEFAULT_MODEL
-from clipkit.commands.given import MODEL_HELP, read_lines, read_templates
-from clipkit.errors import UsageError
+from clipkit.commands.given import MODEL_HELP, read_templates
+from clipkit.errors import ClipkitError, DataError, UsageError
+from clipkit.inputs import check_file, check_writable, items_of, print_json
+
+if TYPE_CHECKING:
+    from clipkit.pretrained import Pretrained
+    from clipkit.zeroshot.galleries import Embedded, Gallery, Pictures
+    from clipkit.zeroshot.index import Hit, Index
+
+_NAMED = 5
+"""Pictures that a message names; of more it says how many."""
 
 
 @click.command()
 @click.argument("images", nargs=-1, required=True)
-@click.option("--text", "texts", multiple=True, required=True, help="A description; may be repeated.")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    required=True,
+    help="A description, or a file of them, one a line; may be repeated.",
+)
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help=MODEL_HELP)
 @click.option("--out", type=click.Path(path_type=Path), help="Also draw the matrix into this file (PNG, SVG, PDF).")
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
@@ -25,29 +42,38 @@ def similarity(
 ) -> None:
     """Compare pictures with descriptions, by cosines.
 
+    IMAGES are files, folders of them, or packs.
+
     \b
     Example:
       clipkit similarity cat.jpg car.jpg --text "a cat" --text "a red car" --model runs/clip --out matrix.png
     """
     from clipkit.pretrained import load
     from clipkit.zeroshot import similarity as room
+    from clipkit.zeroshot.galleries import Pictures
 
-    pictures = room.read_images(images)
-    cosines = room.similarities(load(model, device), pictures, texts)
+    words = [item for text in texts for item in items_of(text, "--text")]
+    pictures = Pictures(images)
     if out is not None:
-        save_figure(room.similarity_figure(pictures, texts, cosines), out)
+        _check_figure(out, pictures, words)
+    clip = load(model, device)
+    found = _embedded(clip, pictures)
+    names, cosines = [pictures.key(row) for row in found.rows], room.cosines(clip, found.vectors, words)
+    say_unknown(room.unknown_words(clip, words))
+    if out is not None:
+        save_figure(room.similarity_figure(_shown(pictures, found), words, cosines), out)
     if as_json:
-        click.echo(json.dumps({"images": images, "texts": texts, "cosines": cosines.tolist()}))
+        print_json({"images": names, "texts": words, "cosines": cosines.tolist()})
         return
-    width = max(map(len, texts))
-    click.echo(" " * width + "".join(f"  {Path(i).stem[:10]:>10}" for i in images))
-    for text, row in zip(texts, cosines.tolist(), strict=True):
+    width = max(map(len, words))
+    click.echo(" " * width + "".join(f"  {Path(name).stem[:10]:>10}" for name in names))
+    for text, row in zip(words, cosines.tolist(), strict=True):
         click.echo(f"{text:{width}}" + "".join(f"  {value:10.3f}" for value in row))
 
 
 @click.command()
 @click.argument("images", nargs=-1, required=True)
-@click.option("--labels", required=True, help="Names with commas between them, or a text file, one a line.")
+@click.option("--labels", required=True, help="Names with commas between them, or a file: one a line, or a JSON list.")
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help=MODEL_HELP)
 @click.option("--templates", default="one", show_default=True, help='"one", "7", "80", or a text file.')
 @click.option("--out", type=click.Path(path_type=Path), help="Also draw pictures and bars into this file.")
@@ -58,25 +84,87 @@ def classify(
 ) -> None:
     """Say which label fits each picture, with probabilities.
 
+    IMAGES are files, folders of them, or packs.
+
     \b
-    Example:
+    Examples:
       clipkit classify photo.jpg --labels "cat,dog,rocket" --model ViT-B-32/openai --out photo-labels.png
+      clipkit classify photos/ --labels labels.txt
     """
     from clipkit.pretrained import load
     from clipkit.zeroshot import similarity as room
-    from clipkit.zeroshot.heads import ensembles
+    from clipkit.zeroshot.galleries import Pictures
+    from clipkit.zeroshot.heads import class_head, ensembles
 
-    names = read_lines(Path(labels)) if Path(labels).is_file() else [name.strip() for name in labels.split(",")]
-    lines, pictures = read_templates(templates, ensembles()), room.read_images(images)
-    guesses = room.classify(load(model, device), pictures, names, lines)
+    names = items_of(labels, "--labels", separator=",")
+    if len(names) < 2:
+        raise UsageError(f"--labels has {names[0]!r} alone, which fits everything at 100 %; give two or more")
+    lines, pictures = read_templates(templates, ensembles()), Pictures(images)
     if out is not None:
-        save_figure(room.classify_figure(pictures, guesses), out)
+        _check_figure(out, pictures)
+    clip = load(model, device)
+    head = class_head(clip.model, clip.tokenizer, names, lines)
+    found = _embedded(clip, pictures)
+    guesses = dict(zip(map(pictures.key, found.rows), room.guesses(clip, found.vectors, names, head), strict=True))
+    say_unknown(room.unknown_words(clip, names))
+    if out is not None:
+        save_figure(room.classify_figure(_shown(pictures, found), list(guesses.values())), out)
     if as_json:
-        found = {i: {g.label: g.probability for g in guess} for i, guess in zip(images, guesses, strict=True)}
-        click.echo(json.dumps(found))
+        print_json({image: {g.label: g.probability for g in guess} for image, guess in guesses.items()})
         return
-    for image, guess in zip(images, guesses, strict=True):
+    for image, guess in guesses.items():
         click.echo(f"{image}: " + ", ".join(f"{g.label} {g.probability:.1%}" for g in guess))
+
+
+def _embedded(clip: Pretrained, pictures: Pictures) -> Embedded:
+    """Embed all pictures. Those of folders and packs that cannot be read are skipped and named on stderr.
+
+    Raises DataError naming all files that were given and cannot be read, and when nothing is left.
+    """
+    from clipkit.zeroshot.galleries import embed
+
+    found = embed(clip, pictures, range(len(pictures)))
+    if bad := {pictures.key(row): why for row, why in found.unread.items() if pictures.named(row)}:
+        raise DataError(f"cannot read {_list([f'{name} ({why})' for name, why in bad.items()])}")
+    if not found.rows:
+        raise DataError(f"no picture can be read; skipped: {_counts(Counter(found.unread.values()))}")
+    if found.unread:
+        names = [f"{pictures.key(row)} ({why})" for row, why in found.unread.items()]
+        click.echo(f"clipkit: skipped {_list(names)}", err=True)
+    return found
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+
+
+def _counts(reasons: Counter[str]) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in reasons.items()) or "none"
+
+
+def say_unknown(words: Sequence[str]) -> None:
+    """Name on stderr the words that a model cannot know, if there are any."""
+    if words:
+        shown = ", ".join(map(repr, words))
+        click.echo(f"clipkit: no caption that this model learned from had {shown}; it guesses", err=True)
+
+
+def _check_figure(out: Path, pictures: Pictures, texts: Sequence[str] = ()) -> None:
+    from clipkit.zeroshot import similarity as room
+
+    room.check_figure(out)
+    if (most := max(len(pictures), len(texts))) > room.MOST_SHOWN:
+        raise UsageError(f"--out shows at most {room.MOST_SHOWN} pictures and texts; {most} are given")
+
+
+def _shown(pictures: Pictures, found: Embedded) -> list[Any]:
+    """The pictures once more, small, for a figure."""
+    from clipkit.images import decode
+
+    images = [decode(pictures.image(row)) for row in found.rows]
+    for image in images:
+        image.thumbnail((512, 512))
+    return images
 
 
 def save_figure(figure: Any, out: Path) -> None:
@@ -93,13 +181,16 @@ def save_figure(figure: Any, out: Path) -> None:
 @click.argument("images")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help=MODEL_HELP)
-@click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=128, show_default=True, help="Pictures embedded at once."
+)
 @click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that decode.")
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
 def index(images: str, out: Path, model: str, batch_size: int, workers: int, device: str) -> None:
     """Embed a folder of pictures or a pack, for search.
 
-    Interrupted, the same command goes on; under torchrun the ranks share the work.
+    Run again, the same command updates the index: of a folder that has changed only new and changed pictures are
+    embedded. Interrupted, it resumes; under torchrun the ranks share the work.
 
     \b
     Example:
@@ -112,7 +203,9 @@ def index(images: str, out: Path, model: str, batch_size: int, workers: int, dev
 @click.argument("shards")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help=MODEL_HELP)
-@click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=128, show_default=True, help="Pictures embedded at once."
+)
 @click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that decode.")
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
 def embed(shards: str, out: Path, model: str, batch_size: int, workers: int, device: str) -> None:
@@ -121,8 +214,8 @@ def embed(shards: str, out: Path, model: str, batch_size: int, workers: int, dev
     Of each image's captions the first counts.
 
     OUT gets part-00000.npy (images) and part-00000.texts.npy (captions), float16 unit vectors, and part-00000.json with
-    their keys, and so on. It is an index as well. Interrupted, the same command goes on; under torchrun the ranks share
-    the work.
+    their keys, and so on. It is an index as well, and is updated like one: the parts' names then begin with the
+    "series" in index.json. Interrupted, the same command resumes; under torchrun the ranks share the work.
 
     \b
     Example:
@@ -135,22 +228,27 @@ def _embed(source: str, out: Path, model: str, texts: bool, batch_size: int, wor
     from clipkit import distributed
     from clipkit.pretrained import load
     from clipkit.zeroshot import index as room
+    from clipkit.zeroshot.galleries import open_gallery
 
-    gallery = room.open_gallery(source)
+    gallery = open_gallery(source)
+    check_writable(out)
     with distributed.process_group(distributed.choose_device(device)):
-        skipped = room.build(load(model, device), model, gallery, out, texts, batch_size, workers)
+        built = room.build(load(model, device), model, gallery, out, texts, batch_size, workers)
         if distributed.rank():
             return
-    reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "none"
-    click.echo(f"{out}: {len(gallery) - sum(skipped.values())} pictures; skipped: {reasons}")
+    update = f"added {built.added}, changed {built.changed}, dropped {built.dropped}, kept {built.kept}; "
+    shown = update if built.changed or built.dropped or built.kept else ""
+    click.echo(f"{out}: {built.pictures} pictures; {shown}skipped: {_counts(built.skipped)}")
 
 
 @click.command()
 @click.argument("folder", metavar="INDEX")
 @click.argument("query")
 @click.option("--model", help="Instead of the model that the index was made with: the same, at another place.")
-@click.option("-k", type=click.IntRange(min=1), default=12, show_default=True, help="How many are found.")
-@click.option("--out", type=click.Path(path_type=Path), help="Also show what was found as a contact sheet (PNG).")
+@click.option("-k", type=click.IntRange(min=1), default=12, show_default=True, help="How many are found at most.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Also show what was found as a contact sheet (PNG, JPEG, WebP)."
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def search(folder: str, query: str, model: str | None, k: int, out: Path | None, device: str, as_json: bool) -> None:
@@ -165,19 +263,64 @@ def search(folder: str, query: str, model: str | None, k: int, out: Path | None,
     """
     import dataclasses
 
-    from clipkit.inspection import contact_sheet
+    from clipkit.images import SUFFIXES
     from clipkit.zeroshot import index as room
+    from clipkit.zeroshot.similarity import unknown_words
 
     found = room.Index(folder)
-    hits = found.search(room.embed_query(found, query, model, device), k)[0]
+    if not len(found):
+        raise UsageError(f"{folder} holds no picture to find; skipped: {_counts(found.skipped)}")
     if out is not None:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            contact_sheet(room.show(found, hits)).save(out, "PNG")
-        except OSError as error:
-            raise UsageError(f"cannot write {out}: {error.strerror or error}") from None
+        check_file(out, SUFFIXES)
+    asked = room.read_query(query)
+    gallery = _gallery_of(found, needed=out is not None)
+    clip = room.load_model(found, model, device)
+    hits = found.search(room.embed_asked(clip, asked), k)[0]
+    if isinstance(asked, str):
+        say_unknown(unknown_words(clip, [asked]))
+    if out is not None and gallery is not None:
+        _save_sheet(room.show(found, hits, gallery), hits, out)
     if as_json:
-        click.echo(json.dumps({"query": query, "hits": [dataclasses.asdict(hit) for hit in hits]}))
+        print_json({"query": query, "hits": [dataclasses.asdict(hit) for hit in hits]})
         return
     for hit in hits:
         click.echo(f"{hit.score:.4f}  {hit.key}")
+
+
+def _gallery_of(index: Index, needed: bool) -> Gallery | None:
+    """The pictures that were indexed. Says on stderr when they have changed since, or cannot be compared.
+
+    Those behind a URL are opened only if `needed`. Raises DataError if they are and are not there.
+    """
+    from clipkit.zeroshot.galleries import open_gallery
+
+    source = str(index.about["source"])
+    if "://" in source and not needed:
+        return None
+    try:
+        gallery = open_gallery(source)
+        differing = index.differences(gallery)
+    except (ClipkitError, OSError) as error:
+        if needed:
+            raise DataError(f"cannot show what is found: {error}") from None
+        click.echo(f"clipkit: cannot compare the index with its pictures: {error}", err=True)
+        return None
+    if differing:
+        words = ["clipkit", "embed" if index.about.get("texts") else "index", source, str(index.folder)]
+        again = shlex.join([*words, "--model", str(index.about["model"])])
+        click.echo(f"clipkit: {index.folder} is older than {source}: {differing}; update it with {again}", err=True)
+    return gallery
+
+
+def _save_sheet(shown: Sequence[tuple[bytes | str, str]], hits: Sequence[Hit], out: Path) -> None:
+    """Write a contact sheet in the format of the file's suffix, and name on stderr the pictures that it lacks."""
+    from clipkit.inspection import contact_sheet
+
+    lacking = [f"{hit.key} ({image})" for hit, (image, _) in zip(hits, shown, strict=True) if isinstance(image, str)]
+    if lacking:
+        click.echo(f"clipkit: cannot show {_list(lacking)}", err=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(shown).save(out)
+    except OSError as error:
+        raise UsageError(f"cannot write {out}: {error.strerror or error}") from None

@@ -30,4 +30,5 @@ def app(model: str, images: str | None, host: str, port: int, device: str) -> No
         from clipkit import app as room
     except ModuleNotFoundError as error:
         raise UsageError(f'the page needs {error.name}: pip install "clipkit[app]"') from None
-    room.serve(room.Rooms.open(model, images, device), host, port)
+    with room.listen(host, port) as listening:
+        room.serve(room.Rooms.open(model, images, device), listening, host)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
 
 from clipkit.errors import UsageError
+from clipkit.inputs import print_json
 
 _RECIPE_HELP = """
     RECIPE is a TOML file or the name of a shipped recipe; OVERRIDES are section.key=value words. The same command
@@ -84,7 +84,7 @@ def plan(
     loading = planning.loading_time(asked)
     found = planning.plan(asked, gpus, device, per_node, caption_tokens, loading)
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(found)))
+        print_json(dataclasses.asdict(found))
         return
     for name, value in dataclasses.asdict(found).items():
         if value is None:
@@ -95,8 +95,16 @@ def plan(
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs/demo"),
+    show_default=True,
+    help="Folder of packs, runs and pictures.",
+)
+@click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of training and drawing."
+)
 @click.option("--quick", is_flag=True, help="A few steps of everything: shows that it runs, not that it works.")
 def demo(out: Path, seed: int, quick: bool) -> None:
     """Run the whole chain on embedded drawings.
@@ -105,12 +113,14 @@ def demo(out: Path, seed: int, quick: bool) -> None:
 
     Trains a small CLIP and scores it on (object, colour) pairs it never saw, trains a denoiser and a noise-aware CLIP,
     and draws four prompts unguided and guided. Writes grid.png, loss.png and metrics.json into OUT. Some 15 minutes
-    on 2 CPU cores; run again, it goes on where it was stopped.
+    on 2 CPU cores; interrupted, the same command resumes.
 
     \b
     Example:
       clipkit demo --out runs/demo
     """
     from clipkit.demo import run
+    from clipkit.inputs import check_writable
 
+    check_writable(out)
     run(out, seed, quick)

@@ -10,7 +10,7 @@ The first edition, one object a picture, is `clipkit.drawings`; its bytes stay a
 
 from clipkit.world.captions import Caption, captions
 from clipkit.world.judge import Found, check, find
-from clipkit.world.render import Rendered, render
+from clipkit.world.render import Rendered, check_size, render
 from clipkit.world.scene import STYLES, Fact, Object, Scene, facts, sample
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Scene",
     "captions",
     "check",
+    "check_size",
     "facts",
     "find",
     "render",

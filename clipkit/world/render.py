@@ -40,8 +40,7 @@ class Rendered:
 
 def render(scene: Scene, size: int, time: float = 0.0) -> Rendered:
     """The scene at `time` in [0, 1], `size` pixels square. Raises UsageError for a size beyond 8 to 1024."""
-    if not SMALLEST <= size <= LARGEST:
-        raise UsageError(f"a scene is drawn at {SMALLEST} to {LARGEST} pixels; {size} were asked for")
+    check_size(size)
     scene = scene.at(time)
     side = size * SUPERSAMPLE
     canvas = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
@@ -60,6 +59,12 @@ def render(scene: Scene, size: int, time: float = 0.0) -> Rendered:
     if scene.style == "inverted":
         image = Image.fromarray(255 - np.asarray(image))
     return Rendered(image, np.stack(masks), _share(edges, size), tuple(boxes))
+
+
+def check_size(size: int) -> None:
+    """Raises UsageError for a size at which no scene is drawn."""
+    if not SMALLEST <= size <= LARGEST:
+        raise UsageError(f"a scene is drawn at {SMALLEST} to {LARGEST} pixels; {size} were asked for")
 
 
 def paint(thing: Object, style: str, canvas: Image.Image) -> None:

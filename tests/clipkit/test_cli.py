@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import click
 import pytest
@@ -50,7 +51,7 @@ def test_zeroshot_json_is_one_object_and_nothing_else(command, chain, packs):
     result = json.loads(out)
     assert code == 0
     assert list(result)[:6] == ["dataset", "model", "n", "top1", "top5", "mean_per_class"]
-    assert list(result)[6:] == ["top1_low", "top1_high", "ece"]
+    assert list(result)[6:] == ["top1_low", "top1_high", "ece", "skipped"]
     assert result["n"] == 64
     assert 0 <= result["top1_low"] <= result["top1"] <= result["top1_high"] <= 1
     assert result["top1"] <= result["top5"] <= 1
@@ -160,7 +161,8 @@ def bad_inputs(chain, packs, tmp):
         "bias without sigmoid": (2, ["pretrain", "drawings_clip", "model.init_logit_bias=-10"], "InfoNCE cannot learn"),
         "sigmoid with noise": (2, ["noisy-clip", "drawings_noisy_clip", "loss.kind=sigmoid"], "learns by InfoNCE"),
         "layer decay": (2, ["pretrain", "drawings_clip", "tune.layer_decay=2"], "must be in (0, 1]"),
-        "batchnorm over CPUs": (2, ["pretrain", "drawings_clip", out, data, "run.sync_batchnorm=true"], "needs GPUs"),
+        "learning rate": (2, ["pretrain", "drawings_clip", "optim.lr=-1"], "optim.lr is -1.0; it must be above 0"),
+        "not a number": (2, ["denoiser", "drawings_denoiser", "run.grad_clip=nan"], "run.grad_clip is nan"),
         "no run to start from": (
             1,
             ["pretrain", "drawings_clip", out, data, f"tune.init_from={tmp / 'none'}"],
@@ -223,6 +225,155 @@ def test_no_traceback_from_a_real_process(tmp_path):
     one_line(done.stderr)
 
 
+def clipkit_process(words, **how):
+    """The command in a process of its own; `bash` if the words are a line for it."""
+    shell = isinstance(words, str)
+    line = ["bash", "-c", words] if shell else [sys.executable, "-m", "clipkit", *map(str, words)]
+    environment = {**os.environ, "PYTHON": sys.executable, **how.pop("env", {})}
+    return subprocess.run(line, capture_output=True, env=environment, **how)
+
+
+def test_a_reader_who_has_seen_enough_is_no_error():
+    done = clipkit_process('"$PYTHON" -m clipkit models | head -1')
+    assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, b"", 1)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is always full")
+def test_a_full_disk_is_one_line():
+    done = clipkit_process('"$PYTHON" -m clipkit models > /dev/full')
+    assert done.returncode == 1
+    one_line(done.stderr.decode(), "No space left on device")
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    done = clipkit_process(["classify", "a.png", "--labels", "loop.txt"], cwd=tmp_path)
+    assert done.returncode == 2
+    one_line(done.stderr.decode(), "loop.txt")
+    done = clipkit_process(["classify", "a.png", "--labels", "x,y", "--model", "m" * 300], cwd=tmp_path)
+    assert done.returncode in (1, 2)
+    one_line(done.stderr.decode(), "m" * 77 + "...")
+
+
+STRICT = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii:strict", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def test_names_that_a_strict_terminal_cannot_show(chain, tmp_path):
+    folder = os.fsencode(tmp_path / "photos")
+    os.mkdir(folder)
+    for name in (b"caf\xe9.png", "caf\u00e9 \U0001f680.png".encode()):
+        with open(folder + b"/" + name, "wb") as file:
+            Image.new("RGB", (24, 24), "red").save(file, "PNG")
+    named = [b"photos/caf\xe9.png"]
+    for words in (
+        ["index", "photos", "ix", "--model", chain],
+        ["search", "ix", "a caf\u00e9 \U0001f680", "--out", "sheet.png"],
+        ["classify", "photos", "--labels", "caf\u00e9,\U0001f680", "--model", chain],
+        ["similarity", *named, "--text", "\U0001f680", "--model", chain],
+        ["classify", *named, "--labels", "caf\u00e9,\U0001f680", "--model", chain],
+        ["classify", b"none-caf\xe9.png", "--labels", "a,b", "--model", chain],
+    ):
+        for as_json in ([], ["--json"]) if words[0] != "index" else ([],):
+            line = [os.fsencode(str(w)) if not isinstance(w, bytes) else w for w in [*words, *as_json]]
+            done = subprocess.run(
+                [os.fsencode(sys.executable), b"-m", b"clipkit", *line],
+                cwd=tmp_path,
+                capture_output=True,
+                env={**os.environ, **STRICT},
+            )
+            assert done.returncode == (1 if words[1] == b"none-caf\xe9.png" else 0), done.stderr
+            assert b"Traceback" not in done.stderr
+            if as_json and not done.returncode:
+                json.loads(done.stdout.decode("ascii"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["models"], "clipkit: interrupted\n"),
+        (["classify", "a.png", "--labels", "a,b"], "clipkit: interrupted\n"),
+        (["pack", "drawings", "p"], "clipkit: interrupted; the same command resumes\n"),
+        (["index", "photos", "ix"], "clipkit: interrupted; the same command resumes\n"),
+        (["demo"], "clipkit: interrupted; the same command resumes\n"),
+        (["pretrain", "drawings_clip"], "clipkit: interrupted; the same command resumes\n"),
+    ],
+)
+def test_an_interrupted_command_promises_what_it_keeps(command, monkeypatch, words, said):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.commands[words[0]], "callback", interrupted)
+    assert command(*words) == (130, "", said)
+
+
+def test_seeds_have_64_bits(command, tmp_path):
+    for words in (["demo", "--out", tmp_path / "d"], ["probe", "--train", "folder:a", "--test", "folder:b"]):
+        for seed in (-1, 2**64):
+            code, _, err = command(*words, "--seed", seed)
+            assert code == 2
+            one_line(err, "is not in the range")
+    assert not (tmp_path / "d").exists()
+
+
+def test_the_demo_checks_its_folder_before_the_work(command, tmp_path):
+    (tmp_path / "file").write_text("x")
+    code, out, err = command("demo", "--out", tmp_path / "file" / "a")
+    assert (code, out) == (2, "")
+    one_line(err, f"cannot write into {tmp_path / 'file' / 'a'}: Not a directory")
+
+
 def test_python_dash_m_says_its_name():
     done = subprocess.run([sys.executable, "-m", "clipkit", "--version"], capture_output=True, text=True)
     assert done.stdout.startswith("clipkit, version")
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (
+            ["a", "red", "rocket"],
+            'quote one of several words, "a red rocket", or write several with their',
+        ),
+        (["red", "rocket"], "2 prompts of a word each"),
+        (["a rocket", "cat", "--negative", "a"], '"a" alone says nothing; put quotes around a prompt'),
+        (["a cat", "The", "dog"], '"The" alone says nothing'),
+        (["a cat", "a cat:0.5"], "the prompt 'a cat' is given twice"),
+        (["a cat:0.5"], "weights are relative among several prompts"),
+        (["a cat:inf", "red"], "the weight of 'a cat' is inf"),
+        (["a cat", "red:-1"], "the weights of the prompts add up to 0"),
+        (["a cat", "red:-2"], "add up to -1; their sum must be above 0"),
+        (["a cat", "--strength", 0.5], "--strength says how much of --init is drawn anew; give --init too"),
+        (["a cat", "--scale", "nan"], "the noise-aware scale is nan"),
+        (["a cat", "--cfg-scale", "inf"], "the classifier-free scale is inf"),
+        (["a cat", "--negative", "a dog", "--cfg-scale", 1], "a negative prompt has no effect"),
+        (["a cat", "--shift", "score"], "--shift: for the noise-aware CLIP, whose scale is 0"),
+        (["a cat", "--image-prompt", "dot.png"], "--image-prompt: for the noise-aware CLIP"),
+        (["a cat", "--init", "dot.png", "--strength", 1], "at strength 1 nothing is left"),
+        (["a cat", "--init", "dot.png", "--mask", "dot.png"], "the mask is white all over"),
+        (["a cat", "--seed", 2**64], "it must be from 0 to 4294967295"),
+        (["a cat", "--out", "x.tif"], "does not say what to write"),
+        (["a cat", "--out", "dot.png/"], "cannot write into dot.png"),
+        (["a cat", "--gif", "x.png"], "must end in one of .gif"),
+    ],
+)
+def test_a_drawing_that_would_not_be_what_was_asked_for_is_refused(command, monkeypatch, tmp_path, words, part):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (24, 24), "white").save("dot.png")
+    code, out, err = command("guided-sample", *words, "--n", 1, "--steps", 1)
+    assert (code, out) == (2, "")
+    one_line(err.splitlines()[-1], part)
+    assert [file.name for file in tmp_path.iterdir()] == ["dot.png"]
+
+
+def test_pictures_are_read_once_so_that_they_may_be_pipes(command, tmp_path):
+    pipe, picture = tmp_path / "pipe", tmp_path / "red.png"
+    Image.new("RGB", (24, 24), "red").save(picture)
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(picture.read_bytes(),))
+    writer.start()
+    words = ["guided-sample", "a cat", "--n", 1, "--steps", 2, "--json", "--out", tmp_path / "a.png", "--init"]
+    code, out, _ = command(*words, pipe)
+    writer.join()
+    assert code == 0
+    assert json.loads(out)["init"]["sha256"] == json.loads(command(*words, picture)[1])["init"]["sha256"]

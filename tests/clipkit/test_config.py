@@ -1,8 +1,13 @@
+import dataclasses
+import math
+import typing
 from dataclasses import asdict
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from clipkit.config import SHIPPED, load_recipe, to_toml
+from clipkit.config import SHIPPED, RunConfig, from_dict, load_recipe, to_toml
 from clipkit.errors import RecipeError
 from clipkit.train.autoencoder import AutoencoderRecipe
 from clipkit.train.denoiser import DenoiserRecipe
@@ -104,3 +109,113 @@ def test_fields_are_frozen():
         "tune": "init init_from layer_decay lock unlock_blocks",
         "distil": "teachers weight",
     }
+
+
+OF_CLIP = (
+    "run.out= run.steps=0 run.batch_size=0 run.micro_batches=0 run.micro_batches=129 run.seed=-1",
+    "run.seed=9223372036854775808 run.log_every=0 run.save_every=0 run.save_minutes=-1 run.keep_last=0",
+    "run.keep_every=-1 run.eval_every=-1 run.ema_decay=1 run.ema_decay=-0.1 run.timeout_minutes=0",
+    "run.timeout_minutes=1e9 run.grad_clip=-1 run.grad_clip=-inf run.steps=-inf",
+    "data.workers=-1 data.crop_scale=1.1 data.enlarge=-1 data.colour_jitter=2 data.sharpness_jitter=-1",
+    "data.window=-1 data.cache_gb=-1 data.max_bad_fraction=1.5 data.max_bad_fraction=-1 data.mix={a='much'}",
+    "data.mix={a=1} data.mix={a=0.0001} data.mix={a=0.9999} data.mix={a=true} data.mix=a",
+    "optim.lr=0 optim.lr=-1 optim.warmup=-1 optim.decay_share=0 optim.final_lr=-1 optim.final_lr=2",
+    "optim.weight_decay=-1 optim.beta1=1 optim.beta1=-0.1 optim.beta2=1",
+    "model.image_size=0 model.image_size=-32 model.embed_dim=0 model.text_width=0 model.text_layers=0",
+    "model.text_heads=0 model.text_heads=-4 model.context_length=2 model.vocab_size=0 model.early_size=-1",
+    "model.init_logit_scale=0 model.init_logit_scale=101 model.init_logit_bias=nan",
+    "model.image_kwargs={drop_path_rate=nan} model.image_kwargs={dims=[8,inf]}",
+    "model.image_kwargs={act={slope=nan}} model.conventions={text_norm_eps=0}",
+    "model.conventions={image_std=[1.0,0.0,1.0]} model.conventions={image_mean=[0.5]}",
+    "model.conventions={pad_id=-1}",
+    "loss.label_smoothing=1 loss.label_smoothing=-0.1",
+    "tune.layer_decay=0 tune.layer_decay=1.5 tune.unlock_blocks=-1 tune.unlock_blocks=1 tune.init=image",
+    "distil.weight=0 distil.weight=-1 distil.teachers=[1]",
+)
+OF_OTHERS = {
+    NoisyCLIPRecipe: "model.width=0 model.width=33 model.clean_fraction=2 model.bank=-1 model.image_size=-1",
+    ClassifierRecipe: "model.width=0 model.width=33 model.clean_fraction=-1 model.image_size=-1",
+}
+NAMES = {NoisyCLIPRecipe: "drawings_noisy_clip", ClassifierRecipe: "drawings_noisy_classifier"}
+WRONG = [(PretrainRecipe, word) for line in OF_CLIP for word in line.split()]
+WRONG += [(kind, word) for kind, words in OF_OTHERS.items() for word in words.split()]
+
+
+@pytest.mark.parametrize(("kind", "word"), WRONG, ids=[word for _, word in WRONG])
+def test_a_value_out_of_its_range_is_refused_by_name(kind, word):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(kind, NAMES.get(kind, "drawings_clip"), [word])
+    assert word.partition("=")[0].rpartition(".")[2] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def sections(kind, where=()):
+    """Every key of a recipe: path -> type."""
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        inner = next((a for a in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(a)), None)
+        if inner is not None:
+            yield from sections(inner, (*where, name))
+        else:
+            yield (*where, name), hint
+
+
+INFINITE = {"run.save_minutes", "run.grad_clip"}
+KEYS = sorted({(kind.__name__, ".".join(path)) for kind in KINDS.values() for path, _ in sections(kind)})
+
+
+@pytest.mark.parametrize(("kind", "key"), KEYS, ids=[f"{kind}-{key}" for kind, key in KEYS])
+def test_no_key_of_any_recipe_takes_what_is_no_number(kind, key):
+    """NaN, infinities and integers that nothing can hold; the numbers that may be infinite say so."""
+    found = next(k for k in KINDS.values() if k.__name__ == kind)
+    for value in (math.nan, math.inf, -math.inf, 10**30, -(10**30), 10**400):
+        data = {"run": {"out": "x", "steps": 1}, "data": {"shards": "y"}}
+        data |= {"model": {"clip": "z"}} if found in NAMES else {}
+        data |= {key.split(".")[0]: {**data.get(key.split(".")[0], {})}}
+        inside = data
+        for part in key.split(".")[:-1]:
+            inside = inside.setdefault(part, {})
+        inside[key.split(".")[-1]] = value
+        if key in INFINITE and value == math.inf:
+            assert from_dict(RunConfig, data["run"])
+            continue
+        with pytest.raises(RecipeError, match=key.split(".")[-1]):
+            from_dict(found, data)
+
+
+def test_infinite_values_survive_a_round_trip(tmp_path):
+    recipe = load_recipe(PretrainRecipe, "drawings_clip", ["run.grad_clip=inf", "run.save_minutes=inf"])
+    again = tmp_path / "again.toml"
+    again.write_text(to_toml(recipe))
+    assert load_recipe(PretrainRecipe, again) == recipe
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_a_number_of_many_digits_is_no_traceback(digits, tmp_path):
+    with pytest.raises(RecipeError, match=r"run\.seed"):
+        load_recipe(PretrainRecipe, "drawings_clip", [f"run.seed=1{'0' * digits}"])
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f"[run]\nout = 'x'\nsteps = 1{'0' * digits}\n[data]\nshards = 'y'\n")
+    with pytest.raises(RecipeError):
+        load_recipe(PretrainRecipe, recipe)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([f.name for f in dataclasses.fields(RunConfig)]),
+        st.one_of(st.integers(), st.floats(), st.booleans(), st.text(max_size=5), st.lists(st.integers(), max_size=2)),
+        max_size=4,
+    )
+)
+def test_a_section_is_a_config_or_one_line(values):
+    config, message = None, ""
+    try:
+        config = from_dict(RunConfig, {"out": "x", "steps": 1, **values}, "run.")
+    except RecipeError as error:
+        message = str(error)
+    if config is None:
+        assert message.startswith("run.")
+        assert "\n" not in message
+    else:
+        assert config.steps >= 1
+        assert 0 <= config.seed < 2**63
+        assert config.grad_clip >= 0

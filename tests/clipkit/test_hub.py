@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ import urllib.parse
 
 import pytest
 from foreign import CONFIGS, TEXT, theirs, written
+from safetensors.torch import load_file, save_file
 
 from clipkit import hub
 from clipkit.errors import UsageError
@@ -139,8 +141,39 @@ def test_open_clips_names():
 
 
 def test_every_published_name_has_an_architecture_that_is_here():
+    from clipkit.processors import TokenizerFiles
     from clipkit.weights import from_open_clip
 
     open_clip = pytest.importorskip("open_clip")
     for name in hub.known():
-        from_open_clip(open_clip.get_model_config(name.split("/")[0]), {})
+        config = open_clip.get_model_config(name.split("/")[0])
+        theirs = config["text_cfg"].get("hf_tokenizer_name")
+        from_open_clip(config, {}, TokenizerFiles(clip_like=False, pad_id=1) if theirs else TokenizerFiles())
+
+
+def test_a_model_in_several_files_is_fetched_whole(server, tmp_path):
+    url, handler = server
+    folder = handler.folder
+    tensors = load_file(folder / "open_clip_model.safetensors")
+    (folder / "open_clip_model.safetensors").unlink()
+    placed = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(placed.values()):
+        save_file({n: t for n, t in tensors.items() if placed[n] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    name = f"hf-hub:{REPOSITORY}"
+    assert loading(name, tmp_path / "cache", url) == (0, "40", "")
+    assert loading(name, tmp_path / "cache", "http://127.0.0.1:9", HF_HUB_OFFLINE="1") == (0, "40", "")
+    (folder / "model-1.safetensors").unlink()
+    code, _, err = loading(name, tmp_path / "other", url)
+    assert (code, len(err.splitlines())) == (1, 1), err
+    assert "lacks model-1.safetensors, which the index of its weights lists" in err
+
+
+def test_what_an_older_version_fetched_still_loads_offline(server, tmp_path):
+    """It did not ask for the tokenizer's settings; without a network nobody knows whether there are any."""
+    url, _ = server
+    name = f"hf-hub:{REPOSITORY}"
+    assert loading(name, tmp_path / "cache", url)[0] == 0
+    for unasked in (tmp_path / "cache").rglob(".no_exist/*/tokenizer_config.json"):
+        unasked.unlink()
+    assert loading(name, tmp_path / "cache", "http://127.0.0.1:9", HF_HUB_OFFLINE="1") == (0, "40", "")

@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -40,6 +42,50 @@ def test_refuses_what_is_no_image(data):
         images.decode(data)
 
 
+def chunk(kind, content, checksum=None):
+    checksum = zlib.crc32(kind + content) if checksum is None else checksum
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(8 << 20))),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(b"x" * (4 << 20))),
+        chunk(b"tEXt", b"Comment\0cut", checksum=7),
+        chunk(b"eXIf", b"II*", checksum=7),
+        chunk(b"iCCP", b"name\0\0no zlib"),
+        chunk(b"gAMA", b""),
+    ],
+    ids=["large text", "large XMP", "checksum of a text", "checksum of EXIF", "profile", "no gamma"],
+)
+def test_odd_chunks_cost_no_png(beside):
+    image, exif = noise("RGBA"), Image.Exif()
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    exif[0x0112] = 6
+    data = encoded(image, exif=exif)
+    assert np.array_equal(images.decode(data[:33] + beside + data[33:]), images.decode(data))  # after the header
+
+
+@pytest.mark.parametrize(
+    ("marker", "content"),
+    [
+        (0xED, b"Photoshop 3.0\x008BIM\x03\xed"),
+        (0xE2, b"ICC_PROFILE\0"),
+        (0xE2, b"MPF\0II*\0" + b"\xff" * 9),
+        (0xE1, b"http://ns.adobe.com/xap/1.0/\0"),
+        (0xE1, b""),
+        (0xFE, b"\xff\xff"),
+    ],
+)
+def test_odd_segments_cost_no_jpeg(marker, content):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(noise(), "JPEG", exif=exif)
+    odd = data[:2] + struct.pack(">BBH", 0xFF, marker, 2 + len(content)) + content + data[2:]
+    assert np.array_equal(images.decode(odd), images.decode(data))
+
+
 def test_refuses_a_cut_image():
     data = encoded(noise(size=(200, 200)), "JPEG")
     with pytest.raises(SampleError, match="damaged image"):
@@ -51,6 +97,27 @@ def test_refuses_a_bomb_before_decoding(monkeypatch):
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
     with pytest.raises(SampleError, match="40x30 is over the limit"):
         images.decode(encoded(noise()))
+
+
+@pytest.mark.parametrize(
+    ("asked", "size"), [(0, (80, 120)), (61, (80, 120)), (40, (40, 60)), (39, (40, 60)), (10, (10, 15))]
+)
+def test_a_jpeg_is_reduced_while_decoding_and_turned_then(asked, size):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(noise(size=(120, 80)), "JPEG", exif=exif)
+    assert images.decode(data, reduce_to=asked).size == size
+    assert images.decode(encoded(noise(size=(120, 80))), reduce_to=asked).size == (120, 80)
+
+
+def test_a_lower_limit_counts_the_pixels_that_are_decoded():
+    jpeg, png = encoded(noise(size=(80, 80)), "JPEG"), encoded(noise(size=(80, 80)))
+    assert images.decode(jpeg, reduce_to=20, max_pixels=400).size == (20, 20)
+    for data, reduce_to in ((jpeg, 0), (png, 20)):
+        with pytest.raises(SampleError, match="80x80 is over the limit of 400"):
+            images.decode(data, reduce_to, max_pixels=400)
+    with pytest.raises(SampleError, match="40x40 is over the limit of 400"):
+        images.decode(jpeg, reduce_to=40, max_pixels=400)
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "RGBA", "LA"])

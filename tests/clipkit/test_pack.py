@@ -240,3 +240,143 @@ def test_hostile_captions_are_cleaned_or_counted(folder, tmp_path):
     captions = [Shards(tmp_path / "out").read(i).captions[0] for i in range(index["samples"])]
     assert captions == ["a b", "x" * 4096, "<end> of text"]
     assert index["skipped"]["no caption"] == 1
+
+
+def _interrupted(source, out, at, monkeypatch):
+    """Pack until sample `at`, in shards of two."""
+    checked, seen = packing._checked, []
+
+    def until(sample, encoding):
+        seen.append(sample)
+        if len(seen) > at:
+            raise KeyboardInterrupt
+        return checked(sample, encoding)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "_checked", until)
+        with pytest.raises(KeyboardInterrupt):
+            pack(source, out, 2)
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "replaced", "renamed"])
+def test_it_is_not_resumed_when_the_folder_has_changed(folder, tmp_path, monkeypatch, change):
+    def source():
+        return class_source(folder, CLASSES, ["a {}."], 0)
+
+    _interrupted(source(), tmp_path / "out", 5, monkeypatch)
+    {
+        "added": lambda: (folder / "n01" / "a_new.png").write_bytes(png("green")),
+        "removed": lambda: (folder / "n02" / "5.png").unlink(),
+        "replaced": lambda: (folder / "n01" / "0.png").write_bytes(png("green")),
+        "renamed": lambda: (folder / "n01" / "0.png").rename(folder / "n01" / "9.png"),
+    }[change]()
+    with pytest.raises(UsageError, match="files were added, removed or changed since; remove it and pack again"):
+        pack(source(), tmp_path / "out", 2)
+
+
+def test_it_is_resumed_when_only_other_files_came(folder, tmp_path, monkeypatch):
+    def source():
+        return class_source(folder, CLASSES, ["a {}."], 0)
+
+    whole = pack(source(), tmp_path / "whole", 2)
+    _interrupted(source(), folder / "packed", 5, monkeypatch)  # within the source, as people do
+    (folder / "n01" / "a.gif").write_bytes(b"GIF89a")
+    index = pack(source(), folder / "packed", 2)
+    assert index["shards"] == whole["shards"]
+    assert index["skipped"]["other format"] == 1
+
+
+def test_what_is_set_aside_does_not_cost_the_holdout_its_size(folder, tmp_path):
+    for i in range(30):
+        (folder / "n02" / f"x{i}.gif").write_bytes(b"GIF89a")
+    index = pack(class_source(folder, CLASSES, ["a {}."], 0), tmp_path / "out", holdout=6)
+    assert (len(Shards(tmp_path / "out")), len(Shards(tmp_path / "out-val"))) == (6, 6)
+    assert index["skipped"] == {"other format": 30}
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_failure_leaves_no_folder_behind(folder, tmp_path, before):
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"broken")
+    (folder / "n01" / "0.gif").write_bytes(b"GIF89a")
+    if before:
+        (tmp_path / "packs" / "out").mkdir(parents=True)
+    with pytest.raises(DataError, match="nothing to pack: 12 not an image, 1 other format"):
+        pack(class_source(folder, CLASSES, ["a {}."], 0), tmp_path / "packs" / "out", holdout=2)
+    assert (tmp_path / "packs" / "out").exists() == before
+    assert (tmp_path / "packs").exists() == before
+    assert not (tmp_path / "packs" / "out-val").exists()
+
+
+def test_a_full_disk_is_an_error_with_a_path(tmp_path, monkeypatch):
+    import webdataset
+
+    class Full(webdataset.TarWriter):
+        def write(self, sample):
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(webdataset, "TarWriter", Full)
+        with pytest.raises(OSError, match="No space left") as error:
+            pack(_drawings(), tmp_path / "packs" / "out", 10)
+    assert error.value.filename == str(tmp_path / "packs" / "out" / "shard-000000.tar")
+    assert not (tmp_path / "packs").exists()
+    pack(_drawings(), tmp_path / "packs" / "out", 10)  # as if nothing had been
+
+
+def test_places_without_a_name(folder, tmp_path, monkeypatch):
+    (tmp_path / "packs").mkdir()
+    monkeypatch.chdir(tmp_path / "packs")
+    assert packing.holdout_of(packing.Path()) == tmp_path / "packs-val"
+    pack(class_source(folder, CLASSES, ["a {}."], 0), packing.Path(), holdout=2)
+    assert len(Shards(tmp_path / "packs-val")) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["drawings", "o", "--classnames", "x.json"], "--classnames has no effect on drawings"),
+        (["drawings", "o", "--templates", "x.txt"], "--templates has no effect on drawings"),
+        (["drawings", "o", "--csv", "x.csv"], "--csv has no effect on drawings"),
+        (["drawings", "o", "--download"], "--download has no effect on drawings"),
+        (["cifar10", "o", "--count", "5"], "--count has no effect on cifar10"),
+        (["cifar10", "o", "--templates", "x.txt"], "--templates has no effect on cifar10"),
+        (["images", "o", "--count", "12000"], "--count has no effect on a folder or tar"),
+        (["images", "o", "--split", "train"], "--split has no effect on a folder or tar"),
+        (["images", "o", "--data-dir", "data"], "--data-dir has no effect on a folder or tar"),
+        (["images", "o", "--csv", "x.csv", "--classnames", "x.json"], "--classnames has no effect with --csv"),
+        (["images", "o", "--csv", "x.csv", "--seed", "1"], "--seed has no effect with --csv"),
+        (["images", "o", "--quality", "90"], "--quality has no effect on images that are kept"),
+        (["images", "o", "--quality", "50", "--encode", "png"], "--quality has no effect on PNGs"),
+        (["imagse", "o", "--count", "5"], "no folder or tar at imagse"),
+        (["images", "o", "--seed", "-1"], "-1 is not in the range"),
+        (["images", "images/n01/0.png"], "cannot write into images/n01/0.png"),
+        (["images", "images/n01/0.png/out"], "cannot write into images/n01/0.png/out"),
+        (["images", "o", "--templates", "no.txt"], "no.txt does not exist"),
+        (["images", "o", "--classnames", "no.json"], "cannot read no.json: No such file"),
+        (["images", "o", "--csv", "no.csv"], "no.csv: No such file"),
+    ],
+)
+def test_what_pack_refuses_before_it_begins(folder, words, what, command, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    code, out, err = command("pack", *words)
+    assert (code, out, err.count("\n")) == (1 if "no.csv" in what else 2, "", 1)
+    assert what in err
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["images"]
+
+
+def test_options_that_have_an_effect_are_taken(folder, tmp_path, command):
+    (tmp_path / "t.txt").write_text("one {c}.\n\n")
+    (tmp_path / "n.json").write_text(json.dumps({"n01": "goldfish", "n02": ["bullfrog"]}), encoding="utf-8-sig")
+    words = ["--templates", tmp_path / "t.txt", "--classnames", tmp_path / "n.json", "--seed", 1]
+    code, out, _ = command("pack", folder, tmp_path / "o", *words, "--resize", 4, "--quality", 50)
+    assert (code, out) == (0, f"{tmp_path / 'o'}: 12 samples in 1 shards; skipped: none\n")
+    assert Shards(tmp_path / "o").read(0).captions == ("one goldfish.",) * 4
+    assert command("pack", folder, tmp_path / "p", "--templates", "7")[0] == 0
+    assert len(Shards(tmp_path / "p").templates) == 7
+
+
+def test_what_is_skipped_is_said_and_verified(folder, tmp_path, command):
+    (folder / "n01" / "x.tiff").write_bytes(b"II*\0")
+    assert "skipped: 1 other format" in command("pack", folder, tmp_path / "o")[1]
+    assert "not taken into the index: 1 other format" in command("verify", tmp_path / "o")[1]

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from clipkit.errors import UsageError
-from clipkit.records import Records, progress, read, say
+from clipkit.records import Records, progress, read, read_object, say, write_atomically
 
 
 def test_lines_are_appended_and_rewound_on_resume(tmp_path):
@@ -71,3 +71,17 @@ def test_tensorboard_gets_every_number(tmp_path):
     records.write(1, {"loss": 1.0})
     records.close()
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_a_file_that_cannot_be_put_in_place_leaves_nothing(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "a").write_text("x")
+    with pytest.raises(OSError, match="there"):
+        write_atomically(tmp_path / "there", "content")
+    assert [p.name for p in tmp_path.iterdir()] == ["there"]
+
+
+def test_names_that_are_not_utf8_come_back_out_of_json(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    write_atomically(tmp_path / "a.json", json.dumps({name: "caf\u00e9"}, ensure_ascii=False))
+    assert read_object(tmp_path / "a.json") == {name: "caf\u00e9"}

@@ -1,9 +1,11 @@
+import errno
+
 import pytest
 import torch
 
 from clipkit import checkpoint
 from clipkit.errors import CheckpointError
-from clipkit.saver import Saver
+from clipkit.saver import Saver, lock
 
 
 def test_a_saver_writes_what_was_there_when_it_was_told_to(tmp_path):
@@ -25,3 +27,12 @@ def test_a_save_that_failed_is_heard_of(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="could not save"):
         saver.wait()
     saver.check()  # once
+
+
+def test_a_file_system_without_locks_is_not_another_process(tmp_path, monkeypatch):
+    def refuses(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("clipkit.saver.fcntl.lockf", refuses)
+    with pytest.raises(CheckpointError, match=r"cannot lock .*\.lock: No locks available"), lock(tmp_path):
+        pass

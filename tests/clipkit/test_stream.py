@@ -1,15 +1,20 @@
+import multiprocessing
 import os
+import shutil
+import signal
 import subprocess
 from itertools import accumulate
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from clipkit.config import DataConfig
-from clipkit.errors import DataError, RecipeError
+from clipkit.errors import DataError, RecipeError, ShardError
 from clipkit.order import Order
 from clipkit.shards import Shards
 from clipkit.stream import Stream
@@ -118,6 +123,36 @@ def test_too_many_bad_samples_stop_the_run(tmp_path):
         list(_with_bad_images(tmp_path, bad=20).batches(0, 60))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_goes_away_is_one_line(packs, tmp_path, workers):
+    folder = shutil.copytree(packs / "train", tmp_path / "pack")
+    stream = Stream(Shards(folder, verify=False), DataConfig("", workers=workers), 16, 16, 0, rank=1, world_size=2)
+    (folder / "shard-000001.tar").unlink()
+    with pytest.raises(ShardError) as error:
+        list(stream.batches(0, 40))
+    assert str(error.value) == f"shard {folder / 'shard-000001.tar'} is missing"
+
+
+def test_samples_of_others_without_image_or_caption_are_counted(tmp_path):
+    """What is half a sample counts as one; what was not taken into the index is known, too."""
+    import webdataset
+
+    from clipkit.sources import encode_png
+
+    picture = encode_png(Image.new("RGB", (40, 40)))
+    with webdataset.TarWriter(str(tmp_path / "0.tar")) as writer:
+        for i in range(12):
+            parts = {0: {"txt": b"a"}, 1: {"png": picture}, 2: {"gif": b"x", "json": b"{}"}}.get(i)
+            writer.write({"__key__": str(i), **(parts or {"png": picture, "json": b'{"caption": "a"}'})})
+        writer.write({"__key__": "11", "pkl": b"x"})
+    stream = Stream(Shards(tmp_path), DataConfig("", workers=0, mix={str(tmp_path): 0.5}), 32, 24, 0)
+    (batch,) = stream.batches(0, 1)
+    assert batch.skipped == {"no image": 4, "no caption": 2}
+    assert batch.captions == ["a"] * 18
+    assert len({group & 0xFFFFFFFF for group in batch.groups.tolist()}) == 1
+    assert stream.not_indexed == {"pickle": 2}
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from Linux's /proc")
 def test_memory_is_flat_over_twenty_epochs(packs):
     def resident():
@@ -172,4 +207,46 @@ def test_a_pipe_that_ends_before_its_loaders_death_is_known(packs):
     assert f"died while reading {stream.samples.name(3)}: reset by peer; the same" in str(found)
     assert "EOFError; the same" in str(stream.explain(EOFError()))
     other = RuntimeError("out of memory")
+    assert stream.explain(other) is other
+
+
+@pytest.fixture
+def loader():
+    """A process that lives until it is killed."""
+    process = multiprocessing.get_context("forkserver").Process(target=signal.pause)
+    process.start()
+    yield process
+    process.kill()
+    process.join()
+
+
+def test_a_loader_that_is_dying_is_waited_for(packs, loader, monkeypatch):
+    """A process closes its pipes before it is dead; on a busy machine long before."""
+    stream, cut = make(packs, workers=1), ConnectionResetError("reset by peer")
+    stream.samples.whereabouts[0] = torch.tensor([loader.pid, 3])
+
+    def dies_now(sentinels, seconds):
+        loader.kill()
+        return wait(sentinels)
+
+    monkeypatch.setattr("clipkit.stream.wait", dies_now)
+    assert f"died while reading {stream.samples.name(3)}: reset by peer" in str(stream.explain(cut))
+
+
+def test_torch_may_speak_of_the_dead_meanwhile(packs, loader, monkeypatch):
+    stream = make(packs, workers=1)
+    stream.samples.whereabouts[0] = torch.tensor([loader.pid, 3])
+
+    def interrupted(*_):
+        raise RuntimeError(f"DataLoader worker (pid {loader.pid}) is killed by signal: Killed.")
+
+    monkeypatch.setattr("clipkit.stream.wait", interrupted)
+    found = str(stream.explain(ConnectionResetError("reset by peer")))
+    assert f"died while reading {stream.samples.name(3)}: DataLoader worker (pid {loader.pid}) is killed" in found
+
+
+def test_an_error_while_all_loaders_live_stays_as_it_is(packs, loader, monkeypatch):
+    stream, other = make(packs, workers=1), OSError("another matter")
+    stream.samples.whereabouts[0] = torch.tensor([loader.pid, 3])
+    monkeypatch.setattr("clipkit.stream._DYING", 0.0)
     assert stream.explain(other) is other

@@ -150,3 +150,15 @@ def test_memory_is_bounded(trained, monkeypatch):
     for i in range(5):
         again([f"{a}{b}" for a in "abcdef" for b in "ghi" * (i + 1)])
     assert len(again._words) <= 28
+
+
+@given(words=st.lists(st.sampled_from(["red", "rocket", "xylophone", "9", "caf\u00e9", "\u732b", "a", "it's"])))
+def test_the_words_that_fit_are_those_whose_tokens_are_kept(trained, words):
+    text = "  ".join(words)
+    read = trained.fitting(text)
+    assert text.split()[: len(read.split())] == read.split()
+    row = trained(text)[0].tolist()
+    assert row[:-1][: len(trained(read)[0]) - 1] == trained(read)[0].tolist()[:-1]
+    if read.split() != words:  # one word more would not fit
+        more = trained(" ".join(words[: len(read.split()) + 1]))[0]
+        assert len(more) == trained.context_length

@@ -6,17 +6,20 @@ import random
 import resource
 import string
 import struct
+import warnings
 import zlib
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from clipkit.config import DataConfig
 from clipkit.errors import SampleError, ShardError
-from clipkit.images import decode, random_view
+from clipkit.images import decode, preprocess, random_view
 from clipkit.shards import clean_caption, scan
 from clipkit.tokenizer import Tokenizer
 
@@ -110,6 +113,43 @@ def test_mutated_images_are_decoded_or_counted_and_never_more(times):
                 outcomes[error.reason] = outcomes.get(error.reason, 0) + 1
     assert len(outcomes) >= 3
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 600 << 10  # KiB: three times 50 megapixels
+
+
+def _with_metadata(exif: bytes, xmp: bytes):
+    """The same picture, 30 wide and 20 high, in each format with these blocks beside it."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    text = PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", xmp.decode("latin-1"))
+    for kind, options in (("JPEG", {"xmp": xmp}), ("PNG", {"pnginfo": text}), ("WEBP", {"xmp": xmp})):
+        buffer = io.BytesIO()
+        image.save(buffer, kind, exif=exif, **options)
+        yield buffer.getvalue()
+
+
+def test_mutated_exif_and_xmp_cost_no_picture(times):
+    """No pixel is lost, no warning raised: the picture is upright, or as it lies in the file."""
+    tags = Image.Exif()
+    tags.update({0x112: 6, 0x10F: "Make", 0x110: "Model", 0x11A: 72.0, 0x128: 2, 0x132: "2026:01:01 00:00:00"})
+    tags.get_ifd(0x8769)[0x9000] = b"0232"
+    tags.get_ifd(0x8825)[2] = (48.0, 8.0, 30.5)
+    exif, xmp = tags.tobytes(), b'<x:xmpmeta><rdf:Description tiff:Orientation="8" tiff:Make="A"/></x:xmpmeta>'
+    lying = [np.sort(np.asarray(decode(data)), axis=None) for data in _with_metadata(b"", b"")]
+    chance, config, sizes = random.Random(0), DataConfig(""), set()
+    for i in range(times(300, 20_000)):
+        spoiled = exif[:6] + _mutated(exif[6:], chance) if i % 4 else exif[:6]
+        for data, expected in zip(_with_metadata(spoiled, _mutated(xmp, chance)), lying, strict=True):
+            image = decode(data)
+            sizes.add(image.size)
+            assert np.array_equal(np.sort(np.asarray(image), axis=None), expected)
+            assert random_view(data, 8, config, np.random.default_rng(i)).shape == (3, 8, 8)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    opened = Image.open(io.BytesIO(data))
+            except OSError:  # Pillow by itself loses some of them
+                continue
+            assert torch.equal(preprocess(opened, 8), preprocess(image, 8))
+    assert sizes == {(30, 20), (20, 30)}
 
 
 def _png_bomb(side: int) -> bytes:

@@ -7,10 +7,25 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import held
 import pytest
 import torch
-from killing import killed_before_call, same, steps_done, tiny, training, until
+from killing import (
+    ended,
+    is_pending,
+    killed_before_call,
+    launched,
+    loaders,
+    same,
+    state,
+    steps_done,
+    tiny,
+    training,
+    until,
+    until_stopped,
+)
 
 from clipkit import checkpoint
 from clipkit.saver import lock
@@ -19,9 +34,7 @@ STEPS = 40
 
 
 def run(words, err):
-    process = training(words, err)
-    process.join(300)
-    assert process.exitcode == 0, err.read_text()
+    assert ended(training(words, err)) == 0, err.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -39,34 +52,35 @@ def whole(packs, tmp_path_factory):
 
 
 def test_kill_9_at_a_random_moment(packs, whole, tmp_path, times):
+    """It dies at the latest where the moment's limit is, a step further, so that no machine is too fast for it."""
     kills, chance = times(5, 100), random.Random(0)
-    steps = STEPS * kills
-    out, survived = tmp_path / "run", 0
+    steps = max(STEPS, 8 * kills)
+    words, err, out = tiny(packs, tmp_path / "run", steps), tmp_path / "err", tmp_path / "run"
     for kill in range(kills):
-        process = training(tiny(packs, out, steps), tmp_path / "err")
         if kill % 5:  # while it trains and saves
             goal = steps_done(out) + 1 + chance.randrange(4)
-            until(lambda g=goal: steps_done(out) >= g, process)
+            process = training(words, err, [(goal, signal.SIGSTOP), (goal + 1, signal.SIGKILL)])
+            until_stopped(process)
+            assert steps_done(out) == goal
+            os.kill(process.pid, signal.SIGCONT)
             time.sleep(chance.random() * 0.03)
-        else:  # while it starts
-            time.sleep(chance.random() * 1.5)
-        process.kill()
-        process.join()
-        survived += process.exitcode == 0
-    assert survived < kills / 2
-    run(tiny(packs, out, steps), tmp_path / "err")
+            process.kill()
+        else:  # while it starts, takes its first steps and saves
+            process = training(words, err, access=1 + chance.randrange(60))
+        assert ended(process) == -signal.SIGKILL, err.read_text()
+    assert steps_done(out) < steps
+    run(words, err)
     assert same(out, whole(steps))
 
 
 def test_the_installed_command_survives_a_kill_too(packs, whole, tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "clipkit", "pretrain", "drawings_clip", *tiny(packs, out, STEPS)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
-    until(lambda: steps_done(out) > 20)
-    process.kill()
-    process.wait()
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, env=environment)
+    words = ["pretrain", "drawings_clip", *tiny(packs, out, STEPS)]
+    quiet = {"stderr": subprocess.DEVNULL, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    process = launched([sys.executable, held.__file__, held.words([(20, signal.SIGKILL)]), *words], **quiet)
+    assert ended(process) == -signal.SIGKILL
+    assert steps_done(out) == 20
+    assert ended(launched([sys.executable, "-m", "clipkit", *words], **quiet)) == 0
     assert same(out, whole(STEPS))
 
 
@@ -75,87 +89,84 @@ def test_told_to_stop_it_saves_and_ends_well(packs, whole, tmp_path, times, numb
     out, err = tmp_path / "run", tmp_path / "err"
     stops = times(1, 10)
     for stop in range(stops):
-        process = training(tiny(packs, out, STEPS), err)
-        before = stop * STEPS // (stops + 1)
-        until(lambda b=before: steps_done(out) > b, process)
+        process = training(tiny(packs, out, STEPS), err, [(3 * (stop + 1), signal.SIGSTOP)])
+        until_stopped(process)
         os.kill(process.pid, number)
-        process.join(60)
-        assert process.exitcode == code, err.read_text()
-        assert "the same command goes on" in err.read_text()
+        os.kill(process.pid, signal.SIGCONT)
+        assert ended(process) == code, err.read_text()
+        assert "the same command resumes" in err.read_text()
         assert "Traceback" not in err.read_text()
-        assert checkpoint.latest(out).step == steps_done(out)  # not a step is lost
+        assert checkpoint.latest(out).step == steps_done(out) < STEPS  # not a step is lost
     run(tiny(packs, out, STEPS), err)
     assert same(out, whole(STEPS))
 
 
 def test_a_signal_to_the_whole_group_is_the_main_process_s_to_obey(packs, tmp_path):
     out, err = tmp_path / "run", tmp_path / "err"
-    process = training(tiny(packs, out, 5000, "data.workers=2"), err)
-    until(lambda: steps_done(out) > 5, process)
-    loaders = _loaders(process.pid)
-    assert len(loaders) == 2
-    for pid in loaders:
-        os.kill(pid, signal.SIGTERM)
-    time.sleep(0.2)
-    assert all(_alive(p) for p in loaders)
+    process = training(tiny(packs, out, STEPS, "data.workers=2"), err, [(5, signal.SIGSTOP)])
+    until_stopped(process)
+    found = loaders(process)
+    assert len(found) == 2
+    for _ in range(2):  # who has taken a second signal has outlived the first
+        for pid in found:
+            os.kill(pid, signal.SIGTERM)
+        until(lambda: not any(is_pending(p, signal.SIGTERM) for p in found))
+    assert all(state(p) for p in found)
     os.kill(process.pid, signal.SIGTERM)
-    process.join(60)
-    assert process.exitcode == 0, err.read_text()
-    assert checkpoint.latest(out).step == steps_done(out)
-    until(lambda: not any(_alive(p) for p in loaders), seconds=20)
+    os.kill(process.pid, signal.SIGCONT)
+    assert ended(process) == 0, err.read_text()
+    assert checkpoint.latest(out).step == steps_done(out) < STEPS
+    until(lambda: not any(state(p) for p in found))
 
 
 def test_a_closed_terminal_ends_a_run_that_has_saved(packs, tmp_path):
     """As when a connection is lost. What holds the terminal is killed; the run has a progress bar, and loaders."""
     out, code, run, pid = tmp_path / "run", tmp_path / "code", tmp_path / "run.py", tmp_path / "pid"
-    words = ["pretrain", "drawings_clip", *tiny(packs, out, 5000, "data.workers=1")]
+    words = ["pretrain", "drawings_clip", *tiny(packs, out, STEPS, "data.workers=1")]
     run.write_text(
-        f"import os\nfrom clipkit.cli import main\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\n"
+        f"import os, sys\nsys.path.insert(0, {str(Path(held.__file__).parent)!r})\nimport held\n"
+        f"from clipkit.cli import main\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\n"
+        f"held.at_steps([(5, {int(signal.SIGSTOP)})])\n"
         f"try:\n    main({words!r})\n"
         f"except SystemExit as end:\n    open({str(code)!r}, 'w').write(str(end.code))\n"
     )
     hear = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"  # whoever runs the tests may be under nohup
     hold = f"{hear}; import pty; pty.spawn([{sys.executable!r}, {str(run)!r}])"
-    holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    holder = launched([sys.executable, "-c", hold], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    until(lambda: pid.is_file() and pid.read_text(), holder)
+    runner = int(pid.read_text())
     try:
-        until(lambda: steps_done(out) > 5)
+        until(lambda: state(runner) == "T", holder)
         holder.kill()
-        holder.wait()
-        until(lambda: code.is_file() and code.read_text())
+        ended(holder)
+        os.kill(runner, signal.SIGCONT)  # the system sends it too, with the news
+        until(lambda: not state(runner))
     finally:
-        if not code.is_file():  # it would train on after the test
-            os.kill(int(pid.read_text()), signal.SIGKILL)
+        if state(runner):  # it would train on after the test
+            os.kill(runner, signal.SIGKILL)
     assert code.read_text() == "0"
-    assert checkpoint.latest(out).step == steps_done(out) < 5000
+    assert checkpoint.latest(out).step == steps_done(out) < STEPS
 
 
 def test_a_second_interrupt_does_not_wait(packs, tmp_path):
+    """Both come in the first step, which is an epoch: before the line of the step, and before that of the epoch."""
     out, err = tmp_path / "run", tmp_path / "err"
-    process = training(tiny(packs, out, 5000, "run.batch_size=240"), err)
-    until(lambda: steps_done(out) > 1, process)
-    for _ in range(2):
-        os.kill(process.pid, signal.SIGINT)
-    process.join(60)
-    assert process.exitcode == 130
+    once, twice = [(0, signal.SIGINT)], [(0, signal.SIGINT), (1, signal.SIGINT)]
+    words = tiny(packs, out, STEPS, "run.batch_size=240")
+    assert ended(training(words, err, twice)) == 130, err.read_text()
+    assert checkpoint.latest(out) is None
+    assert ended(training(words, err, once)) == 130, err.read_text()
+    assert checkpoint.latest(out).step == 1
 
 
 def test_a_killed_run_leaves_no_process_behind(packs, tmp_path):
-    out = tmp_path / "run"
-    process = training(tiny(packs, out, 5000, "data.workers=2"), tmp_path / "err")
-    until(lambda: steps_done(out) > 5, process)
-    loaders = _loaders(process.pid)
-    assert len(loaders) == 2
+    process = training(tiny(packs, tmp_path / "run", STEPS, "data.workers=2"), tmp_path / "err", [(5, signal.SIGSTOP)])
+    until_stopped(process)
+    found = loaders(process)
+    assert len(found) == 2
     process.kill()
-    process.join()
-    until(lambda: not any(_alive(p) for p in loaders), seconds=20)
-
-
-def _alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    ended(process)
+    until(lambda: not any(state(p) for p in found))
 
 
 def _save(run, step, size=64):
@@ -185,52 +196,35 @@ def test_kill_9_between_any_two_system_calls_of_a_save(tmp_path, times):
                 break
             call += 1
         points += call
-        assert steps == sorted(steps)  # from some call on, the new one counts
-        assert {1, 2} == set(steps)
+        assert steps[0] == 1
+        assert steps[-1] == 2
     assert points > 50
 
 
 def test_two_runs_in_one_folder(packs, tmp_path):
     out, err = tmp_path / "run", tmp_path / "err"
-    process = training(tiny(packs, out, 5000, "data.workers=2"), err)
-    until(lambda: steps_done(out) > 1, process)
-    second = training(tiny(packs, out, 5000), tmp_path / "err2")
-    second.join(60)
-    assert second.exitcode == 1
+    process = training(tiny(packs, out, STEPS, "data.workers=2"), err, [(1, signal.SIGSTOP)])
+    until_stopped(process)
+    assert ended(training(tiny(packs, out, STEPS), tmp_path / "err2")) == 1
     assert f"{out} is being trained by process {process.pid} on " in (tmp_path / "err2").read_text()
     process.kill()
-    process.join()
+    ended(process)
     with lock(out):  # its loader processes, which may live for a moment, hold nothing
-        third = training(tiny(packs, out, 5000), tmp_path / "err3")
-        third.join(60)
-    assert third.exitcode == 1
+        assert ended(training(tiny(packs, out, STEPS), tmp_path / "err3")) == 1
     assert f"process {os.getpid()} on " in (tmp_path / "err3").read_text()
 
 
 def test_a_killed_loader_process_is_named_with_its_shard(packs, whole, tmp_path, times):
     out, err = tmp_path / "run", tmp_path / "err"
-    kills = times(1, 10)
-    loader_steps = 200 + 30 * kills  # a fast machine is far beyond the step that was waited for
-    for kill in range(kills):
-        process = training(tiny(packs, out, loader_steps, "data.workers=2"), err)
-        until(lambda k=kill: steps_done(out) > 10 + 25 * k, process)
-        children = _loaders(process.pid)
-        os.kill(children[kill % len(children)], signal.SIGKILL)
-        process.join(60)
-        assert process.exitcode == 1, err.read_text()
+    for kill in range(times(1, 10)):
+        # Eight batches are on their way: the run is not at its end before it needs one of the dead.
+        process = training(tiny(packs, out, STEPS, "data.workers=2"), err, [(10 + 2 * kill, signal.SIGSTOP)])
+        until_stopped(process)
+        os.kill(loaders(process)[kill % 2], signal.SIGKILL)
+        os.kill(process.pid, signal.SIGCONT)
+        assert ended(process) == 1, err.read_text()
         assert "a loader process died while reading" in err.read_text()
         assert "shard-00000" in err.read_text()
         assert "Traceback" not in err.read_text()
-    run(tiny(packs, out, loader_steps), err)
-    assert same(out, whole(loader_steps))
-
-
-def _loaders(pid):
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        children = [int(p) for p in file.read().split()]
-
-    def name(p):
-        with open(f"/proc/{p}/cmdline") as file:
-            return file.read()
-
-    return [p for p in children if "resource_tracker" not in name(p)]
+    run(tiny(packs, out, STEPS), err)
+    assert same(out, whole(STEPS))

@@ -8,7 +8,7 @@ import torch
 from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 from torch import nn
-from worlds import TINY
+from worlds import LATENT, TINY
 
 from clipkit.cli import cli
 from clipkit.errors import CheckpointError, RecipeError
@@ -72,9 +72,27 @@ def test_a_folder_of_diffusers_gives_equal_outputs(tmp_path):
         assert torch.equal(from_diffusers(tmp_path / "old").encode(images), ours.encode(images))
     about = json.loads((tmp_path / "config.json").read_text())
     for wrong, message in (
-        ({"shift_factor": 0.1}, "shift_factor is 0.1"),
-        ({"act_fn": "gelu"}, "act_fn is 'gelu'"),
-        ({"block_out_channels": []}, "describes no autoencoder"),
+        ({"shift_factor": 0.1}, "shift_factor = 0.1 asks for an architecture"),
+        ({"act_fn": "gelu"}, "act_fn = 'gelu' asks for an architecture"),
+        ({"use_quant_conv": False}, "use_quant_conv = False asks for an architecture"),
+        ({"use_post_quant_conv": False}, "use_post_quant_conv = False asks for"),
+        ({"latents_mean": [0.0] * 4}, "latents_mean = .* asks for an architecture"),
+        ({"latents_std": [1.0] * 4}, "latents_std = .* asks for an architecture"),
+        ({"in_channels": 4}, "in_channels = 4 asks for an architecture"),
+        ({"mid_block_add_attention": False}, "mid_block_add_attention = False asks for"),
+        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 3}, "down_block_types is .* DownEncoderBlock2D only"),
+        ({"up_block_types": ["UpDecoderBlock2D"]}, "up_block_types is .* one for each width"),
+        ({"block_out_channels": [8, 20, 32]}, "all must be multiples of the first"),
+        ({"sample_size": [32, 64]}, r"sample_size is \[32, 64\]; clipkit has square images only"),
+        ({"double_z": False}, "double_z = False is unknown to clipkit, and may change what the model computes"),
+        ({"scaling_factor": None}, "scaling_factor = None must be of the type of 0.18215"),
+        ({"scaling_factor": "0.3"}, "scaling_factor = '0.3' must be of the type of"),
+        ({"scaling_factor": float("nan")}, "scaling_factor = nan must be of the type of"),
+        ({"scaling_factor": float("inf")}, "scaling_factor = inf must be of the type of"),
+        ({"scaling_factor": True}, "scaling_factor = True must be of the type of"),
+        ({"scaling_factor": 0}, "scaling_factor is 0.0; it must be above 0"),
+        ({"scaling_factor": -1}, "scaling_factor is -1.0; it must be above 0"),
+        ({"block_out_channels": [], "down_block_types": [], "up_block_types": []}, "describes no autoencoder"),
         ({"norm_num_groups": 5}, "must be a multiple of groups"),
     ):
         (tmp_path / "old" / "config.json").write_text(json.dumps({**about, **wrong}))
@@ -88,6 +106,33 @@ def test_a_folder_of_diffusers_gives_equal_outputs(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "VQModel"}))
     with pytest.raises(CheckpointError, match="holds a VQModel"):
         from_diffusers(tmp_path)
+
+
+def test_a_folder_of_diffusers_that_leaves_things_out_means_their_defaults(tmp_path):
+    """scaling_factor came with diffusers 0.12: without it latents are multiplied by 0.18215, as by Stable Diffusion."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    theirs = diffusers.AutoencoderKL(block_out_channels=(32,)).eval()
+    theirs.save_pretrained(tmp_path)
+    about = json.loads((tmp_path / "config.json").read_text())
+    kept = {key: about[key] for key in ("_class_name", "block_out_channels")}
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    ours, again = load_autoencoder(tmp_path), diffusers.AutoencoderKL.from_pretrained(tmp_path)
+    assert (again.config.scaling_factor, again.config.sample_size) == (0.18215, ours.config.image_size)
+    images = torch.rand(1, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        wanted = theirs.encode(images).latent_dist.mean * 0.18215
+        torch.testing.assert_close(ours.encode(images), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_every_argument_of_diffusers_has_been_decided():
+    import inspect
+
+    from clipkit.guidance import autoencoder
+
+    diffusers = pytest.importorskip("diffusers")
+    theirs = set(inspect.signature(diffusers.AutoencoderKL.__init__).parameters) - {"self"}
+    assert theirs <= {*autoencoder._USED, *autoencoder._BUILT_IN, *autoencoder._FREE}
 
 
 def test_a_denoiser_of_their_latents_draws(chain, packs, tmp_path):
@@ -165,33 +210,6 @@ def test_the_players_gradients_stay_apart():
     assert all(p.grad is None for p in discriminator.parameters())
 
 
-LATENT = [
-    "autoencoder.image_size=24",
-    "autoencoder.channels=8",
-    "autoencoder.groups=4",
-    "autoencoder.multipliers=[1,2]",
-]
-
-
-@pytest.fixture(scope="module")
-def latent(chain, packs, tmp_path_factory):
-    """A folder with `clip`, and `autoencoder`, `denoiser` and `noisy_clip` of its latents, of four steps each."""
-    from clipkit.train import autoencoder, denoiser, noisy_clip
-
-    root = tmp_path_factory.mktemp("latent")
-    data = [*TINY, f"data.shards={packs / 'train'}"]
-    val, ours = f"data.val={packs / 'heldout'}", f"{root / 'autoencoder'}"
-    judge = [f"reconstruction.features={chain / 'clip'}", "reconstruction.adversarial_from=2"]
-    autoencoder.run("emoji_autoencoder", [*data, val, *LATENT, *judge, f"run.out={ours}"])
-    shape = ["unet.image_size=12", "unet.patch_size=1", "unet.multipliers=[1,2]"]
-    denoiser.run("drawings_denoiser", [*data, *shape, f"latent.autoencoder={ours}", f"run.out={root / 'denoiser'}"])
-    tower = [f"model.autoencoder={ours}", "model.image_kwargs={channels=[8,16], depths=[1,1]}"]
-    words = [*data, val, *tower, f"model.clip={chain / 'clip'}", f"run.out={root / 'noisy_clip'}"]
-    noisy_clip.run("drawings_noisy_clip", words)
-    (root / "clip").symlink_to(chain / "clip")
-    return root
-
-
 def test_the_spread_of_latents_is_measured(chain, packs):
     from clipkit.config import load_recipe
     from clipkit.shards import Shards
@@ -265,15 +283,6 @@ def test_a_codebook_trains_and_draws(latent, chain, packs, tmp_path):
 def test_what_does_not_go_together(latent, chain, packs, tmp_path, capsys):
     from clipkit.train import denoiser
 
-    for name in ("clip", "denoiser", "noisy_clip"):
-        (tmp_path / name).symlink_to(latent / name)
-    with pytest.raises(CheckpointError, match="holds no autoencoder checkpoint"):
-        Studio.open(tmp_path, "cpu")
-    (tmp_path / "autoencoder").symlink_to(latent / "autoencoder")
-    (tmp_path / "noisy_clip").unlink()
-    (tmp_path / "noisy_clip").symlink_to(chain / "noisy_clip")
-    with pytest.raises(CheckpointError, match="sees 3 channels, the denoiser 4"):
-        Studio.open(tmp_path, "cpu")
     words = [*TINY, f"data.shards={packs / 'train'}", f"latent.autoencoder={latent / 'autoencoder'}"]
     with pytest.raises(RecipeError, match="have a side of 12"):
         denoiser.run("drawings_denoiser", [*words, f"run.out={tmp_path / 'x'}"])
@@ -311,14 +320,130 @@ def test_two_ranks_train_both_players(packs, tmp_path):
     assert int(one["steps"]) == 3
 
 
-def test_the_discriminator_rests_until_it_comes_in(chain, packs, tmp_path):
+def test_the_discriminator_rests_until_it_comes_in(packs, tmp_path):
     from clipkit.train import autoencoder
 
     words = [*TINY, *LATENT, f"data.shards={packs / 'train'}", "data.val=", "reconstruction.perceptual=0"]
-    autoencoder.run("emoji_autoencoder", [*words, "run.keep_every=2", f"run.out={tmp_path / 'run'}"])
-    first, last = (
-        load_file(tmp_path / "run" / "checkpoints" / f"step-0000000{n}" / "model.safetensors") for n in (2, 4)
+    words += [
+        "reconstruction.adversarial_from=3",
+        "run.save_every=1",
+        "run.keep_every=1",
+        f"run.out={tmp_path / 'run'}",
+    ]
+    autoencoder.run("emoji_autoencoder", words)
+    first, resting, last = (
+        load_file(tmp_path / "run" / "checkpoints" / f"step-0000000{n}" / "model.safetensors") for n in (1, 3, 4)
     )
-    for name, tensor in first.items():
-        if name.startswith("discriminator"):
-            assert torch.equal(tensor, last[name])
+    names = [name for name in first if name.startswith("discriminator")]
+    assert all(torch.equal(first[name], resting[name]) for name in names)
+    assert not all(torch.equal(first[name], last[name]) for name in names)
+
+
+@pytest.mark.parametrize("size", [6, 7, 10, 12, 16, 22, 23, 24, 31, 64])
+def test_the_discriminator_sees_small_pictures(size):
+    """With the same weights at every size, so that runs from before resume."""
+    discriminator = Discriminator(8, image_size=size)
+    scores = discriminator(torch.rand(2, 3, size, size))
+    assert min(scores.shape[2:]) >= 1
+    assert scores.isfinite().all()
+    shapes = {name: tensor.shape for name, tensor in Discriminator(8).state_dict().items()}
+    assert {name: tensor.shape for name, tensor in discriminator.state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize("size", [24, 25, 64, 256])
+def test_the_discriminator_of_larger_pictures_is_what_it_was(size):
+    torch.manual_seed(0)
+    one = Discriminator(8)
+    other = Discriminator(8, image_size=size)
+    assert [m.stride for m in one.modules() if isinstance(m, nn.Conv2d)] == [
+        m.stride for m in other.modules() if isinstance(m, nn.Conv2d)
+    ]
+
+
+@pytest.mark.parametrize("size", [6, 10, 18])
+def test_small_pictures_train_beyond_the_step_of_the_discriminator(size, packs, tmp_path):
+    from clipkit.train import autoencoder
+
+    words = [*TINY, *LATENT, f"data.shards={packs / 'train'}", "data.val=", "reconstruction.perceptual=0"]
+    words += [f"autoencoder.image_size={size}", "reconstruction.adversarial_from=1", f"run.out={tmp_path / 'run'}"]
+    autoencoder.run("emoji_autoencoder", [*words, "run.steps=2", "run.batch_size=4", "run.log_every=1"])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["discriminator"] > 0 for line in lines if "discriminator" in line] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["autoencoder.image_size=0"], "autoencoder.image_size is 0"),
+        (["autoencoder.image_size=66"], "does not divide by 4"),
+        (["autoencoder.channels=-16"], "autoencoder.channels is -16"),
+        (["autoencoder.groups=0"], "autoencoder.groups is 0"),
+        (["autoencoder.blocks=0"], "autoencoder.blocks is 0"),
+        (["autoencoder.latent_channels=0"], "autoencoder.latent_channels is 0"),
+        (["autoencoder.kind=vq", "autoencoder.codes=0"], "autoencoder.codes is 0"),
+        (["autoencoder.multipliers=[]"], "autoencoder.multipliers are"),
+        (["autoencoder.multipliers=[1,-2]"], "autoencoder.multipliers are"),
+        (["reconstruction.regularisation=-1"], "reconstruction.regularisation is -1"),
+        (["reconstruction.regularisation=nan"], "nan"),
+        (["reconstruction.perceptual=inf"], "inf"),
+        (["reconstruction.adversarial=-0.1"], "reconstruction.adversarial is -0.1"),
+        (['reconstruction.features=""'], "names no CLIP for reconstruction.perceptual"),
+        (["run.steps=900"], "adversarial_from is 900, and run.steps 900"),
+        (["autoencoder.image_size=4"], "4 pixels are too small for the discriminator, which needs 6"),
+    ],
+)
+def test_recipes_that_cannot_be_trained_are_refused_when_they_are_read(words, message):
+    from clipkit.config import load_recipe
+    from clipkit.train.autoencoder import AutoencoderRecipe
+
+    with pytest.raises(RecipeError, match=message) as error:
+        load_recipe(AutoencoderRecipe, "emoji_autoencoder", words)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_the_smallest_pictures_train_without_a_discriminator(packs, tmp_path):
+    from clipkit.train import autoencoder
+
+    words = [*TINY, *LATENT, f"data.shards={packs / 'train'}", "data.val=", "reconstruction.perceptual=0"]
+    words += ["autoencoder.image_size=2", "reconstruction.adversarial=0", f"run.out={tmp_path / 'run'}"]
+    autoencoder.run("emoji_autoencoder", [*words, "run.steps=1", "run.batch_size=4"])
+    assert load_autoencoder(tmp_path / "run").config.latent_size == 1
+
+
+def test_an_exact_picture_leaves_the_log_valid(packs, tmp_path, monkeypatch):
+    from clipkit.config import load_recipe
+    from clipkit.shards import Shards
+    from clipkit.train.autoencoder import AutoencoderRecipe, Reconstruction
+
+    words = [*LATENT, "reconstruction.perceptual=0", f"data.val={packs / 'heldout'}"]
+    task = Reconstruction(load_recipe(AutoencoderRecipe, "emoji_autoencoder", words), Shards(packs / "train"))
+    model, seen = task.model.autoencoder, []
+    monkeypatch.setattr(model, "encode", lambda x: seen.append(x) or x)
+    monkeypatch.setattr(model, "decode", lambda z: z if len(seen) % 2 else 0.5 * z)
+    scores = task.evaluate(torch.device("cpu"))
+    assert scores["exact"] == 32
+    assert math.isfinite(scores["psnr"])
+    monkeypatch.setattr(model, "decode", lambda z: z)
+    scores = task.evaluate(torch.device("cpu"))
+    assert scores["exact"] == 64
+    assert "psnr" not in scores
+
+
+def test_a_configuration_of_diffusers_with_odd_values_is_one_line(tmp_path):
+    about = {"_class_name": "AutoencoderKL", "block_out_channels": [8, 16], "latent_channels": 4, "norm_num_groups": 4}
+    about |= {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    for wrong in (
+        {"block_out_channels": [0, 0]},
+        {"block_out_channels": [8, 12]},
+        {"block_out_channels": ["8", "16"]},
+        {"latent_channels": None},
+        {"latent_channels": "4"},
+        {"layers_per_block": 0},
+        {"norm_num_groups": 0},
+        {"sample_size": [24, 32]},
+        {"sample_size": 25},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**about, **wrong}))
+        with pytest.raises(CheckpointError, match=r"config\.json") as error:
+            from_diffusers(tmp_path)
+        assert len(str(error.value).splitlines()) == 1

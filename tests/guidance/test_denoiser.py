@@ -6,7 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clipkit.config import DataConfig, OptimConfig, RunConfig
 from clipkit.errors import RecipeError
+from clipkit.guidance.autoencoder import LatentConfig
+from clipkit.guidance.condition import ConditionConfig
 from clipkit.guidance.denoiser import (
     Denoiser,
     DiffusionConfig,
@@ -19,7 +22,7 @@ from clipkit.guidance.denoiser import (
     variational_loss,
 )
 from clipkit.guidance.dit import DiT, DiTConfig
-from clipkit.guidance.schedule import add_noise
+from clipkit.guidance.schedule import add_noise, later_log_snr, log_snr
 from clipkit.guidance.unet import UNet, UNetConfig
 
 SMALL = UNetConfig(image_size=16, channels=16, multipliers=(1, 2), blocks=1)
@@ -258,3 +261,96 @@ def test_a_learned_variance_is_a_second_half_of_the_output(network):
     assert (fraction == 0.5).all()  # untrained: in the middle
     kept = clipped(denoiser)(torch.randn(2, 3, 16, 16), torch.tensor(0.0))
     assert kept.fraction is not None
+
+
+EVERY_SCHEDULE = ("linear", "scaled_linear", "cosine", "sigmoid", "flow", "edm")
+
+
+def hybrid(lam, later, dtype):
+    """Losses [B, N], and their gradients to the fraction, of numbers with all errors and fractions in them."""
+    generator = torch.Generator().manual_seed(0)
+    fraction = torch.linspace(0, 1, 21, dtype=torch.float64).repeat(len(lam), 1).to(dtype).requires_grad_()
+    x0 = (2 * torch.rand(fraction.shape, generator=generator, dtype=torch.float64) - 1).to(dtype)
+    said = torch.randn(fraction.shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    loss = variational_loss(x0, said, fraction, lam, later)
+    loss.sum().backward()
+    assert said.grad is None
+    assert loss.dtype == dtype
+    return loss.detach(), fraction.grad
+
+
+@pytest.mark.parametrize("schedule", EVERY_SCHEDULE)
+def test_the_bound_and_its_gradient_are_finite_at_every_level_in_float32(schedule):
+    """From the last level to the first, whose step has no length, and at what float32 makes of both ends."""
+    table = log_snr(schedule)
+    ends = table[[0, -1]].float()
+    near = [table.float(), ends.nextafter(torch.tensor(math.inf)), ends.nextafter(torch.tensor(-math.inf))]
+    lam = torch.cat([table[:1], *near])
+    later = later_log_snr(schedule, lam)
+    (loss, gradient), (exact, exact_gradient) = (hybrid(lam, later, dtype) for dtype in (torch.float32, torch.float64))
+    for found, wanted in ((loss, exact), (gradient, exact_gradient)):
+        assert found.isfinite().all()
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-7 * float(wanted.abs().max()) + 1e-12)
+    assert loss[0] == 0
+    assert not gradient[0].any()
+
+
+def test_the_bound_is_that_of_the_papers_formula():
+    lam, later = torch.tensor([-6.0, 0.0, 4.0]).double(), torch.tensor([-5.9, 0.5, 9.0]).double()
+    share = 1 - (lam - later).exp()
+    least, most = share * torch.sigmoid(-later), share * torch.sigmoid(-lam)
+    x0, said, fraction = (torch.rand(3, 1, generator=torch.Generator().manual_seed(s)).double() for s in range(3))
+    mean = (torch.sigmoid(later).sqrt() * share)[:, None] * (x0 - said)
+    spread = (fraction * most.log()[:, None] + (1 - fraction) * least.log()[:, None]).exp().sqrt()
+    normal = torch.distributions.Normal
+    exact = torch.distributions.kl_divergence(normal(mean, least.sqrt()[:, None]), normal(0.0 * mean, spread))
+    torch.testing.assert_close(variational_loss(x0, said, fraction, lam, later), exact[:, 0])
+
+
+def test_the_bound_from_pure_noise():
+    """A schedule with zero terminal SNR begins at lambda = -infinity."""
+    loss, gradient = hybrid(
+        torch.tensor([-math.inf, -math.inf]), torch.tensor([-8.0, -math.inf]).double(), torch.float32
+    )
+    assert loss.isfinite().all()
+    assert gradient.isfinite().all()
+    assert loss[1] == 0
+
+
+@pytest.mark.parametrize("prediction", KINDS)
+@pytest.mark.parametrize("schedule", EVERY_SCHEDULE)
+def test_a_step_of_the_hybrid_loss_has_finite_gradients_at_both_ends(schedule, prediction, monkeypatch):
+    import clipkit.train.denoiser as module
+    from clipkit.stream import Batch
+
+    class Pack:
+        classes = ()
+
+    recipe = module.DenoiserRecipe(
+        RunConfig("x", 1), DataConfig("x"), OptimConfig(),
+        DiffusionConfig(schedule, prediction, variance="learned"), ConditionConfig(), LatentConfig(), SMALL,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    task = module.Denoising(recipe, Pack())
+    table = log_snr(schedule)[[0, 0, 1, 500, -2, -1]].float()
+    table[0] = table[0].nextafter(torch.tensor(math.inf))  # as float32 may round the first
+    monkeypatch.setattr(module, "sample_log_snr", lambda *_: table)
+    images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
+    (errors,) = task(Batch(images, [""] * 6, torch.zeros(6, dtype=torch.int64), [""] * 6))
+    errors.sum().backward()
+    assert errors.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in task.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("prediction", KINDS)
+@pytest.mark.parametrize("weight", ["simple", "min_snr", "p2"])
+def test_weights_and_targets_are_finite_with_all_noise_and_with_none(prediction, weight):
+    lam = torch.tensor([-math.inf, -90.0, 0.0, 90.0, math.inf])
+    assert loss_weight(DiffusionConfig(prediction=prediction, weight=weight), lam).isfinite().all()
+    x0, eps = torch.randn(2, 5, 3).unbind()
+    wanted = target(prediction, x0, eps, lam)
+    assert wanted.isfinite().all()
+    if prediction in ("v", "flow", "edm"):  # the others cannot know all of it
+        said = from_output(prediction, wanted, add_noise(x0, eps, lam), lam)
+        torch.testing.assert_close(said.x0, x0, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(said.eps, eps, rtol=1e-4, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -92,37 +93,136 @@ def test_the_command_on_pairs(chain, folders, capsys):
     assert "weights" in table.splitlines()[0]
     assert "ssim                  1" in table
     assert "psnr                  inf" in table
-    same = json.loads(metrics(capsys, folders / "one", folders / "one", "--pairs", "--model", chain, "--json").out)
-    assert same["psnr"] is None  # JSON has no infinity
+    said = metrics(capsys, folders / "one", folders / "one", "--pairs", "--model", chain, "--json")
+    same = json.loads(said.out, parse_constant=pytest.fail)
+    assert (same["psnr"], same["identical"]) == (None, 30)
+    assert "psnr is inf, which JSON cannot say: null" in said.err
+
+
+def saved(folder, pictures):
+    """A folder with PNGs of tensors [3, H, W] in [-1, 1], or of bytes as they are."""
+    folder.mkdir()
+    for name, picture in pictures.items():
+        (folder / name).write_bytes(picture if isinstance(picture, bytes) else encode_png(to_image(picture)))
+    return folder
+
+
+def test_one_equal_pair_spoils_no_mean(chain, tmp_path, capsys):
+    x = torch.zeros(3, 16, 16)
+    one = saved(tmp_path / "one", {"a.png": x, "b.png": x, "c.png": x})
+    other = saved(tmp_path / "other", {"a.png": x, "b.png": x + 0.5, "c.png": x + 0.1})
+    alone = saved(tmp_path / "alone", {"b.png": x + 0.5, "c.png": x + 0.1})
+    found, without = (
+        json.loads(metrics(capsys, one, side, "--pairs", "--model", chain, "--json").out) for side in (other, alone)
+    )
+    assert (found["pairs"], found["identical"], without["identical"]) == (3, 1, 0)
+    assert found["psnr"] == without["psnr"]  # of the pairs that differ
+    assert found["ssim"] > without["ssim"]  # of all
+
+
+def test_pairs_count_what_they_leave_out(chain, tmp_path, capsys):
+    x = torch.zeros(3, 16, 16)
+    one = saved(tmp_path / "one", {"a.png": x, "b.png": b"no", "c.png": x, "d.png": x, "sub.png": x})
+    other = saved(tmp_path / "other", {"a.png": x, "b.png": x, "c.png": b"", "e.png": x})
+    said = metrics(capsys, one, other, "--pairs", "--model", chain, "--json")
+    found = json.loads(said.out)
+    counts = ("pairs", "unreadable", "only_in_reference", "only_in_samples")
+    assert [found[key] for key in counts] == [1, 2, 2, 1]
+    assert f"2 of 5 pictures are only in {one}: d.png, sub.png" in said.err
+    assert f"1 of 4 pictures are only in {other}: e.png" in said.err
+    assert "2 of 3 pictures skipped: 2 not an image (b.png)" in said.err
+
+
+def test_a_tar_with_a_name_twice_makes_no_pairs(chain, folders, tmp_path, capsys):
+    import tarfile
+
+    with tarfile.open(tmp_path / "twice.tar", "w") as archive:
+        for name in ("0.png", "1.png"):
+            archive.add(folders / "one" / name, "0.png")
+    with pytest.raises(DataError, match=r"twice\.tar has two pictures named 0\.png"):
+        metrics(capsys, tmp_path / "twice.tar", folders / "one", "--pairs", "--model", chain)
+
+
+def test_unreadable_pictures_of_every_side_are_counted(chain, folders, tmp_path, capsys):
+    sides = []
+    for i, name in enumerate(("reference", "samples", "train")):
+        good = {f"{j}.png": (folders / "one" / f"{j}.png").read_bytes() for j in range(5)}
+        sides.append(saved(tmp_path / name, {**good, **{f"bad{j}.png": b"nothing" for j in range(i + 1)}}))
+    said = metrics(capsys, *sides[:2], "--train", sides[2], "--model", chain, "--json")
+    found = json.loads(said.out)
+    assert (found["reference"], found["samples"], found["unreadable"]) == (5, 5, 6)
+    assert f"{sides[1]}: 2 of 7 pictures skipped: 2 not an image (bad0.png)" in said.err
 
 
 def test_what_cannot_be_read_is_skipped_and_said(chain, folders, tmp_path, capsys):
     (tmp_path / "bad.png").write_bytes(b"nothing")
     (tmp_path / "good.png").write_bytes((folders / "one" / "0.png").read_bytes())
     extractor = clip_extractor(clipkit.load(chain, "cpu"), "x")
-    names, features = extract(extractor, pictures(str(tmp_path)))
+    names, features, skipped = extract(extractor, pictures(str(tmp_path)), source="mine")
     assert names == ["good.png"]
     assert len(features) == 1
-    assert "bad.png skipped: not an image" in capsys.readouterr().err
+    assert skipped == {"not an image": 1}
+    assert "mine: 1 of 2 pictures skipped: 1 not an image (bad.png)" in capsys.readouterr().err
+    (tmp_path / "good.png").unlink()
+    with pytest.raises(DataError, match=r"none of its pictures can be read: 1 not an image \(bad.png\)"):
+        extract(extractor, pictures(str(tmp_path)))
 
 
 def test_complaints(chain, folders, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "single").mkdir()
     (tmp_path / "single" / "0.png").write_bytes(encode_png(Image.new("RGB", (9, 9))))
-    one = folders / "one"
+    one, bad = folders / "one", saved(tmp_path / "bad", {"0.png": b"nothing"})
+    few = saved(tmp_path / "few", {f"{i}.png": torch.zeros(3, 12, 12) for i in range(3)})
+    tiny = saved(tmp_path / "tiny", {"0.png": torch.zeros(3, 8, 8)})
     for words, error, message in (
-        ((tmp_path / "empty", one), DataError, "no pictures to measure"),
+        ((tmp_path / "empty", one), DataError, "empty: it has no pictures"),
+        ((one, bad), DataError, "bad: none of its pictures can be read: 1 not an image"),
+        ((one, few), UsageError, "at least 4 pictures on each side; found 30 and 3"),
+        ((one, one, "--train", tiny), UsageError, "at least 2 pictures that the model was trained on; found 1"),
+        ((one, one, "--prompt", " "), UsageError, "--prompt is empty"),
+        ((one, one, "--pairs", "--inception", tmp_path / "no.pth"), UsageError, "leave one of them away"),
+        ((one, bad, "--pairs"), DataError, "none of the 1 pairs can be read: 1 not an image"),
+        ((tiny, tiny, "--pairs"), UsageError, "window of 11 pixels"),
         ((tmp_path / "nowhere", one), DataError, "no folder, tar or pack"),
         ((tmp_path / "single", one), UsageError, "at least 4 pictures on each side; found 1 and 30"),
         ((one, one, "--pairs", "--prompt", "x"), UsageError, "--prompt is for"),
         ((one, one, "--pairs", "--train", one), UsageError, "--train is the floor"),
         ((tmp_path / "single", one, "--pairs"), UsageError, "0.png is 9 x 9 and 24 x 24"),
-        ((tmp_path / "empty", one, "--pairs"), UsageError, "has the name of one of"),
-        ((one, one, "--inception", tmp_path / "no.pth"), CheckpointError, "pt_inception-2015-12-05"),
+        ((tmp_path / "empty", one, "--pairs"), DataError, "empty: it has no pictures"),
+        ((one, folders, "--pairs"), UsageError, "has the name of one of"),
+        ((one, one, "--inception", tmp_path / "no.pth"), UsageError, "leave --model away"),
     ):
         with pytest.raises(error, match=message):
             metrics(capsys, *words, "--model", chain)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.pth", None, "no file at .*pt_inception-2015-12-05"),
+        ("folder", "folder", "no file at"),
+        ("empty.pth", b"", "is empty; weights are files of safetensors or torch.save"),
+        ("text.pth", b"not weights", "is a text file; weights are files of safetensors or torch.save"),
+        ("text.safetensors", b"not weights, though long enough for a header", "is a text file"),
+        ("cut.pth", b"PK\x03\x04 and no more", "damaged"),
+        ("other.pth", {"fc.weight": torch.zeros(2)}, "does not hold the FID's Inception-V3"),
+        ("none.pth", {"epoch": 3}, "holds no tensors"),
+    ],
+)
+def test_inception_weights_of_another_kind_are_one_line(command, folders, tmp_path, name, content, message):
+    path = tmp_path / name
+    if content == "folder":
+        path.mkdir()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    code, out, err = command("metrics", folders / "one", folders / "one", "--inception", path)
+    assert code == 1
+    assert not out
+    assert re.search(message, err)
+    assert len(err.splitlines()) == 1
 
 
 def test_inception_equals_torch_fidelitys_and_refuses_others(tmp_path, folders, capsys):

@@ -309,3 +309,39 @@ def test_several_denoisers_mix_by_their_weights():
     assert (mixed({with_variance: 1.0, conditional(1): 1.0})(x, lam).fraction == 0.3).all()
     with pytest.raises(UsageError, match="add up to 0"):
         mixed({conditional(0): 1.0, conditional(1): -1.0})
+
+
+@pytest.mark.parametrize("weights", [(1.0, -1.0), (0.5, -1.0), (-1.0, -1.0), (0.0, 0.0), (1.0, float("inf"))])
+def test_weights_whose_sum_is_not_above_zero_would_draw_what_is_to_be_avoided(weights):
+    with pytest.raises(UsageError, match="must be above 0 and finite"):
+        mixed(dict(zip((conditional(0), conditional(1)), weights, strict=True)))
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
+def test_a_scale_that_is_not_finite_is_refused(scale):
+    world, x, lam = Mixture(), torch.zeros(1, 2, dtype=torch.float64), torch.tensor([0.3], dtype=torch.float64)
+    for made in (scale, lambda level: scale):
+        for guider in (score_shift(world.log_prob(0), made), contrast(conditional(0), made)):
+            with pytest.raises(UsageError, match="must be a finite number"):
+                guider(world.denoise)(x, lam)
+
+
+@pytest.mark.parametrize("ends", [(5.0, -5.0), (float("nan"), 1.0), (1.0, float("nan"))])
+def test_an_empty_interval_is_refused(ends):
+    with pytest.raises(UsageError, match="is empty"):
+        between(*ends, 1.0)
+
+
+@pytest.mark.parametrize("sampler", [samplers.ddim, samplers.heun, samplers.unipc, samplers.dpmpp_2m_sde])
+def test_guided_sampling_may_begin_at_pure_noise(sampler):
+    """There a gradient knows nothing of the image, and s^2 / a is infinite."""
+    zero = torch.cat([torch.tensor([-torch.inf], dtype=torch.float64), karras(-9.0, 9.0, 40)])
+    assert distance(run(sampler, zero)) < 3 * floor()
+    world, lam = Mixture(), torch.tensor([-torch.inf], dtype=torch.float64)
+    x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for guider in (
+        score_shift(world.log_prob(1), 2.0),
+        mean_shift(world.log_prob(1), 2.0, zero),
+        through_x0(lambda x0: -(x0**2).sum(dim=1), 1.0),
+    ):
+        assert torch.equal(guider(world.denoise)(x, lam).x0, world.denoise(x, lam).x0)

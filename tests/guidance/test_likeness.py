@@ -5,8 +5,10 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from clipkit.errors import UsageError
+from clipkit.errors import DataError, UsageError
 from clipkit.guidance.likeness import (
     gram,
     lpips,
@@ -82,6 +84,43 @@ def test_slerp_keeps_the_length_and_ends_where_it_should():
     torch.testing.assert_close(slerp(a, b, torch.ones(5).double()), b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(4, 6), (4, 2, 3, 3), (4, 1)])
+def test_slerp_of_equal_and_opposite_ends_is_what_it_tends_to(dtype, shape):
+    a, t = pictures(0, *shape).to(dtype), torch.tensor([0.0, 0.3, 0.5, 1.0], dtype=dtype)
+    weight = t.view(-1, *[1] * (len(shape) - 1))
+    torch.testing.assert_close(slerp(a, a, t), a)
+    torch.testing.assert_close(slerp(a, 2 * a, t), (1 + weight) * a)  # of one direction: the straight line
+    turned = slerp(a, -a, t)
+    torch.testing.assert_close(turned[0], a[0])
+    torch.testing.assert_close(turned[3], -a[3])
+    along = (turned * a).flatten(1).sum(dim=1) / a.flatten(1).square().sum(dim=1)
+    torch.testing.assert_close(along, (torch.pi * t).cos())
+    if a[0].numel() > 1:  # on a line there is no way around
+        torch.testing.assert_close(turned.flatten(1).norm(dim=1), a.flatten(1).norm(dim=1))
+
+
+@given(st.floats(0, math.pi), st.floats(0, 1), st.sampled_from([torch.float32, torch.float64]))
+def test_slerp_in_the_plane_turns_evenly(angle, t, dtype):
+    near = 1e-3 if dtype == torch.float32 else 1e-9
+    if math.pi - angle < 10 * near:  # there the way depends on digits that the ends do not have
+        angle = math.pi / 2
+    a, b = (torch.tensor([[math.cos(x), math.sin(x), 0.0]], dtype=dtype) for x in (0.0, angle))
+    wanted = torch.tensor([[math.cos(t * angle), math.sin(t * angle), 0.0]], dtype=dtype)
+    torch.testing.assert_close(slerp(a, b, torch.tensor([t], dtype=dtype)), wanted, rtol=0, atol=near)
+
+
+def test_slerp_from_nothing_is_finite():
+    zero, b, half = torch.zeros(1, 3), torch.ones(1, 3), torch.tensor([0.5])
+    assert slerp(zero, b, half).isfinite().all()
+    assert not slerp(zero, zero, half).any()
+
+
+def test_path_length_between_equal_latents_is_zero():
+    latents = pictures(0, 3, 5).repeat(2, 1)
+    assert perceptual_path_length(lambda z: z, lambda x, y: (x - y).square().sum(dim=1), latents) < 1e-20
+
+
 def test_path_length_of_the_identity_is_the_squared_angle():
     latents = torch.zeros(8, 2, dtype=torch.float64)
     angle = 1.1
@@ -94,6 +133,44 @@ def test_path_length_of_the_identity_is_the_squared_angle():
     found = perceptual_path_length(lambda z: z, squared, latents)
     assert found == pytest.approx(angle**2, rel=1e-6)
     assert perceptual_path_length(lambda z: 3 * z, squared, latents) == pytest.approx(9 * angle**2, rel=1e-6)
+
+
+@pytest.mark.parametrize(("low", "high", "data_range"), [(-1, 1, 2.0), (0, 2, 2.0), (0, 1, 1.0), (0, 255, 255)])
+def test_pictures_may_fill_their_range(low, high, data_range):
+    x = torch.linspace(low, high, 3 * 16 * 16).view(1, 3, 16, 16)
+    for measure in (psnr, ssim):
+        assert measure(x, x.flip(-1), data_range).isfinite().all()
+        assert measure((x * 1.00001).float(), x, data_range).isfinite().all()  # rounding
+
+
+@pytest.mark.parametrize("measure", [psnr, ssim])
+@pytest.mark.parametrize(
+    ("x", "data_range", "error", "message"),
+    [
+        (torch.full((1, 3, 16, 16), 255.0), 2.0, UsageError, r"from 0 to 255, .* \[0, 2\] nor in \[-1, 1\]"),
+        (torch.full((1, 3, 16, 16), -0.5), 1.0, None, ""),
+        (torch.full((1, 3, 16, 16), -0.6), 1.0, UsageError, r"from -0.6 to 0"),
+        (torch.full((1, 3, 16, 16), 200, dtype=torch.uint8), 1.0, UsageError, "from 0 to 200"),
+        (torch.linspace(-1, 2, 768).view(1, 3, 16, 16), 2.0, UsageError, "from -1 to 2"),
+        (torch.full((1, 3, 16, 16), torch.nan), 2.0, DataError, "NaN or infinities"),
+        (torch.full((1, 3, 16, 16), -torch.inf), 2.0, DataError, "NaN or infinities"),
+        (torch.zeros(1, 3, 16, 16), 0.0, UsageError, "data_range is 0"),
+        (torch.zeros(1, 3, 16, 16), torch.nan, UsageError, "data_range is nan"),
+        (torch.zeros(1, 3, 16, 16), torch.inf, UsageError, "data_range is inf"),
+    ],
+)
+def test_pictures_lie_in_the_range_that_is_said(measure, x, data_range, error, message):
+    for one, other in ((x, torch.zeros_like(x)), (torch.zeros_like(x), x)):
+        if error is None:
+            assert measure(one, other, data_range).isfinite().all()
+            continue
+        with pytest.raises(error, match=message):
+            measure(one, other, data_range)
+
+
+def test_a_path_without_a_length_is_said():
+    with pytest.raises(DataError, match="2 of 2 paths have no finite length"):
+        perceptual_path_length(lambda z: z, lambda x, y: x[:, 0] * torch.nan, pictures(0, 4, 3))
 
 
 @pytest.mark.parametrize(

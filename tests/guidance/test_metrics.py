@@ -174,6 +174,13 @@ def test_compare_has_a_floor_for_every_distance():
         (lambda: frechet_distance(Moments.of(gaussian(4, 3)), Moments.of(gaussian(4, 2))), UsageError, "3 and 2 dimen"),
         (lambda: kernel_distance(gaussian(1, 3), gaussian(4, 3)), UsageError, "found 1 and 4"),
         (lambda: precision_recall(gaussian(3, 2), gaussian(9, 2)), UsageError, "more pictures than 3 and 9"),
+        (lambda: compare(gaussian(9, 2), gaussian(9, 2), gaussian(1, 2)), UsageError, "trained on; found 1"),
+        (lambda: compare(gaussian(9, 2), gaussian(3, 2)), UsageError, "found 9 and 3"),
+        (lambda: compare(gaussian(9, 2) * math.nan, gaussian(9, 2)), DataError, "not finite"),
+        (lambda: clip_score(gaussian(3, 2), gaussian(4, 2)), UsageError, "3 images, 4 texts"),
+        (lambda: precision_recall(gaussian(9, 2), gaussian(9, 2), k=0), UsageError, "k is 0"),
+        (lambda: kernel_distance(gaussian(9, 2), gaussian(9, 2), subsets=0), UsageError, "subsets is 0"),
+        (lambda: inception_score(gaussian(9, 2), splits=0), UsageError, "splits is 0"),
         (lambda: inception_score(gaussian(3, 2)), UsageError, "10 splits need as many pictures; found 3"),
     ],
 )

@@ -2,6 +2,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from worlds import gaussian
 
 from clipkit.guidance import samplers
@@ -247,3 +249,77 @@ def test_a_learned_variance_goes_from_the_posteriors_to_betas(monkeypatch, fract
     share = -math.expm1(-1.5)
     s = {"here": torch.sigmoid(-levels[0]).sqrt(), "there": torch.sigmoid(-levels[1]).sqrt()}[deviation]
     torch.testing.assert_close(seen[1], torch.full_like(x, math.sqrt(share) * float(s)))
+
+
+SCHEDULES = ["linear", "scaled_linear", "cosine", "sigmoid", "flow", "edm"]
+
+
+@pytest.mark.parametrize("sampler", ALL)
+def test_levels_that_repeat_are_one(sampler):
+    """In the middle, at the beginning and at the end, where schedules are clamped."""
+    denoise, _ = gaussian(0.7, 0.5)
+    x = torch.randn(5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    levels = karras(-6.0, 6.0, 8)
+    repeated = torch.cat([levels[:1], levels[:4], levels[3:4], levels[3:], levels[-1:]])
+    ends = [sampler(denoise, x, lambdas, torch.Generator().manual_seed(1)) for lambdas in (levels, repeated)]
+    assert torch.equal(*ends)
+    seen = []
+    sampler(denoise, x, repeated, torch.Generator().manual_seed(1), seen.append)
+    assert len(seen) == 8
+
+
+@pytest.mark.parametrize("sampler", ALL)
+def test_many_steps_of_any_schedule_and_spacing_end_with_the_data(sampler):
+    denoise, _ = gaussian(0.3, 0.5)
+    x = torch.randn(1500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for schedule in SCHEDULES:
+        for spacing in ("linspace", "leading", "trailing"):
+            lambdas = spaced(log_snr(schedule).clamp(-10, 10), 400, spacing)
+            end = sampler(denoise, x, lambdas, torch.Generator().manual_seed(1))
+            assert float(end.mean()) == pytest.approx(0.3, abs=0.06), (schedule, spacing)
+            assert float(end.std()) == pytest.approx(0.5, abs=0.06), (schedule, spacing)
+
+
+@pytest.mark.parametrize("sampler", ALL)
+@pytest.mark.parametrize("first", [-math.inf, -2000.0, -800.0])
+def test_the_first_level_may_be_pure_noise(sampler, first):
+    """Zero terminal SNR (Lin et al. 2023), and levels so low that exp overflows: as from a level that is low enough."""
+    denoise, _ = gaussian(0.3, 0.5)
+    x = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rest = karras(-10.0, 10.0, 200 if sampler is samplers.ddpm else 40)
+    end = sampler(denoise, x, torch.cat([torch.tensor([first]).double(), rest]), torch.Generator().manual_seed(1))
+    assert float(end.mean()) == pytest.approx(0.3, abs=0.04)
+    assert float(end.std()) == pytest.approx(0.5, abs=0.04)
+    if sampler in (samplers.ddim, samplers.heun, samplers.unipc, samplers.dpmpp_2m):
+        started = math.sqrt(torch.sigmoid(rest[0])) * 0.3 + math.sqrt(torch.sigmoid(-rest[0])) * x
+        torch.testing.assert_close(end, sampler(denoise, started, rest), atol=2e-3, rtol=0)
+
+
+@given(st.integers(1, 6), st.lists(st.integers(1, 7), min_size=1, max_size=3), st.integers(0, 2**32 - 1))
+def test_the_first_noise_of_a_picture_is_the_same_in_a_batch_of_any_size(n, shape, seed):
+    whole = samplers.first_noise((7, *shape), seed)
+    assert torch.equal(samplers.first_noise((n, *shape), seed), whole[:n])
+    if math.prod(shape) % 16 == 0:  # the noise of pictures that were drawn before there was this function
+        generator = torch.Generator().manual_seed(seed)
+        assert torch.equal(whole, torch.randn(7, *shape, generator=generator))
+
+
+def test_first_noise_is_that_of_one_generator():
+    drawn = torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(samplers.first_noise((3, 3, 24, 24), 5), drawn)
+
+
+@pytest.mark.parametrize("sampler", [*ALL, lambda *a: samplers.ddim(*a, eta=1.0)])
+def test_a_generator_for_each_picture_makes_its_noise_a_function_of_its_own(sampler):
+    denoise, _ = gaussian(0.7, 0.5)
+    x, lambdas = samplers.first_noise((5, 3, 2, 2), 0).double(), karras(-6.0, 6.0, 6)
+    many, few = (sampler(denoise, x[:n], lambdas, samplers.generators(n, 3)) for n in (5, 2))
+    assert torch.equal(many[:2], few)
+
+
+def test_pictures_and_seeds_have_noise_of_their_own():
+    states = [g.initial_seed() for seed in range(20) for g in samplers.generators(20, seed)]
+    assert len(set(states)) == 400
+    ends = [samplers._noise(torch.zeros(2, 50), samplers.generators(2, seed)) for seed in (0, 1)]
+    rows = torch.cat(ends)
+    assert float(rows.corrcoef().fill_diagonal_(0).abs().max()) < 0.5

@@ -136,3 +136,21 @@ def test_the_later_level_is_the_tables_next(name):
     assert float(later_log_snr(name, table[:1])) == float(table[0])
     between = torch.lerp(table[500], table[501], 0.25)[None]
     torch.testing.assert_close(later_log_snr(name, between), torch.lerp(table[499], table[500], 0.25)[None])
+
+
+@given(st.floats(0, 1), st.sampled_from(["linear", "cosine", "flow", "edm"]))
+def test_a_share_of_time_is_between_its_levels(share, name):
+    table = log_snr(name)
+    level = float(schedule.at_time(table, torch.tensor([share], dtype=torch.float64)))
+    place = share * 999
+    assert float(table[math.ceil(place)]) - 1e-9 <= level <= float(table[math.floor(place)]) + 1e-9
+
+
+@given(st.floats(1e-6, 1), st.sampled_from(["cosine", "flow"]), st.booleans())
+def test_a_table_until_a_share_of_time_is_its_beginning(share, name, clamped):
+    table = log_snr(name).clamp(-10, 10) if clamped else log_snr(name)
+    part = schedule.until(table, share)
+    assert torch.equal(part[:-1], table[: len(part) - 1])
+    assert 1 <= len(part) <= len(table)
+    assert bool((part[:-1] > part[-1]).all())
+    assert float(part[-1]) >= float(table[-1])

@@ -1,4 +1,8 @@
-"""Real processes, and ways to kill them: at a moment, or between two system calls."""
+"""Real processes, and ways to kill them: at a step, at an access to a file, or between two system calls.
+
+A test never asks how long something takes. A process stops itself where the test wants it (`held`), the test sees it
+stopped, and lets it go on; whatever else is waited for has HANG seconds.
+"""
 
 from __future__ import annotations
 
@@ -7,37 +11,67 @@ import ctypes
 import multiprocessing
 import os
 import signal
-import sys
+import subprocess
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import held
+
 from clipkit import checkpoint, records
+
+HANG = 600.0
+"""Seconds after which what is waited for will never come, on any machine."""
+
+Process = BaseProcess | subprocess.Popen
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["clipkit.cli", "clipkit.train.pretrain", "timm", "clipkit.zeroshot.classify"])
+_started: list[Process] = []
 
 
-def _pretrain(words: Sequence[str], err: str) -> None:
+def _pretrain(words: Sequence[str], err: str, plan: held.Plan, access: int) -> None:
     import torch
 
     from clipkit.cli import main
 
     torch.set_num_threads(1)
     multiprocessing.set_start_method(None, force=True)  # as when the command is run
-    with open(err, "w", buffering=1) as file:
-        os.dup2(file.fileno(), 2)
-        sys.stderr = file
-        main(["pretrain", "drawings_clip", *words])
+    held.at_steps(plan)
+    held.at_access(next(w.removeprefix("run.out=") for w in words if w.startswith("run.out=")), access)
+    os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
+    main(["pretrain", "drawings_clip", *words])
 
 
-def training(words: Sequence[str], err: Path) -> BaseProcess:
-    """`clipkit pretrain` in a process of its own, forked from one that has imported everything; stderr in `err`."""
-    process = _context.Process(target=_pretrain, args=(list(words), str(err)))
+def training(words: Sequence[str], err: Path, plan: held.Plan = (), access: int = 0) -> BaseProcess:
+    """`clipkit pretrain` in a process of its own, forked from one that has imported everything; stderr in `err`.
+
+    It sends itself the signals of `plan`, and kills itself before its access number `access` to the run's folder.
+    """
+    process = _context.Process(target=_pretrain, args=(list(words), str(err), list(plan), access))
     process.start()
+    _started.append(process)
     return process
+
+
+def launched(command: Sequence[object], **options: object) -> subprocess.Popen:
+    """A command in a process of its own, which is killed at the end of the test if it still runs."""
+    process = subprocess.Popen([str(word) for word in command], **options)
+    _started.append(process)
+    return process
+
+
+def end_all() -> None:
+    """Kill what `training` and `launched` have started, and the processes below them."""
+    for process in _started:
+        if running(process):
+            for pid in (*_descendants(process.pid), process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        ended(process)
+    _started.clear()
 
 
 def tiny(packs: Path, out: Path, steps: int, *more: str) -> list[str]:
@@ -57,13 +91,85 @@ def steps_done(run: Path) -> int:
     return 0
 
 
-def until(condition: Callable[[], object], process: BaseProcess | None = None, seconds: float = 120) -> None:
+def running(process: Process) -> bool:
+    return process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
+
+
+def until(condition: Callable[[], object], process: Process | None = None) -> None:
     """Wait for a condition, as long as the process lives."""
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert process is None or process.is_alive(), f"ended with {process.exitcode}"
+    limit = time.monotonic() + HANG
+    while True:
+        alive = process is None or running(process)  # asked before, for it may do its work and end between the two
+        if condition():
+            return
+        assert alive, f"{process} ended"
         assert time.monotonic() < limit, "waited too long"
         time.sleep(0.005)
+
+
+def ended(process: Process) -> int:
+    """Wait for the end of a process -> its exit code, or minus the signal that killed it."""
+    if isinstance(process, subprocess.Popen):
+        return process.wait(HANG)
+    process.join(HANG)
+    assert process.exitcode is not None, "waited too long"
+    return process.exitcode
+
+
+def state(pid: int) -> str:
+    """The letter of /proc/PID/stat: R or S, T when stopped; "" when there is no such process, or its parent is late."""
+    try:
+        letter = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    return "" if letter in "ZX" else letter
+
+
+def until_stopped(process: Process) -> None:
+    """Wait until a process has stopped itself."""
+    until(lambda: state(process.pid) == "T", process)
+
+
+def is_pending(pid: int, number: int) -> bool:
+    """Whether a signal was sent to a process, which has not taken it yet."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    waiting = next(line.split()[1] for line in status.splitlines() if line.startswith("ShdPnd"))
+    return bool(int(waiting, 16) >> (number - 1) & 1)
+
+
+def children(pid: int, of: bytes = b"") -> list[int]:
+    """Processes that a process has started, those with `of` in their command line."""
+    found = []
+    for task in _listed(f"/proc/{pid}/task"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found += [int(p) for p in Path(f"/proc/{pid}/task/{task}/children").read_text().split()]
+    return sorted(p for p in found if of in _read(f"/proc/{p}/cmdline"))
+
+
+def loaders(process: Process) -> list[int]:
+    """A run's loader processes."""
+    return [p for p in children(process.pid) if b"resource_tracker" not in _read(f"/proc/{p}/cmdline")]
+
+
+def _descendants(pid: int) -> Iterable[int]:
+    for child in children(pid):
+        yield from _descendants(child)
+        yield child
+
+
+def _listed(folder: str) -> list[str]:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return os.listdir(folder)
+    return []
+
+
+def _read(file: str) -> bytes:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(file).read_bytes()
+    return b""
 
 
 def final(run: Path) -> dict[str, dict]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -51,16 +50,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(body[: len(body) // 2], headers, code)
         if fault == "always cut":
             return self._send(body[:1000], headers, code)
-        if fault == "stall":
-            self._send(body[: len(body) // 2], headers, code)
-            self.server.stopping.wait(60)
-            return None
-        if fault == "trickle":
-            self._send(b"", headers, code)
-            for byte in body:
-                if self.server.stopping.wait(0.05):
-                    return None
-                self.wfile.write(bytes([byte]))
+        if fault in ("stall", "trickle"):
+            self._send(body[: 1 if fault == "trickle" else len(body) // 2], headers, code)
+            self.server.stopping.wait()
             return None
         return self._send(body, headers, code)
 
@@ -74,7 +66,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class FaultyServer(ThreadingHTTPServer):
-    daemon_threads = True
+    daemon_threads = False  # closing waits for them
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -100,6 +92,5 @@ def serve(folder: Path) -> Iterator[FaultyServer]:
     finally:
         server.stopping.set()
         server.shutdown()
-        server.server_close()
         thread.join()
-        time.sleep(0.01)
+        server.server_close()

@@ -14,6 +14,11 @@ TINY = (
 )
 """Overrides that make four steps of any recipe for drawings, the same on machines with bf16 units and without."""
 
+LATENT = (
+    *("autoencoder.image_size=24", "autoencoder.channels=8", "autoencoder.groups=4", "autoencoder.multipliers=[1,2]"),
+)
+"""Overrides that make a small autoencoder of drawings, with latents 4 x 12 x 12."""
+
 
 def gaussian(mean: float, std: float):
     """Exact denoiser for x0 ~ N(mean, std^2) in every coordinate, and the exact solution of its ODE."""

@@ -133,7 +133,7 @@ def test_shares_that_are_none(pair, tmp_path, runs, shares, message):
 
 
 def test_a_run_is_never_written_over(pair):
-    with pytest.raises(CheckpointError, match="holds a run; give another folder"):
+    with pytest.raises(UsageError, match=r"is not empty: it holds .* give a new folder"):
         average(pair, pair[0])
 
 

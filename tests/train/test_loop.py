@@ -6,16 +6,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
 import torch
+from worlds import TINY
 
-from clipkit import checkpoint, records
+from clipkit import checkpoint, distributed, records
 from clipkit.config import OptimConfig, load_recipe
-from clipkit.errors import CheckpointError, NonFiniteError, ShardError
-from clipkit.train import loop, optim, pretrain
+from clipkit.errors import CheckpointError, NonFiniteError, RecipeError, ShardError, StoppedError, UsageError
+from clipkit.train import batchnorm, denoiser, launch, loop, optim, pretrain
 
 FP32 = "run.precision=fp32"  # "auto" is bf16 on some machines
 WORDS = ["run.batch_size=16", "run.log_every=1", "optim.warmup=2", "data.workers=0", "run.save_every=2", FP32]
@@ -72,12 +74,15 @@ def test_a_stopped_run_resumes_to_the_same_bits(packs, uninterrupted, tmp_path, 
     assert losses(tmp_path) == losses(uninterrupted)
 
 
+CNN = ("model.image_tower=clipkit_resnet", "model.image_kwargs={channels=[8, 8], depths=[1, 1]}")
+
+
 def test_two_ranks_train_the_same_model(packs, tmp_path):
-    """Two gloo ranks with half of the batch each: the same loss curve and weights as one process, to rounding."""
-    pretrain.run("drawings_clip", words(packs, tmp_path / "one", 3))
+    """Two gloo ranks with half of the batch each: the same loss curve as one process, to rounding."""
+    pretrain.run("drawings_clip", words(packs, tmp_path / "one", 3, *CNN))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "clipkit"]
     subprocess.run(
-        [*launch, "pretrain", "drawings_clip", *words(packs, tmp_path / "two", 3)],
+        [*launch, "pretrain", "drawings_clip", *words(packs, tmp_path / "two", 3, *CNN)],
         check=True,
         capture_output=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -167,6 +172,200 @@ def test_a_run_made_before_a_key_existed_resumes_with_its_default(packs, tmp_pat
     loop._same_recipe(found, recipe)
     with pytest.raises(CheckpointError, match=r"run\.micro_batches: 1 there, 2 here"):
         loop._same_recipe(found, dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, micro_batches=2)))
+
+
+def test_the_refusal_points_to_fine_tuning(packs, uninterrupted, chain):
+    with pytest.raises(
+        CheckpointError, match=rf"fine-tune from it, tune\.init_from={uninterrupted} and a new run\.out"
+    ):
+        pretrain.run("drawings_clip", words(packs, uninterrupted, 6, "optim.lr=0.5"))
+    with pytest.raises(CheckpointError, match=r"optim\.lr") as error:
+        denoiser.run(
+            "drawings_denoiser",
+            [*TINY, f"data.shards={packs / 'train'}", f"run.out={chain / 'denoiser'}", "optim.lr=0.5"],
+        )
+    assert "fine-tune" not in str(error.value)  # a denoiser has no tune.init_from
+    with pytest.raises(CheckpointError, match=r"run of another kind \(clip there, denoiser here\)"):
+        denoiser.run("drawings_denoiser", [*TINY, f"data.shards={packs / 'train'}", f"run.out={uninterrupted}"])
+
+
+def rates(run):
+    return {line["step"]: line["lr"] for line in records.read(run / "log.jsonl") if "lr" in line}
+
+
+def test_a_run_becomes_longer_finished_or_not(packs, tmp_path, capsys):
+    """From the resumed step on it is a run of the new length; what it was is in what it had done."""
+    for steps in (4, 8, 10):
+        pretrain.run("drawings_clip", words(packs, tmp_path / "run", steps))
+        lines = [line for line in capsys.readouterr().err.splitlines() if "schedule" in line]
+        done = {4: None, 8: 4, 10: 8}[steps]
+        before = {8: 4, 10: 8}.get(steps)
+        assert lines == (
+            [f"run.steps: {before} there, {steps} here; from step {done} on the schedule is that of {steps} steps"]
+            * (done is not None)
+        )
+        assert checkpoint.latest(tmp_path / "run").state["recipe"]["run"]["steps"] == steps
+    config = load_recipe(pretrain.PretrainRecipe, "drawings_clip", words(packs, tmp_path, 4)).optim
+    expected = {s + 1: optim.learning_rate(s, 4 if s < 4 else 8 if s < 8 else 10, config) for s in range(10)}
+    assert rates(tmp_path / "run") == pytest.approx(expected)
+
+
+def test_a_lengthened_run_ends_with_the_same_bits_however_often_it_is_stopped(packs, tmp_path):
+    pretrain.run("drawings_clip", words(packs, tmp_path / "a", 4))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    pretrain.run("drawings_clip", words(packs, tmp_path / "a", 8))
+    pretrain.run("drawings_clip", words(packs, tmp_path / "b", 8))
+    shutil.rmtree(checkpoint.latest(tmp_path / "b").path)  # as if it had been killed after step 6
+    pretrain.run("drawings_clip", words(packs, tmp_path / "b", 8))
+    assert same(final(tmp_path / "a"), final(tmp_path / "b"))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_a_run_becomes_shorter_only_before_its_end(packs, tmp_path):
+    pretrain.run("drawings_clip", words(packs, tmp_path, 8))
+    shutil.rmtree(checkpoint.latest(tmp_path).path)  # six of eight are done
+    for steps in (6, 5, 1):
+        with pytest.raises(CheckpointError, match=rf"has done 6 of 8 steps; run\.steps={steps} must be more"):
+            pretrain.run("drawings_clip", words(packs, tmp_path, steps))
+    pretrain.run("drawings_clip", words(packs, tmp_path, 7))
+    assert checkpoint.latest(tmp_path).step == 7
+    assert rates(tmp_path)[7] == pytest.approx(
+        optim.learning_rate(6, 7, load_recipe(pretrain.PretrainRecipe, "drawings_clip", words(packs, tmp_path)).optim)
+    )
+
+
+def test_sizes_follow_the_new_length(packs, tmp_path):
+    """Small pictures for three fifths of the steps: of 10 the first 6, so 5 of 5 are followed by a small one."""
+    early = [*CNN, "model.early_size=16"]
+    seen = []
+    forward = pretrain.Pretraining.forward
+
+    def noted(self, batch):
+        seen.append(batch.images.shape[-1])
+        return forward(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain.Pretraining, "forward", noted)
+        for steps in (5, 10):
+            pretrain.run("drawings_clip", words(packs, tmp_path, steps, *early))
+    assert seen == [16, 16, 16, 24, 24, 16, 24, 24, 24, 24]
+
+
+def test_a_run_of_before_batchnorm_was_synchronised_resumes(packs, tmp_path, monkeypatch, capsys):
+    """Its recipe recorded false, or nothing; on one process that is nothing, on several a line says what is new."""
+    pretrain.run("drawings_clip", words(packs, tmp_path, 2, *CNN, "run.sync_batchnorm=false"))
+    pretrain.run("drawings_clip", words(packs, tmp_path, 4, *CNN))
+    assert "sync_batchnorm" not in capsys.readouterr().err
+    monkeypatch.setattr(batchnorm, "over_ranks", lambda model: True)
+    pretrain.run("drawings_clip", words(packs, tmp_path, 6, *CNN))
+    assert "sync_batchnorm" not in capsys.readouterr().err  # the last four steps were under true
+    state = checkpoint.latest(tmp_path).path / "state.json"
+    found = dataclasses.replace(checkpoint.latest(tmp_path), state=json.loads(state.read_text()))
+    del found.state["recipe"]["run"]["sync_batchnorm"]
+    monkeypatch.setattr(checkpoint, "latest", lambda run: found)
+    pretrain.run("drawings_clip", words(packs, tmp_path, 6, *CNN))
+    assert "run.sync_batchnorm: from step 6 on BatchNorm takes its statistics over all ranks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["0", "inf", "1e-3"])
+def test_no_clipping_is_a_norm_of_0(packs, tmp_path, value):
+    """The norm is still logged; what is clipped to a small one moves less."""
+    pretrain.run("drawings_clip", words(packs, tmp_path, 2, f"run.grad_clip={value}"))
+    plain = tmp_path / "plain"
+    pretrain.run("drawings_clip", words(packs, plain, 2, "run.grad_clip=1e30"))
+    norms = [next(line["grad_norm"] for line in records.read(run / "log.jsonl")) for run in (tmp_path, plain)]
+    assert norms[0] == norms[1] > 1e-3
+    assert same(final(tmp_path), final(plain)) == (value != "1e-3")
+
+
+def test_seeds_that_were_taken_mean_what_they_meant_and_large_ones_are_taken():
+    for seed, step, rank in ((0, 0, 0), (3, 17, 1), (2**27, 5, 0)):
+        loop.seed_everything(seed, step, rank)
+        ours = torch.rand(4)
+        torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+        assert torch.equal(ours, torch.rand(4))
+    drawn = []
+    for seed in (2**63 - 1, 2**62, 2**62 + 1):
+        loop.seed_everything(seed, 10**6, 7)
+        drawn.append(tuple(torch.rand(4).tolist()))
+    assert len(set(drawn)) == 3
+
+
+def test_a_large_seed_trains(packs, tmp_path):
+    pretrain.run("drawings_clip", words(packs, tmp_path, 1, f"run.seed={2**63 - 1}"))
+
+
+def test_a_folder_that_cannot_be_written_is_known_before_anything_is_done(packs, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(launch, "seed_everything", None)  # nothing is built
+    with pytest.raises(UsageError, match=rf"cannot write into {tmp_path / 'file' / 'run'}: Not a directory"):
+        pretrain.run("drawings_clip", words(packs, tmp_path / "file" / "run"))
+    for name in ("run\0", "a" * 300):
+        with pytest.raises(UsageError, match="cannot write into"):
+            pretrain.run("drawings_clip", words(packs, tmp_path / name))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_validation_pack_that_is_missing_is_missed_at_once(packs, tmp_path):
+    with pytest.raises(ShardError, match=r"no pack at .*nowhere"):
+        pretrain.run("drawings_clip", [*words(packs, tmp_path / "run"), f"data.val={tmp_path / 'nowhere'}"])
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "word", "message"),
+    [
+        (3, "run.batch_size=16", r"run\.batch_size is 16; it must be a multiple of the 3 ranks"),
+        (2, "run.micro_batches=9", r"run\.micro_batches is 9, more than the 8 samples that each of 2 ranks has"),
+    ],
+)
+def test_a_batch_that_ranks_cannot_share(packs, tmp_path, monkeypatch, ranks, word, message):
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+    with pytest.raises(RecipeError, match=message):
+        pretrain.run("drawings_clip", words(packs, tmp_path / "run", 2, word))
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_sample_at_a_time_and_batchnorm_is_a_line(packs, tmp_path):
+    """A ResNet's last stage has one position of 24 pixels, so that a micro-batch of one has no variance."""
+    tower = ["model.image_tower=resnet18", "model.image_kwargs={channels=[4, 4, 4, 4], layers=[1, 1, 1, 1]}"]
+    with pytest.raises(UsageError, match=r"lower run\.micro_batches"):
+        pretrain.run("drawings_clip", words(packs, tmp_path, 1, *tower, "run.batch_size=2", "run.micro_batches=2"))
+
+
+def test_a_vocabulary_of_a_recipe_that_never_began_is_not_taken_over(packs, tmp_path):
+    small = [*words(packs, tmp_path, 1), "model.vocab_size=520"]
+    with pytest.raises(RecipeError, match="timm has no model"):
+        pretrain.run("drawings_clip", [*small, "model.image_tower=resnet1"])
+    pretrain.run("drawings_clip", words(packs, tmp_path, 1))
+    kept = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert len(kept["model"]["vocab"]) > 520
+    with pytest.raises(RecipeError, match=r"model\.vocab_size is 10; it must be at least 514"):
+        pretrain.run("drawings_clip", [*words(packs, tmp_path / "other", 1), "model.vocab_size=10"])
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, StoppedError)])
+@pytest.mark.parametrize("step", [0, 3])
+def test_what_is_said_at_a_stop_is_true(packs, tmp_path, monkeypatch, capsys, number, error, step):
+    """Before the first step there is nothing to save, and nothing is promised."""
+    meet = loop._Loop.meet
+
+    def stopped(self, at, interruption):
+        if at == step:
+            os.kill(os.getpid(), number)
+        meet(self, at, interruption)
+
+    monkeypatch.setattr(loop._Loop, "meet", stopped)
+    with pytest.raises(error) as raised:
+        pretrain.run("drawings_clip", words(packs, tmp_path, 6, "run.save_every=6"))
+    said = capsys.readouterr().err.splitlines()[-1] if error is KeyboardInterrupt else str(raised.value)
+    found = checkpoint.latest(tmp_path)
+    if step:
+        assert said.endswith("saved at step 3; the same command resumes")
+        assert found.step == 3
+    else:
+        assert said.endswith("no step was done, nothing is saved")
+        assert found is None
 
 
 def test_logging_may_change_on_resume(packs, uninterrupted):
@@ -377,6 +576,19 @@ def test_the_end_of_an_epoch_is_summed_up_also_after_a_stop(packs, tmp_path, mon
     pretrain.run("drawings_clip", recipe)
     epochs = [line for line in records.read(tmp_path / "log.jsonl") if "epoch" in line]
     assert epochs == [{"step": 15 * e, "epoch": e, "seen": 240, "skipped": {}} for e in (1, 2)]
+
+
+def test_what_was_never_indexed_is_said_and_logged_with_every_epoch(packs, tmp_path, capsys):
+    folder = shutil.copytree(packs / "heldout", tmp_path / "pack", ignore=shutil.ignore_patterns("index.json"))
+    with tarfile.open(folder / "shard-000000.tar", "a") as archive:
+        link = tarfile.TarInfo("more.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "elsewhere.png"
+        archive.addfile(link)
+    pretrain.run("drawings_clip", [*words(packs, tmp_path / "run", 8), f"data.shards={folder}"])
+    assert "not taken into the index: 1 link or device" in capsys.readouterr().err
+    epochs = [line for line in records.read(tmp_path / "run" / "log.jsonl") if "epoch" in line]
+    assert epochs
+    assert all((line["skipped"], line["not_indexed"]) == ({}, {"link or device": 1}) for line in epochs)
 
 
 def test_a_shard_that_is_not_what_the_index_says_stops_the_run(packs, tmp_path):

@@ -6,11 +6,12 @@ import pytest
 import torch
 from worlds import TINY
 
-from clipkit.errors import CheckpointError
+from clipkit.config import load_recipe
+from clipkit.errors import CheckpointError, RecipeError
 from clipkit.guidance.draw import Studio
 from clipkit.model import CLIP, CLIPConfig
 from clipkit.shards import Shards
-from clipkit.train import noisy_clip, pretrain
+from clipkit.train import noisy_classifier, noisy_clip, pretrain
 from clipkit.train.noisy_clip import caption_bank
 from clipkit.train.tune import resized
 
@@ -62,3 +63,41 @@ def test_a_resized_vit_keeps_its_features_but_for_positions():
     assert large.image.trunk.pos_embed.shape[1] == 1 + 16
     assert large.image(torch.rand(1, 3, 64, 64)).shape == (1, 16)
     torch.testing.assert_close(large.text.state_dict(), clip.text.state_dict())
+
+
+BOTH = [
+    ('model.clip=""', "model.clip is empty"),
+    ("model.width=0", "model.width is 0; it must be even"),
+    ("model.width=7", "model.width is 7"),
+    ("model.clean_fraction=1", "model.clean_fraction is 1.0"),
+    ("model.clean_fraction=-0.1", "model.clean_fraction is -0.1"),
+    ("model.clean_fraction=nan", "nan"),
+    ("model.image_size=-1", "model.image_size is -1"),
+]
+ALONE = [
+    ("model.bank=1", "model.bank is 1"),
+    ("model.image_tower=resnet18", "give model.autoencoder too"),
+    ("model.image_kwargs={depths=[1]}", "give model.autoencoder too"),
+]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "word", "message"),
+    [
+        *((noisy_clip.NoisyCLIPRecipe, "drawings_noisy_clip", *case) for case in [*BOTH, *ALONE]),
+        *((noisy_classifier.ClassifierRecipe, "drawings_noisy_classifier", *case) for case in BOTH),
+    ],
+)
+def test_recipes_that_cannot_be_trained_are_refused_when_they_are_read(recipe, name, word, message):
+    with pytest.raises(RecipeError, match=message) as error:
+        load_recipe(recipe, name, [word])
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [("model.image_size=24", "no effect on latents"), ("model.image_kwargs={in_chans=3}", "has in_chans")],
+)
+def test_what_has_no_effect_on_latents_is_refused(word, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(noisy_clip.NoisyCLIPRecipe, "emoji_latent_noisy_clip", [word])

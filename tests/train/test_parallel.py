@@ -58,7 +58,11 @@ def test_what_cannot_be_cut_says_so(packs, tmp_path):
     assert "muon needs whole matrices" in done.stderr
 
 
-def _clipped(max_norm):
+def _clipped(max_norms):
+    return [_clipped_to(max_norm) for max_norm in max_norms]
+
+
+def _clipped_to(max_norm):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -71,16 +75,16 @@ def _clipped(max_norm):
     return norm, parallel.whole({"cut": cut.grad}), scalar.grad
 
 
-@pytest.mark.parametrize("max_norm", [1.0, 1e6])
-def test_the_norm_is_that_of_the_whole_gradient(max_norm):
+def test_the_norm_is_that_of_the_whole_gradient():
+    max_norms = (1.0, 1e6, 0.0)
     matrix, scalar = torch.arange(10.0).view(5, 2), torch.tensor(3.5)
     expected = (matrix.square().sum() + scalar.square()).sqrt()
-    factor = min(1.0, max_norm / float(expected))
-    results = on_ranks(2, _clipped, max_norm)
-    torch.testing.assert_close(results[0][1]["cut"], matrix * factor)
-    for norm, _, alone in results:
-        torch.testing.assert_close(norm, expected)
-        torch.testing.assert_close(alone, scalar * factor)
+    for max_norm, *results in zip(max_norms, *on_ranks(2, _clipped, max_norms), strict=True):
+        factor = min(1.0, max_norm / float(expected)) if max_norm else 1.0
+        torch.testing.assert_close(results[0][1]["cut"], matrix * factor)
+        for norm, _, alone in results:
+            torch.testing.assert_close(norm, expected)
+            torch.testing.assert_close(alone, scalar * factor)
 
 
 def _put_together(rows):

@@ -1,3 +1,4 @@
+import dataclasses
 from itertools import pairwise
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from ranks import on_ranks
 
-from clipkit.errors import UsageError
+from clipkit.errors import DataError, SampleError, UsageError
 from clipkit.model import CLIPConfig
 from clipkit.zeroshot import classify
 from clipkit.zeroshot.datasets import ImageSet
@@ -112,12 +113,50 @@ def test_a_multi_label_set():
 SHOWN = [(0, 0), (0, 1), (1, 1), (2, 1), (1, 1), (2, 2), (0, 0)]  # seven: the second rank's last place is padding
 
 
+def broken(labels, bad):
+    """`colours` of which some cannot be read."""
+    images = colours(labels)
+
+    def get(i):
+        if i in bad:
+            raise SampleError(bad[i], f"image {i}")
+        return images[i]
+
+    return dataclasses.replace(images, _get=get)
+
+
+BAD = {1: "damaged image", 5: "not an image", 6: "not an image"}  # the last one is what pads the second rank
+
+
 def found_by_this_rank():
     found = classify.predict(Fake(), torch.eye(3), colours(SHOWN), batch_size=2)
-    return {"targets": found.targets, "ranking": found.ranking, "confidence": found.confidence}
+    some = classify.predict(Fake(), torch.eye(3), broken(SHOWN, BAD), batch_size=2)
+    counts = {"rows": torch.tensor(some.rows), "skipped": torch.tensor(sorted(some.skipped.values()))}
+    return {"targets": found.targets, "ranking": found.ranking, "confidence": found.confidence, **counts}
 
 
 def test_two_ranks_find_what_one_finds():
     alone = found_by_this_rank()
     for found in on_ranks(2, found_by_this_rank):
         assert all(found[name].equal(alone[name]) for name in alone)
+
+
+def test_images_that_cannot_be_read_are_skipped_and_counted():
+    found = classify.predict(Fake(), torch.eye(3), broken(SHOWN, BAD), batch_size=2)
+    assert found.skipped == {"damaged image": 1, "not an image": 2}
+    assert found.rows == [0, 2, 3, 4]
+    kept = classify.predict(Fake(), torch.eye(3), colours([SHOWN[i] for i in found.rows]))
+    assert all(getattr(found, n).equal(getattr(kept, n)) for n in ("targets", "ranking", "confidence"))
+    assert classify.score(found) == classify.score(kept)
+
+
+def test_a_multi_label_set_with_bad_images_keeps_the_other_similarities():
+    images = dataclasses.replace(broken(SHOWN, BAD), multilabel=True)
+    found = classify.predict(Fake(), torch.eye(3), images)
+    assert found.similarities.shape == (4, 3)
+    assert classify.mean_average_precision(found.similarities, found.targets) > 0
+
+
+def test_when_nothing_can_be_read_it_is_an_error():
+    with pytest.raises(DataError, match="none of the 7 images of colours can be read: 7 damaged image"):
+        classify.predict(Fake(), torch.eye(3), broken(SHOWN, dict.fromkeys(range(7), "damaged image")))

@@ -2,18 +2,25 @@ import gc
 import gzip
 import hashlib
 import io
+import json
+import os
 import pickle
+import shutil
 import struct
 import tarfile
+import threading
+from collections import Counter
 
 import numpy as np
 import pytest
 from foreign import write_fashion_mnist
 from PIL import Image
 
-from clipkit.errors import DataError, UsageError
+from clipkit.errors import DataError, SampleError, UsageError
 from clipkit.images import decode
+from clipkit.pack import pack
 from clipkit.shards import Shards
+from clipkit.sources import class_source
 from clipkit.zeroshot.datasets import ImageSet, as_source, known, open_set
 
 
@@ -67,13 +74,13 @@ def test_what_is_not_there(tmp_path, name, error, message):
 def test_an_image_that_is_not_one(folder, tmp_path):
     (folder / "boat" / "0.jpg").write_text("hello")
     images = open_set(f"folder:{folder}", tmp_path)
-    with pytest.raises(DataError, match=r"boat/0.jpg: not an image"):
+    with pytest.raises(SampleError, match=r"not an image: folder:.*, boat/0.jpg: no readable"):
         _ = images[0]
 
 
 def test_a_folder_without_classes(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises(DataError, match="no <class>/<image> files"):
+    with pytest.raises(DataError, match=r"no <class>/<image> layout: a\.png lies in no class folder"):
         open_set(f"folder:{tmp_path}", tmp_path)
 
 
@@ -217,3 +224,159 @@ def test_the_registry_is_complete(name):
     assert len(entry["classes"]) == {"cifar10": 10, "cifar100": 100, "fashion-mnist": 10}[name]
     assert all(t.count("{}") == 1 for t in entry["templates"])
     assert entry["source"]
+
+
+def read(images):
+    """[label] of what can be read, and {reason: count} of what cannot."""
+    labels, reasons = [], Counter()
+    for i in range(len(images)):
+        try:
+            labels.append(images[i][1])
+        except SampleError as error:
+            reasons[error.reason] += 1
+    return labels, dict(reasons)
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_what_is_not_taken_is_counted(folder, tmp_path, kind, capsys):
+    for name in ("boat/x.gif", "boat/y.txt", "gifs/0.gif", "boat/.hidden.gif"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"GIF89a")
+    (folder / "boat" / "more").mkdir()
+    (folder / "boat" / "0.jpg").rename(folder / "boat" / "more" / "0.JFIF")
+    place = folder
+    if kind == "tar":
+        place = tmp_path / "set.tar"
+        with tarfile.open(place, "w") as archive:
+            archive.add(folder, "set")
+    images = open_set(f"{kind}:{place}", tmp_path)
+    check(images)
+    assert images.skipped == {"other format": 2, "not a picture": 1}
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == f"clipkit: {place}: no picture that is read in gifs; left out of the classes"
+
+
+def test_a_linked_subset(folder, tmp_path):
+    (tmp_path / "subset").mkdir()
+    (tmp_path / "subset" / "boat").symlink_to(folder / "boat")
+    (tmp_path / "subset" / "cup").symlink_to(folder / "lost")
+    images = open_set(f"folder:{tmp_path / 'subset'}", tmp_path)
+    assert (len(images), images.classes, images.skipped) == (3, [["boat"]], {"broken link": 1})
+
+
+def test_splits_are_refused(folder, tmp_path):
+    for split in ("train", "test"):
+        shutil.copytree(folder, tmp_path / "splits" / split)
+    with pytest.raises(
+        DataError, match=r"holds several splits \(test, train\); give one of them, such as .*splits/test"
+    ):
+        open_set(f"folder:{tmp_path / 'splits'}", tmp_path)
+    with tarfile.open(tmp_path / "splits.tar", "w") as archive:
+        archive.add(tmp_path / "splits", "splits")
+    with pytest.raises(DataError, match=r"give one of them, unpacked"):
+        open_set(f"tar:{tmp_path / 'splits.tar'}", tmp_path)
+
+
+def test_a_pack_with_samples_of_no_use(folder, tmp_path):
+    pack(class_source(folder, None, ["a {}"], 0), tmp_path / "p")
+    index = json.loads((tmp_path / "p" / "index.json").read_text())
+    index["classes"] = [["boat"]]
+    (tmp_path / "p" / "index.json").write_text(json.dumps(index))
+    assert read(open_set(f"shards:{tmp_path / 'p'}", tmp_path)) == ([(0,)] * 3, {"bad metadata": 3})
+    index["templates"] = ["{} or {}"]
+    (tmp_path / "p" / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UsageError, match=r"/p: template '\{\} or \{\}' must hold exactly one"):
+        open_set(f"shards:{tmp_path / 'p'}", tmp_path)
+
+
+def test_labels_in_a_table(folder, tmp_path, monkeypatch):
+    def opened(*rows):
+        (tmp_path / "t.csv").write_text("image;Label\n" + "".join(f"{row}\n" for row in rows))
+        return open_set(f"csv:{tmp_path / 't.csv'}", tmp_path)
+
+    spaced = opened(
+        "set/boat/0.jpg; boat", "set/boat/1.jpg;boat ", "set/boat/2.jpg;big  boat", "set/boat/2.jpg;big_boat"
+    )
+    assert (spaced.classes, spaced.multilabel) == ([["big boat"], ["boat"]], False)
+    assert read(spaced) == ([(1,), (1,), (0,), (0,)], {})
+    some = opened(
+        "set/boat/0.jpg;boat", "set/boat/1.jpg;", ";boat", "set/boat/9.jpg;boat", "set;boat", "set/boat/1.jpg;boat|boat"
+    )
+    assert (some.multilabel, some.skipped) == (False, {"no label": 1, "no image": 1})
+    assert read(some) == ([(0,), (0,)], {"image missing": 1, "unreadable file": 1})
+    several = opened("set/boat/0.jpg;boat|", "set/boat/1.jpg; sea | boat")
+    assert several.multilabel
+    assert read(several) == ([(0,), (1, 0)], {})
+    numbers = opened(*(f"set/boat/0.jpg;{i}" for i in range(12)))
+    assert numbers.classes == [[str(i)] for i in range(12)]
+    assert numbers.ordered
+    with pytest.raises(DataError, match="has no labelled row"):
+        opened("set/boat/0.jpg; ")
+
+
+def test_a_table_in_a_pipe_has_paths_from_here(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("image,label\nboat/0.jpg,boat\n",))
+    writer.start()
+    assert read(open_set(f"csv:{tmp_path / 'pipe'}", tmp_path)) == ([(0,)], {})
+    writer.join()
+
+
+def test_samples_of_a_webdataset_that_are_of_no_use(folder, tmp_path):
+    jpeg = (folder / "boat" / "0.jpg").read_bytes()
+    members = {
+        "./._a.jpg": b"mac",
+        "./a.jpg": jpeg,
+        "./a.cls": b"0\n",
+        "./a.json": b"{foreign",
+        "v1.0/b.seg.png": b"no picture of the sample",
+        "v1.0/b.JPG": jpeg,
+        "v1.0/b.cls": b"1",
+        "v1.0/c.cls": b"1",
+        "v1.0/d.jpg": jpeg,
+        "v1.0/e.jpg": jpeg,
+        "v1.0/e.cls": b"cat",
+        "f.png": b"broken",
+        "f.cls": b"0",
+        "g.jpg": jpeg,
+        "g.cls": b"-1",
+    }
+    (tmp_path / "w").mkdir()
+    with tarfile.open(tmp_path / "w" / "0.tar", "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    (tmp_path / "w" / "classnames.txt").write_text("cat\ndog\n")
+    images = open_set(f"wds:{tmp_path / 'w'}", tmp_path)
+    assert images.skipped == {"no image": 1, "no label": 3}
+    assert read(images) == ([(0,), (1,)], {"not an image": 1})
+    (tmp_path / "w" / "zeroshot_classification_templates.txt").write_text("a {c} in a {c}\n")
+    with pytest.raises(UsageError, match=r"zeroshot_classification_templates\.txt: template 'a {c} in a {c}'"):
+        open_set(f"wds:{tmp_path / 'w'}", tmp_path)
+
+
+def test_bad_images_of_a_named_set_are_packed_as_bad_samples():
+    def get(i):
+        if i:
+            raise SampleError("damaged image", "x")
+        return Image.new("RGB", (4, 4)), (0,)
+
+    source = as_source(ImageSet("x", [["a"]], ["{}"], 2, get, skipped={"other format": 3}), 0)
+    good, bad = source.samples
+    assert (good.captions, bad.reason) == (("a",) * 4, "damaged image")
+    assert source.aside() == {"other format": 3}
+
+
+def test_imagenet_in_deeper_folders(tmp_path):
+    """Tiny ImageNet as it is published has n01443537/images/x.JPEG."""
+    place = tmp_path / "imagenet" / "val"
+    for wnid, name in (("n01443537", "images/x.JPEG"), ("n01440764", "y.JPEG"), ("n01440764", "z.gif")):
+        (place / wnid / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(place / wnid / name)
+    images = open_set("imagenet", tmp_path)
+    assert read(images) == ([(0,), (1,)], {})
+    assert images.skipped == {"other format": 1}
+    assert images.renamed({"n01443537": ["b"], "n01440764": ["a"]}, "o").classes == [["a"], ["b"]]
+    assert images.renamed([["x"], ["y"]], "o").classes == [["x"], ["y"]]  # in the order that everybody's lists have

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipkit.errors import DataError, UsageError
+from clipkit.errors import DataError, SampleError, UsageError
 from clipkit.zeroshot import datasets
 from clipkit.zeroshot.datasets import known, open_set
 
@@ -218,6 +218,15 @@ def test_a_data_set_in_its_own_format(name, tmp_path, monkeypatch):
     assert known()[name]["source"]
 
 
+def test_a_damaged_file_of_a_named_set_is_one_bad_image(tmp_path, monkeypatch):
+    food101(tmp_path, monkeypatch)
+    (tmp_path / "food-101" / "images" / "apple_pie" / "1.jpg").write_bytes(b"hello")
+    images = open_set("food101", tmp_path)
+    with pytest.raises(SampleError, match="damaged image: food101, image 0: cannot identify"):
+        images[0]
+    assert images[1][1] == (1,)
+
+
 @pytest.mark.parametrize("name", sorted(known()))
 def test_without_its_files_a_set_says_how_to_get_it(name, tmp_path):
     with pytest.raises(DataError, match=f"{name} is not in|pip install scipy") as found:
@@ -240,14 +249,14 @@ def test_a_csv(tmp_path):
     images = open_set(f"csv:{tmp_path / 'a.csv'}", tmp_path)
     assert (images.classes, images.multilabel) == ([["green"], ["red thing"]], False)
     assert [images[i][1] for i in range(2)] == [(1,), (0,)]
-    text(tmp_path / "b.csv", "image,label", "pictures/0.png,red|thing", "pictures/1.png,thing", "pictures/2.png,")
+    text(tmp_path / "b.csv", "image,label", "pictures/0.png,red|thing", "pictures/1.png,thing", "pictures/2.png,red")
     several = open_set(f"csv:{tmp_path / 'b.csv'}", tmp_path)
     assert several.multilabel
     assert several[0][1] == (0, 1)
-    with pytest.raises(DataError, match=r"b\.csv, row 3: cannot read"):
+    with pytest.raises(SampleError, match=r"image missing: .*b\.csv, row 4: "):
         several[2]
     text(tmp_path / "c.csv", "file,label", "x,y")
-    with pytest.raises(DataError, match=r"has the columns \['file', 'label'\]; image and label are needed"):
+    with pytest.raises(DataError, match="has the columns file, label; it needs image,label"):
         open_set(f"csv:{tmp_path / 'c.csv'}", tmp_path)
 
 

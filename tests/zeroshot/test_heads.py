@@ -1,3 +1,5 @@
+import errno
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -83,9 +85,22 @@ def test_a_cut_cache_file_is_computed_anew(clip, tmp_path):
     torch.testing.assert_close(heads.class_head(*words), first)
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(clip, tmp_path):
+def test_a_cache_that_cannot_be_written_is_said_once_and_no_error(clip, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
-    heads.class_head(clip.model, clip.tokenizer, ["boat"], ["a {}."], cache=tmp_path / "file")
+    for name in ("boat", "ship", "raft"):
+        heads.class_head(clip.model, clip.tokenizer, [name], ["a {}."], cache=tmp_path / "file")
+    said = f"clipkit: cannot write the cache {tmp_path / 'file'}: File exists; what it would keep is computed each time"
+    assert capsys.readouterr().err.splitlines() == [said]
+
+
+def test_a_full_disk_leaves_nothing_in_the_cache(clip, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("clipkit.records.os.replace", full)
+    heads.class_head(clip.model, clip.tokenizer, ["boat"], ["a {}."], cache=tmp_path)
+    assert "No space left on device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ensembles():

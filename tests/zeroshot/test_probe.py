@@ -67,7 +67,8 @@ def test_a_probe_of_images(chain, tmp_path, capsys):
     cli.main([*words, "--test", f"folder:{tmp_path / 'test'}"], standalone_mode=False)
     assert "16 training images, 8 test images, 2 classes" in capsys.readouterr().out
     clip = clipkit.load(chain / "clip", "cpu")
-    x, y = probe.features(clip.model, open_set(f"folder:{tmp_path / 'test'}", tmp_path))
+    x, y, skipped = probe.features(clip.model, open_set(f"folder:{tmp_path / 'test'}", tmp_path))
+    assert not skipped
     assert (x.shape, x.dtype, y.bincount().tolist()) == ((8, clip.model.config.embed_dim), torch.float64, [4, 4])
     (tmp_path / "test" / "green").mkdir()
     Image.new("RGB", (24, 24), "green").save(tmp_path / "test" / "green" / "0.png")
@@ -95,10 +96,10 @@ def test_features_are_encoded_once(chain, tmp_path, monkeypatch):
     for i in range(3):
         Image.new("RGB", (24, 24), (80 * i, 0, 0)).save(tmp_path / "set" / "a" / f"{i}.png")
     clip, images = clipkit.load(chain / "clip", "cpu"), open_set(f"folder:{tmp_path / 'set'}", tmp_path)
-    first, _ = probe.features(clip.model, images, batch_size=2, cache=tmp_path / "cache")
+    first, *_ = probe.features(clip.model, images, batch_size=2, cache=tmp_path / "cache")
     seen, encode = [], clip.model.encode_image
     monkeypatch.setattr(clip.model, "encode_image", lambda x: seen.append(len(x)) or encode(x))
-    again, _ = probe.features(clip.model, images, batch_size=2, cache=tmp_path / "cache")
+    again, *_ = probe.features(clip.model, images, batch_size=2, cache=tmp_path / "cache")
     assert (seen, again.equal(first)) == ([], True)
     Image.new("RGB", (24, 24), "white").save(tmp_path / "set" / "a" / "2.png")  # under its old name
     probe.features(clip.model, images, batch_size=2, cache=tmp_path / "cache")

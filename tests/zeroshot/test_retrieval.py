@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 import clipkit
 from clipkit.cli import cli
-from clipkit.errors import UsageError
+from clipkit.errors import DataError, SampleError, UsageError
+from clipkit.shards import Shards
 from clipkit.zeroshot import retrieval
 
 
@@ -58,3 +59,24 @@ def test_the_command(chain, packs, capsys):
     scores = json.loads(capsys.readouterr().out)
     assert (scores["n"], scores["texts"] > 64) == (64, True)
     assert 0 <= scores["image_to_text_recall@1"] <= scores["image_to_text_recall@5"] <= 1
+
+
+class Spoilt(Shards):
+    """A pack of which only every second sample can be read."""
+
+    bad = range(0, 64, 2)
+
+    def read(self, i):
+        if i in self.bad:
+            raise SampleError("damaged image")
+        return super().read(i)
+
+
+def test_samples_that_cannot_be_read_are_counted(clip, packs):
+    shards = Spoilt(packs / "heldout")
+    found = retrieval.evaluate(clip.model, clip.tokenizer, shards, batch_size=3)
+    assert (found["n"], found["unread"]) == (32, 32)
+    assert found == retrieval.evaluate(clip.model, clip.tokenizer, shards, batch_size=1)  # also of whole bad batches
+    shards.bad = range(64)
+    with pytest.raises(DataError, match=r"none of the 64 samples of .* can be read: 64 damaged image"):
+        retrieval.evaluate(clip.model, clip.tokenizer, shards)

@@ -36,6 +36,7 @@ $("#source").textContent = about.source;
 
 // Pictures: chosen, dropped, or from the gallery.
 
+const invitations = new Map([...document.querySelectorAll(".drop")].map((drop) => [drop, $("span", drop).textContent]));
 function show(drop) {
   const [file] = $("input", drop).files, image = $("img", drop), count = $("input", drop).files.length;
   if (image) {
@@ -43,13 +44,13 @@ function show(drop) {
     image.hidden = !file;
     if (file) image.src = URL.createObjectURL(file);
   }
-  if (file) $("span", drop).textContent = count > 1 ? `${count} pictures` : file.name;
+  $("span", drop).textContent = !file ? invitations.get(drop) : count > 1 ? `${count} pictures` : file.name;
 }
 function give(drop, files) {
   const held = new DataTransfer();
   for (const file of files) held.items.add(file);
   $("input", drop).files = held.files;
-  show(drop);
+  $("input", drop).dispatchEvent(new Event("change"));
 }
 for (const drop of document.querySelectorAll(".drop")) {
   $("input", drop).addEventListener("change", () => show(drop));
@@ -64,15 +65,23 @@ for (const drop of document.querySelectorAll(".drop")) {
   }
 }
 async function fromGallery(count) {
-  const rows = Array.from({ length: count }, () => Math.floor(Math.random() * about.pictures));
+  const { rows } = await (await checked(await fetch(`/api/some/${count}`))).json();
   return Promise.all(rows.map(async (row) => {
     const found = await checked(await fetch(`/api/picture/${row}`));
     return new File([await found.blob()], `picture ${row}`, { type: "image/png" });
   }));
 }
 for (const [id, count] of [["classify", 1], ["compare", 4]]) {
-  $(`#${id} .example`).addEventListener("click", async () => give($(`#${id} .drop`), await fromGallery(count)));
+  $(`#${id} .example`).addEventListener("click", () => fromGallery(count)
+    .then((files) => give($(`#${id} .drop`), files), (error) => say($(`#${id}`), error.message, true)));
 }
+// A search is by words or by a picture: what is given last counts, and is all that is shown.
+$("#search [name=picture]").addEventListener("change", ({ target }) => {
+  if (target.files.length) $("#search [name=text]").value = "";
+});
+$("#search [name=text]").addEventListener("input", ({ target }) => {
+  if (target.value && $("#search [name=picture]").files.length) give($("#search .drop"), []);
+});
 
 // Asking.
 
@@ -82,7 +91,7 @@ function say(form, message, wrong = false) {
   output.classList.toggle("wrong", wrong);
 }
 async function checked(response) {
-  if (!response.ok) throw new Error((await response.json()).error ?? response.statusText);
+  if (!response.ok) throw new Error((await response.json().catch(() => ({}))).error ?? response.statusText);
   return response;
 }
 function answer(id, work) {
@@ -119,8 +128,7 @@ answer("classify", async (form, data) => {
 });
 
 answer("search", async (form, data) => {
-  if (data.get("text").trim()) data.delete("picture");
-  else chosen(data, "picture");
+  chosen(data, "picture");
   const { hits } = await ask("search", data);
   $(".hits", form).replaceChildren(...hits.map(({ key, row, score }) => element("figure", {},
     element("img", { src: `/api/picture/${row}`, alt: key, loading: "lazy" }),

@@ -1,0 +1,29 @@
+"""Words of captions and prompts: which of them a model cannot know."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+EMPTY = frozenset(["a", "an", "the", "one", "of", "in", "on", "with", "photo", "picture", "image", "drawing"])
+"""Words that say nothing of what is in a picture."""
+_WORD_OR_SYMBOLS = re.compile(r"\w+|[^\w\s\x00-\x7f]+")
+
+
+def split(text: str) -> list[str]:
+    """A text's words in lower case, in their order; a run of emoji or other symbols beyond ASCII is a word too."""
+    found = _WORD_OR_SYMBOLS.findall(text.lower())
+    # Quotation marks, dashes and combining marks are no words.
+    return [word for word in found if word.isascii() or any(unicodedata.category(c)[0] in "LNS" for c in word)]
+
+
+def unknown(texts: Iterable[str], known: Sequence[str]) -> list[str]:
+    """Words of `texts` that are not among `known`, the words of all captions that a model learned from, each once.
+
+    None when `known` is empty: the model did not record its captions' words.
+    """
+    if not known:
+        return []
+    words = EMPTY.union(known)
+    return [word for word in dict.fromkeys(word for text in texts for word in split(text)) if word not in words]

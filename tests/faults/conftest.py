@@ -1,0 +1,8 @@
+import pytest
+from killing import end_all
+
+
+@pytest.fixture(autouse=True)
+def _no_process_outlives_its_test():
+    yield
+    end_all()

@@ -1,0 +1,222 @@
+"""Pictures with names in a fixed order: files, folders, packs; and the loop that embeds them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from clipkit.errors import DataError, SampleError
+from clipkit.images import decode, preprocessing
+from clipkit.pretrained import Pretrained
+from clipkit.records import progress
+from clipkit.shards import Shards
+from clipkit.sources import images_of
+
+
+class Gallery(Protocol):
+    """Pictures with names, in a fixed order."""
+
+    @property
+    def source(self) -> str:
+        """The folder or URL as it was given."""
+
+    def __len__(self) -> int: ...
+
+    def identity(self) -> str:
+        """Hash of all keys and marks."""
+
+    def key(self, i: int) -> str:
+        """What the picture is called."""
+
+    def mark(self, i: int) -> str:
+        """What changes when the picture does: of a file its size and time, of a pack's sample its shard's sha256."""
+
+    def image(self, i: int) -> bytes:
+        """Its bytes, encoded. Raises SampleError or ShardError."""
+
+
+class Folder:
+    """Every image file below a folder; a key is its path in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.source = str(folder)
+        self._folder, self._paths = folder, images_of(folder)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    @cached_property
+    def _keys(self) -> list[str]:
+        return [path.relative_to(self._folder).as_posix() for path in self._paths]
+
+    @cached_property
+    def _marks(self) -> list[tuple[int, int]]:
+        return [_size_and_time(path) for path in self._paths]
+
+    def identity(self) -> str:
+        files = [(key, *mark) for key, mark in zip(self._keys, self._marks, strict=True)]
+        return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+
+    def key(self, i: int) -> str:
+        return self._keys[i]
+
+    def mark(self, i: int) -> str:
+        return "{}-{}".format(*self._marks[i])
+
+    def image(self, i: int) -> bytes:
+        return _read(self._paths[i])
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:  # gone since the folder was listed; reading it will say so
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SampleError("unreadable file", error.strerror or str(error)) from None
+
+
+class Pack:
+    """The images of a pack; a key is shard and sample."""
+
+    def __init__(self, source: str) -> None:
+        self.source, self.shards = source, Shards(source, verify=False)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def identity(self) -> str:
+        digests = [entry["sha256"] for entry in self.shards.entries]
+        return hashlib.sha256(repr(digests).encode()).hexdigest()[:16]
+
+    def key(self, i: int) -> str:
+        return self.shards.name(i)
+
+    def mark(self, i: int) -> str:
+        shard, number = self.shards.locate(i)
+        return f"{self.shards.entries[shard]['sha256'][:16]}-{number}"
+
+    def image(self, i: int) -> bytes:
+        return self.shards.read(i).image
+
+
+def open_gallery(source: str) -> Gallery:
+    """A folder of images, or a pack (folder or URL). Raises DataError for a folder with neither images nor shards."""
+    folder = Path(source)
+    if "://" in source or (folder / "index.json").is_file():
+        return Pack(source)
+    if not folder.is_dir():
+        raise DataError(f"no folder at {source}")
+    gallery = Folder(folder)
+    if not len(gallery):
+        if any(folder.glob("*.tar")):  # shards that nobody has indexed yet
+            return Pack(source)
+        raise DataError(f"{source} holds no images (JPEG, PNG or WebP)")
+    return gallery
+
+
+@dataclass(frozen=True)
+class _Picture:
+    name: str
+    path: Path | None
+    """Its file, for one that was named itself."""
+    gallery: Gallery | None = None
+    row: int = 0
+
+
+class Pictures:
+    """Files, and what is in folders and packs, in the order given, each once: a key is the path, or folder and path."""
+
+    def __init__(self, sources: Sequence[str]) -> None:
+        """Raises DataError naming all files that do not exist, and for a folder without images."""
+        found: list[_Picture] = []
+        for source in sources:
+            if "://" in source or Path(source).is_dir():
+                found += _all_of(open_gallery(source))
+            else:
+                found.append(_Picture(source, Path(source)))
+        if missing := [p.name for p in found if p.path is not None and not p.path.exists()]:
+            raise DataError(f"no picture at {', '.join(missing)}")
+        self._pictures = list({picture.name: picture for picture in found}.values())
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def key(self, i: int) -> str:
+        """The file's path, as it was given."""
+        return self._pictures[i].name
+
+    def named(self, i: int) -> bool:
+        """Whether it was given itself, not found in a folder or pack."""
+        return self._pictures[i].path is not None
+
+    def image(self, i: int) -> bytes:
+        """Its bytes, encoded. Raises SampleError or ShardError."""
+        picture = self._pictures[i]
+        if picture.path is not None:
+            return _read(picture.path)
+        assert picture.gallery is not None
+        return picture.gallery.image(picture.row)
+
+
+def _all_of(gallery: Gallery) -> list[_Picture]:
+    at = Path(gallery.source) if isinstance(gallery, Folder) else None
+    names = (gallery.key(i) if at is None else str(at / gallery.key(i)) for i in range(len(gallery)))
+    return [_Picture(name, None, gallery, i) for i, name in enumerate(names)]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Unit vectors [len(rows), D] of the pictures that could be read, on the CPU, and why others could not, by row."""
+
+    vectors: Tensor
+    rows: list[int]
+    unread: dict[int, str]
+
+
+class _Pixels(Dataset[tuple[int, Tensor, str]]):
+    """Some rows of a gallery: row, pixels, and why there are none, if there are none."""
+
+    def __init__(self, gallery: Gallery | Pictures, rows: Sequence[int], clip: Pretrained) -> None:
+        self.gallery, self.rows, self.preprocess = gallery, rows, preprocessing(clip.model.config)
+        self.size = clip.model.config.image_size
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor, str]:
+        try:
+            return self.rows[i], self.preprocess(decode(self.gallery.image(self.rows[i]))), ""
+        except SampleError as error:
+            return self.rows[i], torch.zeros(3, self.size, self.size, dtype=torch.uint8), error.reason
+
+
+@torch.no_grad()
+def embed(
+    clip: Pretrained, gallery: Gallery | Pictures, rows: Sequence[int], batch_size: int = 64, workers: int = 0
+) -> Embedded:
+    """Embed these rows of a gallery, holding one batch of pixels at a time. Raises ShardError."""
+    device = clip.model.log_logit_scale.device
+    vectors, kept, unread = [torch.zeros(0, clip.model.config.embed_dim)], list[int](), dict[int, str]()
+    loader = DataLoader(_Pixels(gallery, rows, clip), batch_size=batch_size, num_workers=workers)
+    for batch, pixels, reasons in progress(loader, len(loader), "pictures"):
+        good = [i for i, reason in enumerate(reasons) if not reason]
+        unread |= {int(row): reason for row, reason in zip(batch, reasons, strict=True) if reason}
+        if good:
+            vectors.append(clip.model.encode_image(pixels[good].to(device)).float().cpu())
+            kept += [int(batch[i]) for i in good]
+    return Embedded(torch.cat(vectors), kept, unread)
