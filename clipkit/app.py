@@ -44,6 +44,7 @@ from clipkit._version import __version__
 from clipkit.errors import CheckpointError, ClipkitError, DataError, UsageError
 from clipkit.guidance.draw import Steering, Studio
 from clipkit.guidance.sheet import grid
+from clipkit.guidance.steering import SEEDS
 from clipkit.images import decode
 from clipkit.pretrained import Pretrained, fingerprint, load
 from clipkit.records import say
@@ -250,7 +251,7 @@ class Wanted(BaseModel):
     steps: int = Field(25, ge=1, le=MAX_STEPS)
     scale: float | None = Field(None, ge=0, le=100)
     cfg_scale: float | None = Field(None, ge=0, le=100)
-    seed: int = Field(0, ge=0, lt=2**53)
+    seed: int = Field(0, ge=0, lt=SEEDS)
 
 
 class Easel:

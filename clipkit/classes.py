@@ -11,8 +11,9 @@ from clipkit.errors import DataError, UsageError
 from clipkit.records import remark
 
 _SPLIT = re.compile(
-    r"(train|training|trainval|val|valid|validation|dev|test|testing|eval|evaluation)([-_ ]?\d+)?", re.I
+    r"(?<![a-z])(train|training|trainval|val|valid|validation|dev|test|testing|eval|evaluation|pred)(?![a-z])", re.I
 )
+_YEAR = re.compile(r"(19|20)\d\d")
 Names = list[str]
 """Of one class; the first is the main one."""
 
@@ -114,6 +115,8 @@ def _refuse_splits(source: Path, folders: Collection[tuple[str, ...]], known: Co
     """How deep the class folders lie. Several splits are no data set: neither side by side, nor within each class."""
     depth = 0
     while len({f[depth] for f in folders}) == 1 and all(len(f) > depth + 1 for f in folders):
+        if all(_YEAR.fullmatch(f[depth + 1]) for f in folders):  # of one class
+            break
         depth += 1
     above = "/".join((str(source), *next(iter(folders))[:depth]))
     outer, inner = _levels(folders, depth)
@@ -133,7 +136,13 @@ def _refuse_splits(source: Path, folders: Collection[tuple[str, ...]], known: Co
 
 
 def _splits(names: Iterable[str], known: Collection[str]) -> list[str]:
-    return sorted(name for name in names if _SPLIT.fullmatch(name) and name not in known)
+    """Names that differ from another in the word for a split alone: train and test, seg_train and seg_test."""
+    alike: dict[str, list[str]] = {}
+    for name in set(names) - set(known):
+        rest, found = _SPLIT.subn("", name, count=1)
+        if found:
+            alike.setdefault(rest.rstrip("0123456789").strip("-_ ").casefold(), []).append(name)
+    return sorted(name for group in alike.values() if len(group) > 1 for name in group)
 
 
 def fit_names(

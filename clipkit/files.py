@@ -25,6 +25,7 @@ from clipkit.shards import StrictTarInfo, is_hidden
 
 Aside = list[tuple[str, str]]
 """(name, reason) of files that are not taken."""
+_MOST_LINKS = 40  # as Linux has it
 _OPENERS = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bz2",
@@ -231,15 +232,36 @@ def _members(source: Path, aside: Aside) -> Iterator[File]:
         yield from _linked(source, links, aside)
 
 
+def _resolved(target: str, links: Mapping[str, str]) -> str:
+    """Where a path in a tar leads, by way of links and linked folders; a circle ends somewhere in it."""
+    for _ in range(_MOST_LINKS):
+        parts = target.split("/")
+        above = next((p for n in range(1, len(parts) + 1) if (p := "/".join(parts[:n])) in links), None)
+        if above is None:
+            break
+        target = posixpath.normpath(links[above] + target[len(above) :])
+    return target
+
+
+def _inside_linked_folders(links: dict[str, str]) -> None:
+    """Links in a folder are also in the folders that are links to it."""
+    below: dict[str, list[str]] = {}
+    for link in links:
+        parts = link.split("/")
+        for n in range(1, len(parts)):
+            below.setdefault("/".join(parts[:n]), []).append(link)
+    for folder, target in list(links.items()):
+        for link in below.get(_resolved(target, links), ()):
+            links.setdefault(folder + link[len(_resolved(target, links)) :], links[link])
+
+
 def _linked(source: Path, links: Mapping[str, str], aside: Aside) -> Iterator[File]:
     """What links in a tar lead to, under the links' names: files, and whole folders."""
     wanted: dict[str, list[str]] = {}
+    links = dict(links)
+    _inside_linked_folders(links)
     for link, target in links.items():
-        passed = {link}
-        while target in links and target not in passed:  # a link to a link
-            passed.add(target)
-            target = links[target]
-        wanted.setdefault(target, []).append(link)
+        wanted.setdefault(_resolved(target, links), []).append(link)
     broken = set(links)
     for name, member, read in members(source):
         if not member.isfile():

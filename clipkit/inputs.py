@@ -47,7 +47,11 @@ def items_of(argument: str, what: str, separator: str | None = None) -> list[str
     text, and for items that are empty or are there twice: of two equal ones each would get half of the probability.
     """
     file = file_of(argument, what)
+    if file is not None and file.suffix.lower() in (".csv", ".tsv", ".jsonl"):
+        raise UsageError(f"{what} {file} is a table; give a text file, one entry a line, or a JSON list")
     text = argument if file is None else read_text(file)
+    if text.lstrip().startswith("{") and (file is None or file.suffix.lower() != ".json"):
+        raise UsageError(f"{what} must be a list of texts; found what looks like a JSON object")
     if text.lstrip().startswith("[") or (file is not None and file.suffix.lower() == ".json"):
         items = _json_items(text, what)
     elif file is not None or (separator and "\n" in text):
@@ -59,8 +63,8 @@ def items_of(argument: str, what: str, separator: str | None = None) -> list[str
         raise UsageError(f"{what}: {file or 'the list'} is empty; give one entry a line")
     if "" in items:
         raise UsageError(f"{what}: entry {items.index('') + 1} of {len(items)} is empty")
-    alike = [item.casefold() for item in items]
-    if twice := [item for i, item in enumerate(items) if item.casefold() in alike[:i]]:
+    seen = set[str]()
+    if twice := [item for item in items if item.casefold() in seen or seen.add(item.casefold())]:  # type: ignore[func-returns-value]
         named = ", ".join(map(repr, twice[:5])) + (" ..." if len(twice) > 5 else "")
         raise UsageError(f"{what} has {named} twice; keep one of each")
     return items

@@ -37,6 +37,8 @@ from clipkit.records import remark, sha256, write_atomically
 from clipkit.remote import Cache, Store, open_store
 
 FORMAT = 1
+KEYS = 2
+"""Number of the rule by which members of shards made elsewhere are put together to samples (`split_key`)."""
 MAX_CAPTION = 4096
 PICKLES = (".pkl", ".pickle", ".pyd", ".pt", ".pth", ".joblib")
 _OPEN_FILES = 64
@@ -189,9 +191,14 @@ def index_shard(tar: Path, out: Path | None = None) -> tuple[dict[str, Any], Cou
     return entry, found.refused
 
 
+def tar_files(folder: Path, pattern: str = "*.tar") -> list[Path]:
+    """Tars in a folder, sorted, without hidden ones: macOS lays `._shard.tar` beside `shard.tar`."""
+    return sorted(path for path in folder.glob(pattern) if not is_hidden(path.relative_to(folder).as_posix()))
+
+
 def tars_of(folder: Path) -> list[Path]:
     """The shards in a folder, sorted. Raises ShardError when there is none."""
-    tars = sorted(folder.glob("*.tar"))
+    tars = tar_files(folder)
     if not tars:
         raise ShardError(f"no .tar shards in {folder}; make some with `clipkit pack`")
     return tars
@@ -209,7 +216,13 @@ def write_index(folder: Path, extra: dict[str, Any] | None = None, out: Path | N
         shards.append(entry)
         refused += found
     extra["skipped"] = dict(refused)
-    index = {"format": FORMAT, "samples": sum(int(s["samples"]) for s in shards), **extra, "shards": shards}
+    index = {
+        "format": FORMAT,
+        "keys": KEYS,
+        "samples": sum(int(s["samples"]) for s in shards),
+        **extra,
+        "shards": shards,
+    }
     write_atomically((out or folder) / "index.json", json.dumps(index, indent=1, ensure_ascii=False))
     return index
 
@@ -224,7 +237,9 @@ def find_index(store: Store, cache: Cache) -> Path:
         return store.get("index.json")
     folder = Path(store.source)
     if (folder / "index.json").is_file():
-        return folder / "index.json"
+        if not _is_outdated(folder / "index.json"):
+            return folder / "index.json"
+        remark(f"clipkit: {folder / 'index.json'} is of an older version, which read keys otherwise; it is made again")
     tars = [(tar.name, tar.stat().st_size, tar.stat().st_mtime_ns) for tar in tars_of(folder)]
     identity = hashlib.sha256(repr((str(folder.resolve()), tars)).encode("utf-8", "surrogateescape")).hexdigest()
     cached = cache.root / "indexes" / identity[:16]
@@ -246,6 +261,15 @@ def find_index(store: Store, cache: Cache) -> Path:
         return cached / "index.json"
     write_index(folder)
     return folder / "index.json"
+
+
+def _is_outdated(path: Path) -> bool:
+    """Whether an older version made this index of foreign shards, by another rule; those of `pack` have classes."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        return "shards" in index and "classes" not in index and index["format"] == FORMAT and index.get("keys") != KEYS
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # what is wrong with it is said when it is used
 
 
 def load_index(store: Store, cache: Cache | None = None) -> tuple[dict[str, Any], Path]:
@@ -280,7 +304,7 @@ def load_index(store: Store, cache: Cache | None = None) -> tuple[dict[str, Any]
 
 def unlisted(folder: Path, index: dict[str, Any]) -> set[str]:
     """Names of the shards in a folder that its index does not know of."""
-    return {tar.name for tar in folder.glob("*.tar")} - {str(entry["name"]) for entry in index["shards"]}
+    return {tar.name for tar in tar_files(folder)} - {str(entry["name"]) for entry in index["shards"]}
 
 
 def check_count(shard: Path, found: int, entry: dict[str, Any]) -> None:

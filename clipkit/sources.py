@@ -71,13 +71,6 @@ def pictures(source: str) -> Iterator[tuple[str, bytes]]:
     say_counts(source, Counter(reason for _, reason in files.aside) + unread)
 
 
-def images_of(folder: Path) -> list[Path]:
-    """Every image file below a folder, sorted; what is not taken is counted in a line on stderr."""
-    files = Files(folder)
-    say_counts(folder, files.counts())
-    return [folder / name for name in files.names]
-
-
 def class_layout(files: Files, known: Collection[str] = ()) -> Layout:
     """`classes.layout` of a folder or tar; says on stderr which folders hold nothing that is read."""
     if not files.names:
@@ -87,6 +80,11 @@ def class_layout(files: Files, known: Collection[str] = ()) -> Layout:
             f"{aside}"
         )
     found = layout(files.source, files.names, known)
+    alike = [name for name, n in Counter(class_name(c).casefold() for c in found.classes).items() if n > 1]
+    if alike:
+        remark(
+            f"clipkit: {files.source}: several classes are called {', '.join(map(repr, alike))}, the same in a prompt"
+        )
     if barren := found.barren(name for name, reason in files.aside if reason != "not a picture"):
         remark(f"clipkit: {files.source}: no picture that is read in {', '.join(barren)}; left out of the classes")
     return found

@@ -66,8 +66,11 @@ class Batch:
         return dataclasses.replace(self, images=self.images.pin_memory(), groups=self.groups.pin_memory())
 
     def split(self, parts: int) -> list[Batch]:
-        """`parts` batches of nearly equal size, in order, or as many as there are samples; `skipped` stays here."""
-        parts = min(parts, len(self))
+        """`parts` batches of nearly equal size, in order, or as many as there are samples; `skipped` stays here.
+
+        A batch whose samples were all skipped is one empty part.
+        """
+        parts = max(1, min(parts, len(self)))
         edges = [len(self) * i // parts for i in range(parts + 1)]
         cuts = [slice(*edge) for edge in pairwise(edges)]
         return [Batch(self.images[c], self.captions[c], self.groups[c], self.keys[c]) for c in cuts]

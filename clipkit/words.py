@@ -13,7 +13,7 @@ _WORD_OR_SYMBOLS = re.compile(r"\w+|[^\w\s\x00-\x7f]+")
 
 def split(text: str) -> list[str]:
     """A text's words in lower case, in their order; a run of emoji or other symbols beyond ASCII is a word too."""
-    found = _WORD_OR_SYMBOLS.findall(text.lower())
+    found = _WORD_OR_SYMBOLS.findall(unicodedata.normalize("NFC", text).lower())
     # Quotation marks, dashes and combining marks are no words.
     return [word for word in found if word.isascii() or any(unicodedata.category(c)[0] in "LNS" for c in word)]
 

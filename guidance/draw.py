@@ -207,7 +207,7 @@ class Studio:
         """
         if self.denoiser.conditioner is None:
             if cfg_scale != 1:
-                raise UsageError("this denoiser was trained without descriptions; leave --cfg-scale away")
+                raise UsageError("this denoiser was trained without descriptions; omit the classifier-free scale")
             return self.denoiser
         if cfg_scale == 0:
             return self.denoiser.given("")
@@ -230,7 +230,7 @@ class Studio:
         if scale == 0:
             return denoise
         if self.guide is None:
-            raise UsageError("there is no noisy_clip run beside this denoiser to guide it; leave --scale away")
+            raise UsageError("there is no noisy_clip run beside this denoiser to guide it; omit the scale")
         log_prob = self.guide.model.log_prob(self.wishes(prompts, negative, steering))
         strength = scale if steering.interval is None else between(*steering.interval, scale)
         if steering.shift == "mean":

@@ -19,7 +19,7 @@ from clipkit.guidance.autoencoder import Autoencoder, is_diffusers
 from clipkit.guidance.denoiser import Denoiser
 from clipkit.guidance.loading import Guide, denoiser_of, guide_of, load_autoencoder
 from clipkit.pretrained import TRAINED_WITH, Pretrained, find, folder_of, identity, is_foreign, load
-from clipkit.records import say
+from clipkit.records import read_object, say
 
 
 @dataclass(frozen=True)
@@ -172,9 +172,17 @@ def _all_at(places: Sequence[Path], kind: str) -> list[Path]:
 
     def is_one(folder: Path) -> bool:
         foreign = (kind == "clip" and is_foreign(folder)) or (kind == "autoencoder" and is_diffusers(folder))
-        return foreign or any((folder / "checkpoints").glob("step-*"))
+        return foreign or any(_kind(step) in (kind, None) for step in (folder / "checkpoints").glob("step-*"))
 
     return [folder for place in places for folder in (place, place / kind) if is_one(folder)]
+
+
+def _kind(step: Path) -> str | None:
+    """What kind of run a checkpoint is of; None for a damaged one, of which loading says more."""
+    try:
+        return str(read_object(step / "state.json").get("kind"))
+    except CheckpointError:
+        return None
 
 
 def _missing(found: Checkpoint, what: str, places: Sequence[Path]) -> CheckpointError:

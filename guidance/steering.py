@@ -36,7 +36,7 @@ class Start:
         if self.mask is None and self.strength == 1:
             raise UsageError("at strength 1 nothing is left of the picture to begin with; lower it, or give a mask")
         if self.mask is not None and self._drawn.all():
-            raise UsageError("the mask is white all over, so that nothing is kept; leave it away, or darken a part")
+            raise UsageError("the mask is white all over, so that nothing is kept; omit it, or darken a part")
         if self.mask is not None and not self._drawn.any():
             raise UsageError("the mask is black all over, so that nothing is drawn; whiten what is to be drawn")
 
@@ -73,8 +73,8 @@ class Steering:
     """A picture [1, 3, S, S] in [-1, 1] whose likeness is also wanted."""
 
     def __post_init__(self) -> None:
-        if self.cfg_scale is not None and not math.isfinite(self.cfg_scale):
-            raise UsageError(f"the classifier-free scale is {self.cfg_scale}; it must be a finite number")
+        if self.cfg_scale is not None and not 0 <= self.cfg_scale < math.inf:
+            raise UsageError(f"the classifier-free scale is {self.cfg_scale}; it must be a finite number, 0 or more")
 
     @property
     def about(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class Steering:
             given |= {"image-prompt": self.picture}
             unused = " and ".join(f"--{name}" for name, value in given.items() if value is not None)
             if unused:
-                raise UsageError(f"{unused}: for the noise-aware CLIP, whose scale is 0; give a --scale too")
+                raise UsageError(f"{unused} has no effect at the noise-aware scale 0; give a scale too")
         if self.interval is not None and not any(map(between(*self.interval, 1.0), levels)):
             low, high = self.interval
             raise UsageError(
@@ -116,8 +116,8 @@ def check_prompts(prompts: Mapping[str, float], negative: Sequence[str]) -> None
             raise UsageError(f"the weight of {text!r} is {weight:g}; it must be finite and not 0")
     if len(prompts) == 1 and weight != 1:
         raise UsageError(
-            f"{text!r} has the weight {weight:g}, but weights are relative among several prompts; give --cfg-scale or "
-            "--scale for the strength of one, --negative for what to avoid"
+            f"{text!r} has the weight {weight:g}, but weights are relative among several prompts; the guidance scales "
+            "are the strength of one, and negative prompts are what to avoid"
         )
 
 
@@ -128,9 +128,9 @@ def check_negative(negative: Sequence[str], scale: float, cfg_scale: float | Non
     if scale < 0:
         raise UsageError(f"a negative prompt would be drawn at the noise-aware scale {scale:g}; give one above 0")
     if scale == 0 and cfg_scale is None:
-        raise UsageError("a negative prompt has no effect at the noise-aware scale 0; give a --scale above 0")
+        raise UsageError("a negative prompt has no effect at the noise-aware scale 0; give a scale above 0")
     if scale == 0 and cfg_scale is not None and cfg_scale <= 1:
         raise UsageError(
             f"a negative prompt has no effect at the classifier-free scale {cfg_scale:g} and the noise-aware scale 0; "
-            "give a --cfg-scale above 1 or a --scale above 0"
+            "give a classifier-free scale above 1 or a noise-aware scale above 0"
         )

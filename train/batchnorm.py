@@ -122,11 +122,14 @@ class _Normalise(torch.autograd.Function):
         dtype = torch.promote_types(x.dtype, torch.float32)
         gain = x.new_ones(x.shape[1], dtype=dtype) if weight is None else weight
         shift = torch.zeros_like(gain) if bias is None else bias
-        _, mean, inverse = torch.native_batch_norm(x, gain, shift, None, None, True, 0.0, 0.0)
+        if x.numel():
+            _, mean, inverse = torch.native_batch_norm(x, gain, shift, None, None, True, 0.0, 0.0)
+        else:  # all of this rank's samples were skipped; the kernels take none
+            mean, inverse = torch.zeros_like(gain), torch.zeros_like(gain)
         mean, var = mean.double(), torch.where(inverse > 0, inverse.double().pow(-2), 0.0)  # 0 stands for 1 / 0
         count = mean.new_full((1,), x.numel() // len(mean))
         sums = distributed.sum_over_ranks(torch.cat([count, count * mean, count * (var + mean.square())]))
-        count = sums[:1]
+        count = sums[:1].clamp(min=1)
         mean, square = (sums[1:] / count).view(2, -1)
         var = (square - mean.square()).clamp(min=0)
         ctx.eps = eps
@@ -144,6 +147,11 @@ class _Normalise(torch.autograd.Function):
         """
         x, gain, mean, var, count = ctx.saved_tensors
         inverse, wanted = (var + ctx.eps).rsqrt(), ctx.needs_input_grad
+        if not x.numel():
+            nothing = torch.zeros_like(gain)
+            if wanted[0]:  # the other ranks add up theirs
+                distributed.sum_over_ranks(torch.stack([nothing, nothing]).double())
+            return torch.zeros_like(x), nothing if wanted[1] else None, nothing if wanted[2] else None, None
         dx, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
             gradient, x, gain, None, None, mean, inverse, True, ctx.eps, [wanted[0], True, True]
         )

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from clipkit import checkpoint, distributed
 from clipkit._version import __version__
-from clipkit.config import Recipe, from_dict
+from clipkit.config import Recipe
 from clipkit.errors import CheckpointError, NonFiniteError, StoppedError, UsageError
 from clipkit.pretrained import TRAINED_WITH
 from clipkit.records import Records, say
@@ -394,14 +394,34 @@ def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{section}.{key}": v for section, values in recipe.items() for key, v in (values or {}).items()}
 
 
+def _filled(stored: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """A stored recipe or section with the defaults of keys that are younger than the run.
+
+    It is compared with today's, not used, and so not checked: today's bounds need not hold for it.
+    """
+    found = dict(stored)
+    for field in dataclasses.fields(config):
+        ours = getattr(config, field.name)
+        if isinstance(stored.get(field.name), Mapping) and dataclasses.is_dataclass(ours):
+            found[field.name] = _filled(stored[field.name], ours)
+        elif field.name not in stored and field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+        elif field.name not in stored and field.default_factory is not dataclasses.MISSING:
+            value = field.default_factory()
+            found[field.name] = _filled({}, value) if dataclasses.is_dataclass(value) else value
+        elif field.name not in stored and dataclasses.is_dataclass(ours):
+            found[field.name] = _filled({}, ours)
+    return found
+
+
 def _same_recipe(found: checkpoint.Checkpoint, recipe: Recipe) -> list[str]:
     """Refuse to resume a run with a recipe that would have trained something else -> lines on what is new from here.
 
     A run may be of another length, as long as that has not been reached: what depends on `run.steps` (the learning
     rate, early_size) is from here on that of the new length. Raises CheckpointError.
     """
-    there = from_dict(type(recipe), found.state["recipe"])  # keys that are younger than the run have their defaults
-    ours, theirs = _flat(dataclasses.asdict(recipe)), _flat(dataclasses.asdict(there))
+    ours = _flat(json.loads(json.dumps(dataclasses.asdict(recipe))))
+    theirs = _flat(json.loads(json.dumps(_filled(found.state["recipe"], recipe))))
     keys = [key for key in {**theirs, **ours} if key not in _FREE_TO_CHANGE]
     changed = [
         f"{key}: {_show(theirs.get(key))} there, {_show(ours.get(key))} here"
@@ -415,7 +435,7 @@ def _same_recipe(found: checkpoint.Checkpoint, recipe: Recipe) -> list[str]:
             f"{run} holds a run of another recipe ({'; '.join(changed)}); give run.out another folder, or the recipe "
             f"its old values{tune}"
         )
-    steps, before = recipe.run.steps, there.run.steps
+    steps, before = recipe.run.steps, theirs["run.steps"]
     if steps == before:
         return []
     if steps <= found.step:

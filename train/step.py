@@ -86,7 +86,7 @@ def backward(
     """
     module = parallel or task
     if micro_batches > 1:  # as many on every rank, for ranks meet in each: the one with the fewest samples decides
-        micro_batches = min(micro_batches, *distributed.batch_sizes(len(batch)))
+        micro_batches = max(1, min(micro_batches, *distributed.batch_sizes(len(batch))))
     parts = batch.split(micro_batches)
     if len(parts) == 1:
         with precision():

@@ -25,7 +25,7 @@ from clipkit.errors import DataError, SampleError, UsageError, did_you_mean
 from clipkit.files import File, Files, members
 from clipkit.images import SUFFIXES, decode
 from clipkit.orientation import upright
-from clipkit.shards import Shards, is_hidden, split_key
+from clipkit.shards import Shards, is_hidden, split_key, tar_files
 from clipkit.sources import DEFAULT_TEMPLATES, RawSample, Source, class_layout, draw_captions, encode_png
 from clipkit.tables import decoded, read_table
 from clipkit.zeroshot.heads import ensembles
@@ -224,7 +224,7 @@ def from_shards(name: str, shards: Shards) -> ImageSet:
 
 def _from_webdataset(name: str, folder: Path) -> ImageSet:
     """CLIP_benchmark's layout on the hub: tars of <key>.<image> and <key>.cls, classnames.txt and templates beside."""
-    tars = sorted(folder.rglob("*.tar"))
+    tars = tar_files(folder, "**/*.tar")
     if not tars:
         raise DataError(f"{folder} holds no .tar; fetch the data set with `hf download --repo-type dataset`")
     classes = _lines_of(folder, "classnames.txt")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -14,11 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipkit.errors import DataError, SampleError
+from clipkit.files import Files, say_counts
 from clipkit.images import decode, preprocessing
 from clipkit.pretrained import Pretrained
 from clipkit.records import progress
-from clipkit.shards import Shards
-from clipkit.sources import images_of
+from clipkit.shards import Shards, tar_files
 
 
 class Gallery(Protocol):
@@ -44,43 +43,29 @@ class Gallery(Protocol):
 
 
 class Folder:
-    """Every image file below a folder; a key is its path in it."""
+    """Every image file below a folder; a key is its path in it. Unless `quietly`, what is not taken is said."""
 
-    def __init__(self, folder: Path) -> None:
-        self.source = str(folder)
-        self._folder, self._paths = folder, images_of(folder)
+    def __init__(self, folder: Path, quietly: bool = False) -> None:
+        found = Files(folder)
+        self.source, self._files = str(folder), list(found)
+        if not quietly:
+            say_counts(folder, found.counts())
 
     def __len__(self) -> int:
-        return len(self._paths)
-
-    @cached_property
-    def _keys(self) -> list[str]:
-        return [path.relative_to(self._folder).as_posix() for path in self._paths]
-
-    @cached_property
-    def _marks(self) -> list[tuple[int, int]]:
-        return [_size_and_time(path) for path in self._paths]
+        return len(self._files)
 
     def identity(self) -> str:
-        files = [(key, *mark) for key, mark in zip(self._keys, self._marks, strict=True)]
+        files = [(file.name, file.size, file.time) for file in self._files]
         return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
     def key(self, i: int) -> str:
-        return self._keys[i]
+        return self._files[i].name
 
     def mark(self, i: int) -> str:
-        return "{}-{}".format(*self._marks[i])
+        return f"{self._files[i].size}-{self._files[i].time}"
 
     def image(self, i: int) -> bytes:
-        return _read(self._paths[i])
-
-
-def _size_and_time(path: Path) -> tuple[int, int]:
-    try:
-        found = path.stat()
-    except OSError:  # gone since the folder was listed; reading it will say so
-        return -1, -1
-    return found.st_size, found.st_mtime_ns
+        return self._files[i].read()
 
 
 def _read(path: Path) -> bytes:
@@ -114,16 +99,19 @@ class Pack:
         return self.shards.read(i).image
 
 
-def open_gallery(source: str) -> Gallery:
-    """A folder of images, or a pack (folder or URL). Raises DataError for a folder with neither images nor shards."""
+def open_gallery(source: str, quietly: bool = False) -> Gallery:
+    """A folder of images, or a pack (folder or URL). Raises DataError for a folder with neither images nor shards.
+
+    Unless `quietly`, a line on stderr counts what is not taken.
+    """
     folder = Path(source)
     if "://" in source or (folder / "index.json").is_file():
         return Pack(source)
     if not folder.is_dir():
         raise DataError(f"no folder at {source}")
-    gallery = Folder(folder)
+    gallery = Folder(folder, quietly)
     if not len(gallery):
-        if any(folder.glob("*.tar")):  # shards that nobody has indexed yet
+        if tar_files(folder):  # shards that nobody has indexed yet
             return Pack(source)
         raise DataError(f"{source} holds no images (JPEG, PNG or WebP)")
     return gallery

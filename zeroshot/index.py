@@ -450,7 +450,7 @@ def show(index: Index, hits: Sequence[Hit], gallery: Gallery | None = None) -> l
 
     Pictures are found by their keys: in a folder that has changed, other pictures have their rows.
     """
-    gallery = gallery or open_gallery(index.about["source"])
+    gallery = gallery or open_gallery(index.about["source"], quietly=True)
     rows = {hit.key: hit.row for hit in hits}
     if gallery.identity() != index.about["pictures"]:
         rows = {key: i for i in range(len(gallery)) if (key := gallery.key(i)) in rows}

@@ -98,9 +98,9 @@ def guided_sample(
     wanted = _weighted(prompts, negative)
     check_places(out, gif, n)
     if mask is not None and init is None:
-        raise UsageError("--mask says what of --init is drawn anew; give --init too")
+        raise UsageError("--mask selects the part of --init to redraw; give --init too")
     if strength is not None and init is None:
-        raise UsageError("--strength says how much of --init is drawn anew; give --init too")
+        raise UsageError("--strength is the share of noise added to --init; give --init too")
     studio = Studio.open(model, device)
     files = {"init": init, "mask": mask, "reference": reference, "image_prompt": image_prompt}
     seen, about = _pictures({name: path for name, path in files.items() if path is not None}, studio.image_size)
@@ -196,6 +196,9 @@ def _weighted(prompts: tuple[str, ...], negative: tuple[str, ...]) -> dict[str, 
             f'{len(bare)} prompts of a word each; quote one of several words, "{" ".join(bare)}", or write several '
             f"with their weights, {several}"
         )
+    for text in negative:
+        if _weight(text)[1] is not None:
+            raise UsageError(f"--negative {text!r} has a weight; negative prompts have none")
     for text in (*found, *negative):
         if text.lower() in ("a", "an", "the"):
             raise UsageError(f'"{text}" alone says nothing; put quotes around a prompt of several words')
@@ -203,14 +206,18 @@ def _weighted(prompts: tuple[str, ...], negative: tuple[str, ...]) -> dict[str, 
 
 
 def _weight(prompt: str) -> tuple[str, float | None]:
-    """ "a cat:0.5" -> the text and its weight. After a digit a colon is the text's own: "a clock at 10:30", "16:9"."""
+    """ "a cat:0.5" -> the text and its weight.
+
+    A whole number after a digit and a colon is text: "a clock at 10:30", "16:9"; "route 66:0.5" has a weight.
+    """
     text, colon, number = prompt.rpartition(":")
-    if not colon or text[-1:].isdigit():
-        return prompt, None
+    whole = " ".join(prompt.split())
+    if not colon or (text[-1:].isdigit() and number.strip().isdigit()):
+        return whole, None
     try:
-        return text.rstrip(), float(number)
+        return " ".join(text.split()), float(number)
     except ValueError:
-        return prompt, None
+        return whole, None
 
 
 def _white(mask: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -60,15 +61,15 @@ def similarity(
     found = _embedded(clip, pictures)
     names, cosines = [pictures.key(row) for row in found.rows], room.cosines(clip, found.vectors, words)
     say_unknown(room.unknown_words(clip, words))
-    if out is not None:
-        save_figure(room.similarity_figure(_shown(pictures, found), words, cosines), out)
     if as_json:
         print_json({"images": names, "texts": words, "cosines": cosines.tolist()})
-        return
-    width = max(map(len, words))
-    click.echo(" " * width + "".join(f"  {Path(name).stem[:10]:>10}" for name in names))
-    for text, row in zip(words, cosines.tolist(), strict=True):
-        click.echo(f"{text:{width}}" + "".join(f"  {value:10.3f}" for value in row))
+    else:
+        width = max(map(len, words))
+        click.echo(" " * width + "".join(f"  {Path(name).stem[:10]:>10}" for name in names))
+        for text, row in zip(words, cosines.tolist(), strict=True):
+            click.echo(f"{text:{width}}" + "".join(f"  {value:10.3f}" for value in row))
+    if out is not None:
+        save_figure(room.similarity_figure(_shown(pictures, found), words, cosines), out)
 
 
 @click.command()
@@ -107,13 +108,13 @@ def classify(
     found = _embedded(clip, pictures)
     guesses = dict(zip(map(pictures.key, found.rows), room.guesses(clip, found.vectors, names, head), strict=True))
     say_unknown(room.unknown_words(clip, names))
-    if out is not None:
-        save_figure(room.classify_figure(_shown(pictures, found), list(guesses.values())), out)
     if as_json:
         print_json({image: {g.label: g.probability for g in guess} for image, guess in guesses.items()})
-        return
-    for image, guess in guesses.items():
-        click.echo(f"{image}: " + ", ".join(f"{g.label} {g.probability:.1%}" for g in guess))
+    else:
+        for image, guess in guesses.items():
+            click.echo(f"{image}: " + ", ".join(f"{g.label} {g.probability:.1%}" for g in guess))
+    if out is not None:
+        save_figure(room.classify_figure(_shown(pictures, found), list(guesses.values())), out)
 
 
 def _embedded(clip: Pretrained, pictures: Pictures) -> Embedded:
@@ -153,6 +154,9 @@ def _check_figure(out: Path, pictures: Pictures, texts: Sequence[str] = ()) -> N
     from clipkit.zeroshot import similarity as room
 
     room.check_figure(out)
+    for name in (pictures.key(row) for row in range(len(pictures)) if pictures.named(row)):
+        if not os.path.isfile(name):
+            raise UsageError(f"--out reads {name} twice, which is a pipe; save it to a file first")
     if (most := max(len(pictures), len(texts))) > room.MOST_SHOWN:
         raise UsageError(f"--out shows at most {room.MOST_SHOWN} pictures and texts; {most} are given")
 
@@ -161,9 +165,11 @@ def _shown(pictures: Pictures, found: Embedded) -> list[Any]:
     """The pictures once more, small, for a figure."""
     from clipkit.images import decode
 
-    images = [decode(pictures.image(row)) for row in found.rows]
-    for image in images:
+    images = []
+    for row in found.rows:
+        image = decode(pictures.image(row), reduce_to=512)
         image.thumbnail((512, 512))
+        images.append(image)
     return images
 
 
@@ -298,7 +304,7 @@ def _gallery_of(index: Index, needed: bool) -> Gallery | None:
     if "://" in source and not needed:
         return None
     try:
-        gallery = open_gallery(source)
+        gallery = open_gallery(source, quietly=True)
         differing = index.differences(gallery)
     except (ClipkitError, OSError) as error:
         if needed:

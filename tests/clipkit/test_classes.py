@@ -199,3 +199,23 @@ def test_no_text_raises_anything_else(template, name):
         return
     before, after = checked.split("{}")
     assert fill(checked, name) == before + name + after
+
+
+@pytest.mark.parametrize(
+    "splits",
+    [
+        ("training_set", "test_set"),
+        ("seg_train", "seg_test", "seg_pred"),
+        ("train_images", "val_images"),
+        ("Train1", "Test1"),
+    ],
+)
+def test_splits_by_a_word_within_their_names_are_no_classes(splits):
+    names = [f"{split}/{c}/{i}.jpg" for split in splits for c in ("cats", "dogs") for i in range(2)]
+    with pytest.raises(DataError, match="holds several splits"):
+        layout(SOURCE, names)
+
+
+def test_years_within_the_only_class_are_no_classes():
+    assert labelled(["cats/2019/0.jpg", "cats/2020/1.jpg"])[1] == ["cats"]
+    assert labelled(["digits/0/0.jpg", "digits/1/1.jpg"])[1] == ["0", "1"]

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from clipkit.errors import DataError, SampleError
 from clipkit.files import Files
 from clipkit.images import OTHER_SUFFIXES, SUFFIXES
-from clipkit.sources import images_of, pictures
+from clipkit.sources import pictures
+from clipkit.zeroshot.galleries import open_gallery
 
 
 def put(path, content=b"x"):
@@ -130,10 +131,12 @@ def test_index_and_metrics_say_what_they_do_not_take(tmp_path, capsys):
     put(tmp_path / "0.jpg")
     put(tmp_path / "1.gif")
     line = f"clipkit: {tmp_path}: not taken: 1 other format\n"
-    assert images_of(tmp_path) == [tmp_path / "0.jpg"]
+    assert len(open_gallery(str(tmp_path))) == 1
     assert capsys.readouterr().err == line
     assert [name for name, _ in pictures(str(tmp_path))] == ["0.jpg"]
     assert capsys.readouterr().err == line
+    assert len(open_gallery(str(tmp_path), quietly=True)) == 1  # as search opens it
+    assert capsys.readouterr().err == ""
 
 
 def test_the_fingerprint_is_of_pictures(tmp_path):
@@ -255,3 +258,18 @@ def test_a_tar_has_what_its_folder_has(anywhere, names):
 @pytest.fixture(scope="module")
 def anywhere(tmp_path_factory):
     return tmp_path_factory.mktemp("t")
+
+
+def test_links_inside_a_linked_folder_of_a_tar(tmp_path):
+    soft = tarfile.SYMTYPE
+    content = [
+        ("cat/1.png", b"cat"),
+        ("dog/1.png", b"dog"),
+        ("dog/2.png", soft, "../cat/1.png"),
+        ("wolf", soft, "dog"),
+        ("fox/1.png", soft, "../wolf/2.png"),  # by way of a linked folder
+    ]
+    (tmp_path / "x.tar").write_bytes(tar_of(content, ""))
+    read, aside = found(tmp_path / "x.tar")
+    cats = dict.fromkeys(["cat/1.png", "dog/2.png", "wolf/2.png", "fox/1.png"], b"cat")
+    assert (read, aside) == ({**cats, "dog/1.png": b"dog", "wolf/1.png": b"dog"}, {})

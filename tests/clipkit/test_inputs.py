@@ -176,3 +176,17 @@ def test_json_has_no_nan(capsys):
     print_json({"a": [math.nan, (1.5, math.inf)], "b": {"c": -math.inf}, "d": "\udce9"})
     out = capsys.readouterr().out
     assert json.loads(out, parse_constant=pytest.fail) == {"a": [None, [1.5, None]], "b": {"c": None}, "d": "\udce9"}
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "labels.tsv", "labels.jsonl"])
+def test_tables_are_no_lists(tmp_path, name):
+    (tmp_path / name).write_text("name\ncat\ndog\n")
+    with pytest.raises(UsageError, match="is a table; give a text file"):
+        items_of(str(tmp_path / name), "--labels")
+
+
+def test_an_object_is_no_list(tmp_path):
+    (tmp_path / "labels").write_text('{"a": 1}')
+    for argument in ('{"a": 1}, dog', str(tmp_path / "labels")):
+        with pytest.raises(UsageError, match="looks like a JSON object"):
+            items_of(argument, "--labels", separator=",")

@@ -468,3 +468,25 @@ def test_captions_spread_over_the_pack(packs):
     shards = Shards(packs / "train")
     assert len(shards.captions(1000)) >= 240
     assert 0 < len(shards.captions(24)) < len(shards.captions(1000)) / 5
+
+
+def test_a_hidden_tar_beside_shards_is_no_shard(folder):
+    (folder / "._shard-000000.tar").write_bytes(b"\0\5\x16\7" + bytes(100))
+    assert len(Shards(folder)) == 240
+    (folder / "index.json").unlink()
+    assert len(Shards(folder)) == 240
+
+
+def test_an_index_of_an_older_key_rule_is_made_again_but_not_that_of_a_pack(folder, capsys):
+    packed = (folder / "index.json").read_text()
+    assert len(Shards(folder)) == 240
+    assert (folder / "index.json").read_text() == packed
+    (folder / "index.json").unlink()
+    index = write_index(folder)
+    del index["keys"]
+    index["shards"][0]["samples"] -= 1  # as the older rule counted
+    (folder / "index.json").write_text(json.dumps(index))
+    assert len(Shards(folder)) == 240
+    assert "is of an older version, which read keys otherwise; it is made again" in capsys.readouterr().err
+    assert len(Shards(folder)) == 240
+    assert capsys.readouterr().err == ""

@@ -17,7 +17,7 @@ from clipkit.config import DataConfig
 from clipkit.errors import DataError, RecipeError, ShardError
 from clipkit.order import Order
 from clipkit.shards import Shards
-from clipkit.stream import Stream
+from clipkit.stream import Batch, Stream
 
 
 def keys(stream, start, stop):
@@ -250,3 +250,9 @@ def test_an_error_while_all_loaders_live_stays_as_it_is(packs, loader, monkeypat
     stream.samples.whereabouts[0] = torch.tensor([loader.pid, 3])
     monkeypatch.setattr("clipkit.stream._DYING", 0.0)
     assert stream.explain(other) is other
+
+
+def test_a_batch_whose_samples_were_all_skipped_is_one_empty_part():
+    batch = Batch(torch.zeros(0, 3, 8, 8, dtype=torch.uint8), [], torch.zeros(0, dtype=torch.int64), [])
+    (part,) = batch.split(4)
+    assert len(part) == 0

@@ -16,7 +16,7 @@ from clipkit.words import EMPTY, split, unknown
         ("a \U0001f680\U0001f525 now", ["a", "\U0001f680\U0001f525", "now"]),
         ("\U0001f468\u200d\U0001f469\u200d\U0001f467", ["\U0001f468\u200d\U0001f469\u200d\U0001f467"]),
         ("\u732b and \u043a\u043e\u0442", ["\u732b", "and", "\u043a\u043e\u0442"]),
-        ("cafe\u0301", ["cafe"]),
+        ("cafe\u0301", ["caf\u00e9"]),
         ("+-*/ ...", []),
     ],
 )
@@ -46,3 +46,7 @@ def test_scripts_and_emoji_that_no_caption_had():
     texts = ["a red \U0001f680", "\u732b \u0440\u0430\u043a\u0435\u0442\u0430", "a rocket"]
     assert unknown(texts, known) == ["\U0001f680", "\u732b", "\u0440\u0430\u043a\u0435\u0442\u0430"]
     assert unknown(texts, []) == []  # what it learned from was not recorded
+
+
+def test_decomposed_letters_are_the_same_words():
+    assert split("cafe\u0301") == split("café") == ["café"]

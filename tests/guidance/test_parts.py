@@ -218,3 +218,12 @@ def test_a_run_does_not_resume_with_other_models(kind, chain, packs, tmp_path):
     rewritten(chain / "clip", clip, change=shifted)
     with pytest.raises(CheckpointError, match=f"was trained with another {key}: {clip} has changed since"):
         run(recipe, [*words, "run.steps=1"])
+
+
+def test_a_run_inside_a_run_of_another_kind(alone, chain, tmp_path):
+    """The folder above a denoiser may be a CLIP's run: that is no noise-aware CLIP."""
+    shutil.copytree(chain / "clip", tmp_path / "clip")
+    shutil.copytree(alone / "denoiser", tmp_path / "clip" / "denoiser")
+    parts = load_parts(tmp_path / "clip" / "denoiser", "cpu")
+    assert parts.guide is None
+    assert identity(parts.clip.model) == identity(load(chain, "cpu").model)

@@ -45,6 +45,7 @@ def statistics(module):
 # The function itself
 
 SHAPES = {"images": (9, 3, 4, 5), "vectors": (9, 3), "sequences": (9, 3, 7), "one sample a rank": (2, 3)}
+SHAPES["a rank without samples"] = (5, 3, 4, 5)
 
 
 def _inputs(shape, dtype):
@@ -65,6 +66,8 @@ def _normalised(ranks, dtype):
         if ranks == 3 and shape[0] < 3:
             continue
         bounds = _bounds(shape[0], ranks)
+        if name == "a rank without samples":
+            bounds = [0, 2, 2, 5] if ranks == 3 else [0, 5, 5]
         x, gradient, weight, bias = _inputs(shape, dtype)
         x = spread(x, bounds).clone().requires_grad_()
         weight.requires_grad_(), bias.requires_grad_()

@@ -221,6 +221,26 @@ def test_a_lengthened_run_ends_with_the_same_bits_however_often_it_is_stopped(pa
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
+def test_a_run_whose_recipe_would_be_refused_today_becomes_longer(packs, tmp_path, monkeypatch):
+    """What it recorded is compared, not used: bounds that came later need not hold for it."""
+    pretrain.run("drawings_clip", words(packs, tmp_path, 4))
+    latest = checkpoint.latest
+
+    def of_before(folder):
+        found = latest(folder)
+        if found is not None and found.step == 4:
+            found.state["recipe"]["data"]["max_bad_fraction"] = float("inf")
+            del found.state["recipe"]["loss"], found.state["recipe"]["model"]["early_size"]  # younger than the run
+        return found
+
+    monkeypatch.setattr(checkpoint, "latest", of_before)
+    with pytest.raises(CheckpointError, match=r"data\.max_bad_fraction: inf there, 0\.01 here"):
+        pretrain.run("drawings_clip", words(packs, tmp_path, 8))
+    monkeypatch.setattr("clipkit.train.loop._FREE_TO_CHANGE", loop._FREE_TO_CHANGE | {"data.max_bad_fraction"})
+    pretrain.run("drawings_clip", words(packs, tmp_path, 8))
+    assert latest(tmp_path).step == 8
+
+
 def test_a_run_becomes_shorter_only_before_its_end(packs, tmp_path):
     pretrain.run("drawings_clip", words(packs, tmp_path, 8))
     shutil.rmtree(checkpoint.latest(tmp_path).path)  # six of eight are done
