@@ -14,7 +14,7 @@ demo: .venv/installed
 	$(BIN)/clipkit demo
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # The fault matrix of docs/reliability.md with its nightly counts, and the benchmarks that are too long for a push: an hour or so.
 faults: .venv/installed
