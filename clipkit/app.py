@@ -52,7 +52,7 @@ from clipkit.train.pages import give_back_large_blocks
 from clipkit.zeroshot.galleries import Gallery, open_gallery
 from clipkit.zeroshot.heads import CACHE, embed_texts
 from clipkit.zeroshot.index import Hit, Index, build
-from clipkit.zeroshot.similarity import Guess, classify, embed_images
+from clipkit.zeroshot.similarity import Guess, classify, embed_images, unknown_words
 
 MAX_BYTES = 20_000_000
 """Of one request."""
@@ -420,8 +420,9 @@ def _looking(eyes: Eyes) -> APIRouter:
 
     @tab.post("/classify")
     def say_what(picture: Picture, labels: Texts, template: Text) -> dict[str, Any]:
-        found = eyes.classify(picture, _lines(labels, ","), template)
-        return {"guesses": [asdict(guess) for guess in found]}
+        names = _lines(labels, ",")
+        found = eyes.classify(picture, names, template)
+        return {"guesses": [asdict(guess) for guess in found], "unknown_words": unknown_words(eyes.clip, names)}
 
     @tab.post("/similarity")
     def compare(pictures: Annotated[list[bytes], File()], texts: Texts) -> dict[str, Any]:
@@ -429,7 +430,7 @@ def _looking(eyes: Eyes) -> APIRouter:
             raise UsageError(f"{len(pictures)} pictures were sent; at most {MAX_PICTURES} are compared")
         lines = _lines(texts, "\n")
         cosines = embed_texts(eyes.clip.model, eyes.clip.tokenizer, lines) @ eyes.embed(pictures).T
-        return {"texts": lines, "cosines": cosines.tolist()}
+        return {"texts": lines, "cosines": cosines.tolist(), "unknown_words": unknown_words(eyes.clip, lines)}
 
     return tab
 
@@ -444,7 +445,7 @@ def _finding(rooms: Rooms, eyes: Eyes) -> APIRouter:
             raise UsageError("describe a picture, or give one" + (", not both" if picture else ""))
         query = eyes.embed([picture]) if picture else embed_texts(rooms.clip.model, rooms.clip.tokenizer, [text])
         hits: list[Hit] = rooms.index.search(query, k=24)[0]
-        return {"hits": [asdict(hit) for hit in hits]}
+        return {"hits": [asdict(hit) for hit in hits], "unknown_words": unknown_words(rooms.clip, [text])}
 
     @tab.get("/some/{n}")
     def some(n: Annotated[int, PathParameter(ge=1, le=MAX_PICTURES)]) -> dict[str, list[int]]:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -229,7 +230,7 @@ def test_bad_input_is_one_line(client, send, status, message):
         ("scale", 1e6, "scale: input should be less than or equal to 100"),
         ("scale", float("nan"), "scale: input should be "),
         ("cfg_scale", float("inf"), "cfg_scale: input should be less than or equal to 100"),
-        ("seed", 2**64, "seed: input should be less than 9007199254740992"),
+        ("seed", 2**64, "seed: input should be less than 4294967296"),
         ("prompt", "", "prompt: string should have at least 1 character"),
         ("prompt", "a" * 501, "prompt: string should have at most 500 characters"),
         ("prompt", "\ud800", "prompt: input should be a valid string, unable to parse raw data as a unicode string"),
@@ -277,6 +278,26 @@ def test_words_are_words_whatever_they_look_like(client, words):
     assert {g["label"] for g in client.post("/api/classify", **send).json()["guesses"]} == {words, "tree"}
     drawn = client.post("/api/draw", json={"prompt": words, "n": 1, "steps": 1, "negative": words})
     assert "scores" in json.loads(drawn.text.splitlines()[-1])
+
+
+def test_words_that_the_model_cannot_know_are_named(client):
+    send = {"files": {"picture": picture()[1]}, "data": {"labels": "a giraffe,rocket 7", "template": "{}"}}
+    assert client.post("/api/classify", **send).json()["unknown_words"] == ["giraffe"]
+    assert client.post("/api/search", data={"text": "a giraffe"}).json()["unknown_words"] == ["giraffe"]
+    assert client.post("/api/search", files={"picture": picture()[1]}).json()["unknown_words"] == []
+    files = [("pictures", ("a.png", picture()[1]))]
+    compared = client.post("/api/similarity", files=files, data={"texts": "a giraffe"}).json()
+    assert compared["unknown_words"] == ["giraffe"]
+
+
+@pytest.mark.parametrize("kind", [2, 5, 0, 99])
+def test_odd_exif_is_no_fault_of_the_picture(client, kind):
+    """A text tag that is stored as a rational, or as nothing that there is, in a picture that EXIF turns."""
+    tags = struct.pack("<HHLL", 0x010E, kind, 1, 38) + struct.pack("<HHLL", 0x0112, 3, 1, 6)
+    exif = b"Exif\0\0II*\0" + struct.pack("<LH", 8, 2) + tags + struct.pack("<LLL", 0, 3, 7)
+    sent = encoded(Image.new("RGB", (64, 48), "red"), "JPEG", exif=exif)
+    answer = client.post("/api/search", files={"picture": sent})
+    assert answer.status_code == 200, answer.text
 
 
 def test_twenty_labels_are_longer_than_a_files_name(client):

@@ -118,21 +118,27 @@ function chosen(data, name) {
   return files;
 }
 
+function guessed(words) { // what the model was given no meaning of
+  return words.length ? `guessed: no caption that this model learned from had ${words.map((w) => `"${w}"`).join(", ")}` : "";
+}
+
 answer("classify", async (form, data) => {
   if (!chosen(data, "picture").length) throw new Error("choose a picture first");
-  const { guesses } = await ask("classify", data);
+  const { guesses, unknown_words } = await ask("classify", data);
   $(".bars", form).replaceChildren(...guesses.map(({ label, probability }) => element("li", {},
     element("span", { textContent: label }),
     element("meter", { value: probability }),
     element("b", { textContent: `${(100 * probability).toFixed(1)} %` }))));
+  return guessed(unknown_words);
 });
 
 answer("search", async (form, data) => {
   chosen(data, "picture");
-  const { hits } = await ask("search", data);
+  const { hits, unknown_words } = await ask("search", data);
   $(".hits", form).replaceChildren(...hits.map(({ key, row, score }) => element("figure", {},
     element("img", { src: `/api/picture/${row}`, alt: key, loading: "lazy" }),
     element("span", { textContent: `${score.toFixed(3)} ${key}` }))));
+  return guessed(unknown_words);
 });
 
 let drawing = new AbortController();
@@ -168,8 +174,8 @@ answer("draw", async (form, data) => {
         say(form, `step ${event.step} of ${event.of}`);
       } else {
         $("figcaption", form).textContent = `CLIP scores ${event.scores.map((s) => s.toFixed(3)).join(" ")}`;
-        const unknown = event.about.unknown_words.map((word) => `"${word}"`).join(", ");
-        return unknown ? `done, but guessed: no caption that this model learned from had ${unknown}` : "done";
+        const unknown = guessed(event.about.unknown_words);
+        return unknown ? `done, but ${unknown}` : "done";
       }
     }
   } finally {
@@ -189,7 +195,7 @@ async function* lines(body) {
 answer("compare", async (form, data) => {
   const files = chosen(data, "pictures");
   if (!files.length) throw new Error("choose some pictures first");
-  const { texts, cosines } = await ask("similarity", data);
+  const { texts, cosines, unknown_words } = await ask("similarity", data);
   const all = cosines.flat(), low = Math.min(...all), high = Math.max(...all);
   const head = element("tr", {}, element("th"), ...files.map((file) =>
     element("th", {}, element("img", { src: URL.createObjectURL(file), alt: file.name }))));
@@ -201,4 +207,5 @@ answer("compare", async (form, data) => {
       return cell;
     })));
   $("table", form).replaceChildren(element("thead", {}, head), element("tbody", {}, ...rows));
+  return guessed(unknown_words);
 });
