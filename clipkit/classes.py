@@ -120,7 +120,7 @@ def _refuse_splits(source: Path, folders: Collection[tuple[str, ...]], known: Co
         depth += 1
     above = "/".join((str(source), *next(iter(folders))[:depth]))
     outer, inner = _levels(folders, depth)
-    splits = _splits(outer, known)
+    splits = _splits(outer, known) or _alike_inside(folders, depth, known)
     if len(splits) > 1 and (
         len(splits) == len(outer) or all(len(f) > depth + 1 for f in folders if f[depth] in splits)
     ):
@@ -143,6 +143,15 @@ def _splits(names: Iterable[str], known: Collection[str]) -> list[str]:
         if found:
             alike.setdefault(rest.rstrip("0123456789").strip("-_ ").casefold(), []).append(name)
     return sorted(name for group in alike.values() if len(group) > 1 for name in group)
+
+
+def _alike_inside(folders: Collection[tuple[str, ...]], depth: int, known: Collection[str]) -> list[str]:
+    """Names that all have a word for a split, and hold the same folders, two or more: train_images and test_pics."""
+    outer = {f[depth] for f in folders if len(f) > depth}
+    if outer & set(known) or not all(_SPLIT.search(name) for name in outer):
+        return []
+    held = [{f[depth + 1] for f in folders if f[depth] == name and len(f) > depth + 1} for name in outer]
+    return sorted(outer) if len(set[str].intersection(*held)) > 1 else []
 
 
 def fit_names(

@@ -76,6 +76,8 @@ def test_the_splits_of_a_folder_are_named(tmp_path):
         ["train/0.jpg", "test/0.jpg", "bus/0.jpg"],  # a vehicle
         ["red/train.jpg", "blue/test.jpg"],
         ["testimony/0.jpg", "training shoes/0.jpg"],
+        ["train station/a/0.jpg", "test tube/b/0.jpg"],
+        ["steam train/day/0.jpg", "steam train/night/0.jpg", "bus/day/0.jpg", "bus/night/0.jpg"],
     ],
 )
 def test_what_only_looks_like_splits(names):
@@ -208,6 +210,8 @@ def test_no_text_raises_anything_else(template, name):
         ("seg_train", "seg_test", "seg_pred"),
         ("train_images", "val_images"),
         ("Train1", "Test1"),
+        ("train_images", "test_pics"),
+        ("training-set", "Validation", "old test"),
     ],
 )
 def test_splits_by_a_word_within_their_names_are_no_classes(splits):
