@@ -13,7 +13,8 @@ from clipkit.records import remark
 _SPLIT = re.compile(
     r"(?<![a-z])(train|training|trainval|val|valid|validation|dev|test|testing|eval|evaluation|pred)(?![a-z])", re.I
 )
-_YEAR = re.compile(r"(19|20)\d\d")
+_DATE = re.compile(r"(19|20)\d\d([-_.](0[1-9]|1[0-2])([-_.][0-3]\d)?|(0[1-9]|1[0-2])[0-3]\d)?")
+"""2019, 2019-05, 2019_05_31 or 20190531."""
 Names = list[str]
 """Of one class; the first is the main one."""
 
@@ -115,7 +116,7 @@ def _refuse_splits(source: Path, folders: Collection[tuple[str, ...]], known: Co
     """How deep the class folders lie. Several splits are no data set: neither side by side, nor within each class."""
     depth = 0
     while len({f[depth] for f in folders}) == 1 and all(len(f) > depth + 1 for f in folders):
-        if all(_YEAR.fullmatch(f[depth + 1]) for f in folders):  # of one class
+        if all(_DATE.fullmatch(f[depth + 1]) for f in folders):  # of one class
             break
         depth += 1
     above = "/".join((str(source), *next(iter(folders))[:depth]))

@@ -220,6 +220,11 @@ def test_splits_by_a_word_within_their_names_are_no_classes(splits):
         layout(SOURCE, names)
 
 
-def test_years_within_the_only_class_are_no_classes():
-    assert labelled(["cats/2019/0.jpg", "cats/2020/1.jpg"])[1] == ["cats"]
+@pytest.mark.parametrize("dates", [("2019", "2020"), ("2019-05", "2019-12-31"), ("20190531", "2020_01")])
+def test_dates_within_the_only_class_are_no_classes(dates):
+    assert labelled([f"cats/{date}/0.jpg" for date in dates])[1] == ["cats"]
+
+
+def test_other_numbers_within_the_only_folder_are_classes():
     assert labelled(["digits/0/0.jpg", "digits/1/1.jpg"])[1] == ["0", "1"]
+    assert labelled(["people/20191331/0.jpg", "people/201901/1.jpg"])[1] == ["201901", "20191331"]
