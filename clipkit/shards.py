@@ -236,15 +236,17 @@ def find_index(store: Store, cache: Cache) -> Path:
     if store.remote:
         return store.get("index.json")
     folder = Path(store.source)
-    if (folder / "index.json").is_file():
-        if not _is_outdated(folder / "index.json"):
-            return folder / "index.json"
-        remark(f"clipkit: {folder / 'index.json'} is of an older version, which read keys otherwise; it is made again")
+    beside = folder / "index.json"
+    if beside.is_file() and not _is_outdated(beside):
+        return beside
     tars = [(tar.name, tar.stat().st_size, tar.stat().st_mtime_ns) for tar in tars_of(folder)]
     identity = hashlib.sha256(repr((str(folder.resolve()), tars)).encode("utf-8", "surrogateescape")).hexdigest()
     cached = cache.root / "indexes" / identity[:16]
-    if (cached / "index.json").is_file():
-        return cached / "index.json"
+    kept = cached / "index.json"
+    if kept.is_file() and not _is_outdated(kept):
+        return kept
+    for old in filter(Path.is_file, (beside, kept)):
+        remark(f"clipkit: {old} is of an older version, which read keys otherwise; it is made again")
     try:
         check_writable(folder)
     except UsageError as error:
@@ -258,9 +260,9 @@ def find_index(store: Store, cache: Cache) -> Path:
         cached.mkdir(parents=True, exist_ok=True)
         write_index(folder, out=cached)
         remark(f"clipkit: {folder} cannot be written into; the index of its shards is in {cached}")
-        return cached / "index.json"
+        return kept
     write_index(folder)
-    return folder / "index.json"
+    return beside
 
 
 def _is_outdated(path: Path) -> bool:

@@ -349,6 +349,25 @@ def test_the_cached_index_is_used_again_with_its_offsets(locked, capsys, monkeyp
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("where", ["beside", "cache"])
+def test_an_index_of_an_older_key_rule_on_a_read_only_place(locked, capsys, where):
+    folder, cache, closed = locked
+    if where == "beside":
+        closed.clear()
+    Shards(folder, cache=cache)
+    place = folder if where == "beside" else next((cache.folder / "indexes").iterdir())
+    index = json.loads((place / "index.json").read_text())
+    del index["keys"]
+    index["shards"].pop()  # a sample that the older rule lost
+    (place / "index.json").write_text(json.dumps(index))
+    closed.add(folder)
+    capsys.readouterr()
+    assert len(Shards(folder, cache=cache)) == 2
+    assert f"{place / 'index.json'} is of an older version" in capsys.readouterr().err
+    assert len(Shards(folder, cache=cache)) == 2
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("change", ["grown", "replaced", "more", "fewer"])
 def test_an_index_in_the_cache_is_that_of_these_shards(locked, change):
     folder, cache, _ = locked
