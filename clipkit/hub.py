@@ -69,7 +69,7 @@ def find(name: str) -> Published | None:
         return Published(name.removeprefix(PREFIX))
     found = known().get(name.replace("-quickgelu/", "/"))
     if found is not None and "-quickgelu/" in name and not found.quick_gelu:
-        raise UsageError(f"{name}: these weights were trained with plain GELU; leave -quickgelu away")
+        raise UsageError(f"{name}: these weights were trained with plain GELU; omit -quickgelu")
     return found
 
 

@@ -79,7 +79,7 @@ def _json_items(text: str, what: str) -> list[str]:
         raise UsageError(f"{what} must be a JSON list of texts; found a {type(items).__name__}")
     if strange := [i for i, item in enumerate(items) if not isinstance(item, str)]:
         raise UsageError(
-            f"{what}: entry {strange[0] + 1} of the JSON list is {json.dumps(items[strange[0]])[:40]}, no text"
+            f"{what}: entry {strange[0] + 1} of the JSON list is {json.dumps(items[strange[0]])[:40]}, not text"
         )
     return items
 

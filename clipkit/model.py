@@ -198,7 +198,7 @@ def _checkpoint_blocks(trunk: Any, name: str) -> None:
         trunk.set_grad_checkpointing(True)
     except (AttributeError, AssertionError):
         raise RecipeError(
-            f"image tower {name!r} has no gradient checkpointing; leave grad_checkpointing away"
+            f"image tower {name!r} has no gradient checkpointing; omit grad_checkpointing"
         ) from None
 
 

@@ -167,7 +167,7 @@ def _load_foreign(path: Path, device: str, quick_gelu: bool | None) -> Pretraine
 
 def _fitting(model: CLIP, tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
-        if name.endswith("num_batches_tracked"):  # counted in training only; some files leave it away
+        if name.endswith("num_batches_tracked"):  # counted in training only; some files omit it
             tensors.setdefault(name, tensor)
         if name in tensors and tensors[name].shape != tensor.shape:
             shapes = f"{list(tensors[name].shape)} where {list(tensor.shape)} is due"

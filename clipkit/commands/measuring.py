@@ -58,15 +58,15 @@ def metrics(
     from clipkit.pretrained import load
 
     if prompt is not None and (inception is not None or pairs):
-        raise UsageError("--prompt is for a CLIP's score of a collection; leave --inception and --pairs away")
+        raise UsageError("--prompt is for a CLIP's score of a collection; omit --inception and --pairs")
     if prompt is not None and not prompt.strip():
         raise UsageError("--prompt is empty; say what the samples should show")
     if train is not None and pairs:
-        raise UsageError("--train is the floor of collections; leave it away with --pairs")
+        raise UsageError("--train is the floor of collections; omit it with --pairs")
     if inception is not None and pairs:
-        raise UsageError("--pairs looks into a CLIP's layers, which --inception replaces; leave one of them away")
+        raise UsageError("--pairs looks into a CLIP's layers, which --inception replaces; omit one of them")
     if inception is not None and click.get_current_context().get_parameter_source("model") != ParameterSource.DEFAULT:
-        raise UsageError("--inception takes the place of a CLIP; leave --model away")
+        raise UsageError("--inception takes the place of a CLIP; omit --model")
     extractor = inception_extractor(inception, device) if inception else clip_extractor(load(model, device), model)
     numbers = (
         _pairs(extractor, reference, samples) if pairs else _collections(extractor, reference, samples, train, prompt)

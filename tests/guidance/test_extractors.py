@@ -181,7 +181,7 @@ def test_complaints(chain, folders, tmp_path, capsys):
         ((one, few), UsageError, "at least 4 pictures on each side; found 30 and 3"),
         ((one, one, "--train", tiny), UsageError, "at least 2 pictures that the model was trained on; found 1"),
         ((one, one, "--prompt", " "), UsageError, "--prompt is empty"),
-        ((one, one, "--pairs", "--inception", tmp_path / "no.pth"), UsageError, "leave one of them away"),
+        ((one, one, "--pairs", "--inception", tmp_path / "no.pth"), UsageError, "omit one of them"),
         ((one, bad, "--pairs"), DataError, "none of the 1 pairs can be read: 1 not an image"),
         ((tiny, tiny, "--pairs"), UsageError, "window of 11 pixels"),
         ((tmp_path / "nowhere", one), DataError, "no folder, tar or pack"),
@@ -191,7 +191,7 @@ def test_complaints(chain, folders, tmp_path, capsys):
         ((tmp_path / "single", one, "--pairs"), UsageError, "0.png is 9 x 9 and 24 x 24"),
         ((tmp_path / "empty", one, "--pairs"), DataError, "empty: it has no pictures"),
         ((one, folders, "--pairs"), UsageError, "has the name of one of"),
-        ((one, one, "--inception", tmp_path / "no.pth"), UsageError, "leave --model away"),
+        ((one, one, "--inception", tmp_path / "no.pth"), UsageError, "omit --model"),
     ):
         with pytest.raises(error, match=message):
             metrics(capsys, *words, "--model", chain)

@@ -169,12 +169,14 @@ def update(clip, chain, source, out, **how):
     return index.build(clip, str(chain), index.open_gallery(str(source)), out, part_size=4, **how)
 
 
-def test_an_index_follows_its_folder(clip, chain, photographs, tmp_path, monkeypatch):
+def test_an_index_follows_its_folder(clip, chain, photographs, tmp_path, monkeypatch, capsys):
     first = update(clip, chain, photographs, tmp_path / "index")
     assert (first.pictures, first.added, first.kept) == (10, 10, 0)
     change(photographs)
     keys = counted(monkeypatch)
+    capsys.readouterr()
     done = update(clip, chain, photographs, tmp_path / "index")
+    assert f"clipkit: {tmp_path / 'index'}: its pictures have changed; updating\n" in capsys.readouterr().err
     assert (done.pictures, done.added, done.changed, done.dropped, done.kept) == (10, 1, 1, 1, 8)
     assert sorted(keys) == ["a first.png", "year0/04.png", "year0/06.png"]  # what could not be read is tried again
     assert dict(done.skipped) == {"not an image": 1}
