@@ -197,9 +197,7 @@ def _checkpoint_blocks(trunk: Any, name: str) -> None:
     try:
         trunk.set_grad_checkpointing(True)
     except (AttributeError, AssertionError):
-        raise RecipeError(
-            f"image tower {name!r} has no gradient checkpointing; omit grad_checkpointing"
-        ) from None
+        raise RecipeError(f"image tower {name!r} has no gradient checkpointing; omit grad_checkpointing") from None
 
 
 def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
