@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,13 @@ def class_name(directory: str) -> str:
     """A class's name out of a directory's or a label's: no underscores or slashes, single spaces, valid Unicode."""
     words = directory.encode("utf-8", "replace").decode("utf-8").replace("_", " ").replace("/", " ")
     return " ".join(words.split())
+
+
+def say_alike(source: object, names: Iterable[str]) -> None:
+    """A line on stderr about classes that prompts do not tell apart: Cat and cat, sea_lion and sea lion."""
+    alike = [name for name, n in Counter(class_name(name).casefold() for name in names).items() if n > 1]
+    if alike:
+        remark(f"clipkit: {source}: several classes are called {', '.join(map(repr, alike))}, the same in a prompt")
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from clipkit import drawings, world
-from clipkit.classes import Layout, checked_templates, class_name, fill, layout, named_layout
+from clipkit.classes import Layout, checked_templates, class_name, fill, layout, named_layout, say_alike
 from clipkit.errors import DataError, SampleError, UsageError
 from clipkit.files import Files, counted, say_counts
 from clipkit.records import remark
@@ -80,11 +80,7 @@ def class_layout(files: Files, known: Collection[str] = ()) -> Layout:
             f"{aside}"
         )
     found = layout(files.source, files.names, known)
-    alike = [name for name, n in Counter(class_name(c).casefold() for c in found.classes).items() if n > 1]
-    if alike:
-        remark(
-            f"clipkit: {files.source}: several classes are called {', '.join(map(repr, alike))}, the same in a prompt"
-        )
+    say_alike(files.source, found.classes)
     if barren := found.barren(name for name, reason in files.aside if reason != "not a picture"):
         remark(f"clipkit: {files.source}: no picture that is read in {', '.join(barren)}; left out of the classes")
     return found

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clipkit.classes import Names, are_consecutive, checked_templates, class_name, fit_names, in_order
+from clipkit.classes import Names, are_consecutive, checked_templates, class_name, fit_names, in_order, say_alike
 from clipkit.errors import DataError, SampleError, UsageError, did_you_mean
 from clipkit.files import File, Files, members
 from clipkit.images import SUFFIXES, decode
@@ -183,6 +183,7 @@ def _from_csv(name: str, table: Path) -> ImageSet:
         raise DataError(f"{table} has no labelled row")
     classes = in_order(label for _, _, labels in rows for label in labels)
     place = {c: i for i, c in enumerate(classes)}
+    say_alike(table, classes)
 
     def get(i: int) -> tuple[Image.Image, tuple[int, ...]]:
         number, path, labels = rows[i]

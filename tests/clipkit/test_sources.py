@@ -68,6 +68,15 @@ def test_an_unreadable_file_is_one_sample(tmp_path):
     assert source.count() == 2
 
 
+def test_classes_that_prompts_do_not_tell_apart_are_named(tmp_path, capsys):
+    for name in ("sea_lion", "Sea lion", "dog", "dogs"):
+        put(tmp_path / name / "0.jpg")
+    assert len(class_source(tmp_path, None, ["a {}"], 0).classes) == 4
+    assert capsys.readouterr().err == (
+        f"clipkit: {tmp_path}: several classes are called 'sea lion', the same in a prompt\n"
+    )
+
+
 def table(tmp_path, *lines):
     path = tmp_path / "t.csv"
     path.write_text("image,caption\n" + "".join(f"{line}\n" for line in lines))

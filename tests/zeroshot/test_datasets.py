@@ -380,3 +380,10 @@ def test_imagenet_in_deeper_folders(tmp_path):
     assert images.skipped == {"other format": 1}
     assert images.renamed({"n01443537": ["b"], "n01440764": ["a"]}, "o").classes == [["a"], ["b"]]
     assert images.renamed([["x"], ["y"]], "o").classes == [["x"], ["y"]]  # in the order that everybody's lists have
+
+
+def test_labels_of_a_table_that_prompts_do_not_tell_apart_are_named(tmp_path, capsys):
+    table = tmp_path / "t.csv"
+    table.write_text("image,label\n0.png,Cat\n1.png,cat\n2.png,dog\n")
+    assert len(open_set(f"csv:{table}", tmp_path).classes) == 3
+    assert capsys.readouterr().err == f"clipkit: {table}: several classes are called 'cat', the same in a prompt\n"
