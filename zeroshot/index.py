@@ -141,9 +141,7 @@ def _begin(out: Path, about: dict[str, Any]) -> tuple[str, dict[str, str]]:
     before = _held(out, str(found.get("series", _FIRST)))
     if distributed.rank() == 0:
         if any(not mark for mark in before.values()):
-            say(
-                f"clipkit: {out} is of an older version, which did not note when pictures change; embedding all"
-            )
+            say(f"clipkit: {out} is of an older version, which did not note when pictures change; embedding all")
         else:
             say(f"clipkit: {out}: its pictures have changed; updating")
     return f"{_FIRST}-{about['pictures'][:8]}", before
