@@ -208,11 +208,11 @@ def _weighted(prompts: tuple[str, ...], negative: tuple[str, ...]) -> dict[str, 
 def _weight(prompt: str) -> tuple[str, float | None]:
     """ "a cat:0.5" -> the text and its weight.
 
-    A whole number after a digit and a colon is text: "a clock at 10:30", "16:9"; "route 66:0.5" has a weight.
+    After a digit only a number with a point or a minus is one: "route 66:0.5", but not "a clock at 10:30", "16:9".
     """
     text, colon, number = prompt.rpartition(":")
     whole = " ".join(prompt.split())
-    if not colon or (text[-1:].isdigit() and number.strip().isdigit()):
+    if not colon or (text[-1:].isdigit() and "." not in number and not number.lstrip().startswith("-")):
         return whole, None
     try:
         return " ".join(text.split()), float(number)
