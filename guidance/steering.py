@@ -121,8 +121,14 @@ def check_prompts(prompts: Mapping[str, float], negative: Sequence[str]) -> None
         )
 
 
-def check_negative(negative: Sequence[str], scale: float, cfg_scale: float | None) -> None:
-    """Raises UsageError where negative prompts would have no effect, or be drawn; no `cfg_scale`: there is none."""
+def check_effect(prompts: Mapping[str, float], negative: Sequence[str], scale: float, cfg_scale: float | None) -> None:
+    """Raises UsageError where several prompts or negative ones would have no effect, or negative ones be drawn.
+
+    No `cfg_scale`: there is none. A single prompt may have none, as what pictures without guidance are scored by.
+    """
+    if len(prompts) > 1 and scale == 0 and not cfg_scale:
+        where = "the noise-aware scale 0" if cfg_scale is None else "the classifier-free and the noise-aware scale 0"
+        raise UsageError(f"{len(prompts)} prompts have no effect at {where}; give a scale above 0, or one prompt")
     if not negative:
         return
     if scale < 0:

@@ -273,6 +273,23 @@ def test_a_negative_prompt_needs_guidance_where_there_is_no_description(studio):
         studio.draw("a cat", n=1, steps=2, scale=0, negative=["a dog"])
 
 
+def test_several_prompts_need_guidance(studio, tiny):
+    both = {"a cat": 1.0, "red": 0.5}
+    with pytest.raises(UsageError, match=r"^2 prompts have no effect at the noise-aware scale 0; give a scale above 0"):
+        studio.draw(both, n=1, steps=2, scale=0)
+    with pytest.raises(
+        UsageError, match=r"^2 prompts have no effect at the classifier-free and the noise-aware scale 0"
+    ):
+        tiny.draw(both, n=1, steps=2, scale=0, steering=Steering(0.0))
+    one, other = (tiny.draw(p, n=1, steps=2, steering=Steering(0.0)).images for p in ("a cat", "a car"))
+    assert torch.equal(one, other)  # without guidance; they are scored by their prompts all the same
+    told, guided = (
+        tiny.draw(both, n=1, steps=2, scale=s, steering=Steering(c)).images for s, c in ((0, 0.5), (5, 0.0))
+    )
+    assert not torch.equal(told, one)
+    assert not torch.equal(guided, one)
+
+
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
