@@ -141,7 +141,9 @@ class Studio:
         denoise = self.guided(denoise, prompts, negative, scale, steering, lambdas)
         if reference is not None:
             if lambdas[0] >= _REFERENCE_UNTIL:
-                raise UsageError("a reference has no effect at this --strength, which keeps the coarse shape of --init")
+                raise UsageError(
+                    "a reference has no effect at this strength, which keeps the picture's own coarse shape"
+                )
             coarse = _coarse(self.denoiser.image_size)
             denoise = like(self._seen(reference), factor=coarse, until=_REFERENCE_UNTIL)(denoise)
         if self.autoencoder is None:
@@ -232,7 +234,7 @@ class Studio:
         if scale == 0:
             return denoise
         if self.guide is None:
-            raise UsageError("there is no noisy_clip run beside this denoiser to guide it; omit the scale")
+            raise UsageError("there is no noisy_clip run beside this denoiser to guide it; omit the noise-aware scale")
         log_prob = self.guide.model.log_prob(self.wishes(prompts, negative, steering))
         strength = scale if steering.interval is None else between(*steering.interval, scale)
         if steering.shift == "mean":

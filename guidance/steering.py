@@ -88,10 +88,12 @@ class Steering:
             raise UsageError(f"the noise-aware scale is {scale}; it must be a finite number")
         if scale == 0:
             given: dict[str, Any] = {"objective": self.objective, "shift": self.shift, "interval": self.interval}
-            given |= {"image-prompt": self.picture}
-            unused = " and ".join(f"--{name}" for name, value in given.items() if value is not None)
-            if unused:
-                raise UsageError(f"{unused} has no effect at the noise-aware scale 0; give a scale too")
+            given |= {"image prompt": self.picture}
+            if unused := [f"the {name}" for name, value in given.items() if value is not None]:
+                have = "has" if len(unused) == 1 else "have"
+                raise UsageError(
+                    f"{' and '.join(unused)} {have} no effect at the noise-aware scale 0; give another scale"
+                )
         if self.interval is not None and not any(map(between(*self.interval, 1.0), levels)):
             low, high = self.interval
             raise UsageError(
