@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipkit import archives, distributed
-from clipkit.config import from_dict
+from clipkit.config import from_dict, require
 from clipkit.errors import CheckpointError, RecipeError
 from clipkit.records import only_known, read_object
 
@@ -44,9 +44,8 @@ class AutoencoderConfig:
     """Groups of the normalisation."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "channels", "blocks", "latent_channels", "codes", "groups"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"autoencoder.{name} is {getattr(self, name)}; it must be at least 1")
+        sizes = ("image_size", "channels", "blocks", "latent_channels", "codes", "groups")
+        require("at least 1", "autoencoder", self, *sizes)
         if not self.multipliers or min(self.multipliers) < 1:
             raise RecipeError(
                 f"autoencoder.multipliers are {list(self.multipliers)}; give one of at least 1 for each resolution"

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from clipkit.config import require
 from clipkit.errors import RecipeError, UsageError, did_you_mean
 from clipkit.model import CLIP
 from clipkit.shards import Shards
@@ -35,10 +36,8 @@ class ConditionConfig:
     """Width of a class's embedding."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.drop <= 1:
-            raise RecipeError(f"condition.drop is {self.drop}; it must be in [0, 1]")
-        if self.width < 1:
-            raise RecipeError(f"condition.width is {self.width}; it must be at least 1")
+        require("in [0, 1]", "condition", self, "drop")
+        require("at least 1", "condition", self, "width")
         if (self.kind == "text") != bool(self.clip):
             raise RecipeError('condition.clip names the CLIP that reads captions: give it with condition.kind = "text"')
 

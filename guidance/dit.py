@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from clipkit.config import require
 from clipkit.errors import RecipeError
 from clipkit.guidance.condition import Condition
 from clipkit.guidance.layers import attention, noise_embedding, zeroed
@@ -48,9 +49,7 @@ class DiTConfig:
     """Compute blocks again in the backward pass instead of keeping their activations."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "width", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"dit.{name} is {getattr(self, name)}; it must be at least 1")
+        require("at least 1", "dit", self, "image_size", "patch_size", "width", "depth", "heads")
         if self.image_size % self.patch_size:
             raise RecipeError(f"image_size {self.image_size} does not divide by patch_size {self.patch_size}")
         if self.width % self.heads or self.width % 2:

@@ -28,7 +28,7 @@ from clipkit.guidance.samplers import first_noise, generators
 from clipkit.guidance.schedule import Spacing, add_noise, karras, log_snr, spaced, until
 from clipkit.guidance.steering import Start as Start
 from clipkit.guidance.steering import Steering as Steering
-from clipkit.guidance.steering import check_counts, check_negative, check_prompts
+from clipkit.guidance.steering import check_counts, check_effect, check_prompts
 from clipkit.images import preprocess, to_image
 from clipkit.model import CLIP
 from clipkit.pretrained import Pretrained, fingerprint
@@ -132,15 +132,18 @@ class Studio:
         spacing = spacing or ("linspace" if sampler in ("ddim", "ddpm") else "karras")
         usual, usual_cfg = self.scales
         scale = usual if scale is None else scale
-        cfg_scale = usual_cfg if steering.cfg_scale is None else steering.cfg_scale
+        is_told = self.denoiser.conditioner is not None
+        cfg_scale = usual_cfg if steering.cfg_scale is None and is_told else steering.cfg_scale
         lambdas = self._lambdas(steps, spacing, start.strength if start is not None else 1.0)
         steering.check(scale, lambdas.tolist())
-        check_negative(negative, scale, cfg_scale if self.denoiser.conditioner is not None else None)
         denoise = self.told(prompts, negative, cfg_scale)
+        check_effect(prompts, negative, scale, cfg_scale)
         denoise = self.guided(denoise, prompts, negative, scale, steering, lambdas)
         if reference is not None:
             if lambdas[0] >= _REFERENCE_UNTIL:
-                raise UsageError("a reference has no effect at this --strength, which keeps the coarse shape of --init")
+                raise UsageError(
+                    "a reference has no effect at this strength, which keeps the picture's own coarse shape"
+                )
             coarse = _coarse(self.denoiser.image_size)
             denoise = like(self._seen(reference), factor=coarse, until=_REFERENCE_UNTIL)(denoise)
         if self.autoencoder is None:
@@ -160,7 +163,7 @@ class Studio:
         about: dict[str, Any] = {"prompt": prompts if len(prompts) > 1 else next(iter(prompts))}
         about |= {"negative": list(negative), "seed": seed, "n": n, "steps": steps, "steps_taken": len(lambdas)}
         about |= {"sampler": sampler, "spacing": spacing, "scale": scale}
-        about |= {"cfg_scale": cfg_scale} if self.denoiser.conditioner is not None else {}
+        about |= {"cfg_scale": cfg_scale} if is_told else {}
         about |= steering.about if scale else {}
         about |= {"strength": start.strength} if start is not None else {}
         about |= {"model": self.name, "weights": self.fingerprints, "clipkit": __version__}
@@ -199,16 +202,17 @@ class Studio:
                 found[text] = read[-1] if read else ""
         return found
 
-    def told(self, prompts: Mapping[str, float], negative: Sequence[str], cfg_scale: float) -> Denoise:
+    def told(self, prompts: Mapping[str, float], negative: Sequence[str], cfg_scale: float | None = None) -> Denoise:
         """The denoiser by classifier-free guidance, above scale 1 away from `negative`, or from what it draws untold.
 
         At scale 0 it is the untold denoiser itself, and up to 1 a mixture of told and untold: there a negative prompt
-        would be drawn rather than avoided.
+        would be drawn rather than avoided. Raises UsageError for a scale where the denoiser takes no descriptions.
         """
         if self.denoiser.conditioner is None:
-            if cfg_scale != 1:
+            if cfg_scale is not None:
                 raise UsageError("this denoiser was trained without descriptions; omit the classifier-free scale")
             return self.denoiser
+        cfg_scale = self.scales[1] if cfg_scale is None else cfg_scale
         if cfg_scale == 0:
             return self.denoiser.given("")
         wanted = mixed({self.denoiser.given(text): weight for text, weight in prompts.items()})
@@ -230,7 +234,7 @@ class Studio:
         if scale == 0:
             return denoise
         if self.guide is None:
-            raise UsageError("there is no noisy_clip run beside this denoiser to guide it; omit the scale")
+            raise UsageError("there is no noisy_clip run beside this denoiser to guide it; omit the noise-aware scale")
         log_prob = self.guide.model.log_prob(self.wishes(prompts, negative, steering))
         strength = scale if steering.interval is None else between(*steering.interval, scale)
         if steering.shift == "mean":

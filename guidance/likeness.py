@@ -115,9 +115,10 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     """From a to b [B, ...] along the great circle, t [B] in [0, 1] (Shoemake 1985).
 
     Between ends of one direction that is the straight line. Opposite ends have many great circles: the one is taken
-    that goes through the axis on which a is least.
+    that goes through the axis on which a is least. Computed in float64: between nearly opposite ends the factors are as
+    large as the ends' sum is small.
     """
-    flat_a, flat_b, t = a.flatten(1), b.flatten(1), t[:, None]
+    flat_a, flat_b, t = a.flatten(1).double(), b.flatten(1).double(), t[:, None].double()
     one, other = F.normalize(flat_a, dim=1), F.normalize(flat_b, dim=1)
     apart, sum_ = (one - other).norm(dim=1, keepdim=True), (one + other).norm(dim=1, keepdim=True)
     angle = 2 * torch.atan2(apart, sum_)  # exact for small ones too (Kahan 2006, section 12)
@@ -126,12 +127,12 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     line = near * flat_a + far * flat_b
     opposite = sum_ < 8 * torch.finfo(sum_.dtype).eps
     if not bool(opposite.any()):
-        return line.view_as(a)
+        return line.view_as(a).to(a.dtype)
     least = F.one_hot(one.abs().argmin(dim=1), one.shape[1]).to(one)
     across = F.normalize(least - (least * one).sum(dim=1, keepdim=True) * one, dim=1)
     length = torch.lerp(flat_a.norm(dim=1, keepdim=True), flat_b.norm(dim=1, keepdim=True), t)
     turn = length * ((torch.pi * t).cos() * one + (torch.pi * t).sin() * across)
-    return torch.where(opposite, turn, line).view_as(a)
+    return torch.where(opposite, turn, line).view_as(a).to(a.dtype)
 
 
 def perceptual_path_length(

@@ -68,7 +68,9 @@ def _walk(denoise: Denoise, x: Tensor, lambdas: Tensor, watch: Watch | None, ste
 def _noise(x: Tensor, generator: Generators) -> Tensor:
     """Standard normal like x, drawn on the generator's device, so that a seed means the same noise everywhere."""
     if isinstance(generator, Sequence):
-        return torch.stack([_noise(picture, own) for picture, own in zip(x, generator, strict=True)])
+        each = zip(generator, range(len(x)), strict=True)
+        drawn = [torch.randn(x.shape[1:], generator=own, device=own.device, dtype=x.dtype) for own, _ in each]
+        return torch.stack(drawn).to(x.device)  # one transfer
     device = generator.device if generator is not None else x.device
     return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
 

@@ -88,10 +88,12 @@ class Steering:
             raise UsageError(f"the noise-aware scale is {scale}; it must be a finite number")
         if scale == 0:
             given: dict[str, Any] = {"objective": self.objective, "shift": self.shift, "interval": self.interval}
-            given |= {"image-prompt": self.picture}
-            unused = " and ".join(f"--{name}" for name, value in given.items() if value is not None)
-            if unused:
-                raise UsageError(f"{unused} has no effect at the noise-aware scale 0; give a scale too")
+            given |= {"image prompt": self.picture}
+            if unused := [f"the {name}" for name, value in given.items() if value is not None]:
+                have = "has" if len(unused) == 1 else "have"
+                raise UsageError(
+                    f"{' and '.join(unused)} {have} no effect at the noise-aware scale 0; give another scale"
+                )
         if self.interval is not None and not any(map(between(*self.interval, 1.0), levels)):
             low, high = self.interval
             raise UsageError(
@@ -121,8 +123,14 @@ def check_prompts(prompts: Mapping[str, float], negative: Sequence[str]) -> None
         )
 
 
-def check_negative(negative: Sequence[str], scale: float, cfg_scale: float | None) -> None:
-    """Raises UsageError where negative prompts would have no effect, or be drawn; no `cfg_scale`: there is none."""
+def check_effect(prompts: Mapping[str, float], negative: Sequence[str], scale: float, cfg_scale: float | None) -> None:
+    """Raises UsageError where several prompts or negative ones would have no effect, or negative ones be drawn.
+
+    No `cfg_scale`: there is none. A single prompt may have none, as what pictures without guidance are scored by.
+    """
+    if len(prompts) > 1 and scale == 0 and not cfg_scale:
+        where = "the noise-aware scale 0" if cfg_scale is None else "the classifier-free and the noise-aware scale 0"
+        raise UsageError(f"{len(prompts)} prompts have no effect at {where}; give a scale above 0, or one prompt")
     if not negative:
         return
     if scale < 0:

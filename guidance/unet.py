@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from clipkit.config import require
 from clipkit.errors import RecipeError
 from clipkit.guidance.condition import Condition
 from clipkit.guidance.layers import attention, noise_embedding, zeroed
@@ -45,17 +46,13 @@ class UNetConfig:
     """Compute blocks again in the backward pass instead of keeping their activations."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "channels", "blocks", "head_channels"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"unet.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.attention_from < 0:
-            raise RecipeError(f"unet.attention_from is {self.attention_from}; it must be at least 0, the highest")
+        require("at least 1", "unet", self, "image_size", "patch_size", "channels", "blocks", "head_channels")
+        require("at least 0", "unet", self, "attention_from")
+        require("in [0, 1)", "unet", self, "dropout")
         if not self.multipliers or min(self.multipliers) < 1:
             raise RecipeError(
                 f"unet.multipliers are {list(self.multipliers)}; give one of at least 1 for each resolution"
             )
-        if not 0 <= self.dropout < 1:
-            raise RecipeError(f"unet.dropout is {self.dropout}; it must be in [0, 1)")
         step = self.patch_size * 2 ** (len(self.multipliers) - 1)
         if self.image_size % step:
             raise RecipeError(

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from clipkit import checkpoint, inputs, pretrained
 from clipkit.checkpoint import Checkpoint
-from clipkit.config import from_dict
+from clipkit.config import DataConfig, from_dict
 from clipkit.errors import CheckpointError, UsageError
 from clipkit.model import CLIP
 from clipkit.records import written_whole
 from clipkit.shards import Shards
 from clipkit.stream import Stream
-from clipkit.train.pretrain import PretrainRecipe
 
 _BATCH, _BATCHES = 256, 20
 
@@ -85,13 +84,14 @@ def _measure_statistics(model: CLIP, found: Checkpoint) -> None:
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         return
-    recipe = from_dict(PretrainRecipe, found.state["recipe"])
+    recipe = found.state["recipe"]  # of another day: only what is used is checked
+    data = from_dict(DataConfig, recipe["data"], "data.")
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean over batches
         norm.train()
-    stream = Stream(Shards(recipe.data.shards), recipe.data, recipe.model.image_size, _BATCH, recipe.run.seed)
+    stream = Stream(Shards(data.shards), data, model.config.image_size, _BATCH, recipe["run"]["seed"])
     with torch.no_grad():
         for batch in stream.batches(0, _BATCHES):
             model.encode_image(batch.images)

@@ -44,12 +44,13 @@ def limits(model: nn.Module, run: RunConfig) -> list[str]:
         return found
     if run.micro_batches > 1:
         found.append(
-            "BatchNorm normalises each micro-batch by itself; gradients are exact for that, not for the whole batch"
+            "BatchNorm normalises each micro-batch by itself; gradients are exact for statistics of each micro-batch, "
+            "not of the whole batch"
         )
     if distributed.world_size() > 1 and not run.sync_batchnorm:
         found.append(
             "run.sync_batchnorm=false: BatchNorm normalises each rank's samples by themselves; gradients are exact for "
-            "that, not for the batch of all ranks"
+            "statistics of each rank, not of the batch of all ranks"
         )
     return found
 

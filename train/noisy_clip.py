@@ -47,7 +47,7 @@ class NoisyCLIPRecipe(Recipe):
 
     def __post_init__(self) -> None:
         if self.loss.kind != "info_nce":
-            raise RecipeError("a noise-aware CLIP learns by InfoNCE, whose softmax guidance uses; leave loss.kind away")
+            raise RecipeError("a noise-aware CLIP learns by InfoNCE, whose softmax guidance uses; omit loss.kind")
 
 
 class NoisyPretraining(Task):

@@ -35,7 +35,7 @@ def share(task: Task, how: str, device: torch.device) -> nn.Module | None:
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(task, broadcast_buffers=False)
     if not (pieces := task.pieces()):
-        raise UsageError(f"run.parallel=fsdp cannot cut a {task.kind} in pieces; leave it away")
+        raise UsageError(f"run.parallel=fsdp cannot cut a {task.kind} in pieces; omit it")
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
     scalars = {p for p in task.parameters() if p.ndim == 0}  # nothing to cut
     task.to(memory_format=torch.contiguous_format)  # FSDP cuts nothing else; activations stay channels last

@@ -169,13 +169,14 @@ def make_tokenizer(recipe: PretrainRecipe, shards: Shards) -> Tokenizer:
     if config.merges:
         return Tokenizer.clip(config.merges, config.context_length)
     path = Path(recipe.run.out) / "tokenizer.json"
-    if config.vocab_size < SMALLEST_VOCABULARY:
+    # One without checkpoints may be of another recipe, whose run did not begin.
+    kept = path.is_file() and (path.parent / "checkpoints").is_dir()
+    if not kept and config.vocab_size < SMALLEST_VOCABULARY:  # said by all ranks, before the first writes
         raise RecipeError(
             f"model.vocab_size is {config.vocab_size}; it must be at least {SMALLEST_VOCABULARY}: each has every byte, "
             "inside a word and at its end"
         )
-    # One without checkpoints may be of another recipe, whose run did not begin.
-    if distributed.rank() == 0 and not (path.is_file() and (path.parent / "checkpoints").is_dir()):
+    if distributed.rank() == 0 and not kept:
         packs = packs_of(shards, recipe.data)
         captions = sorted({c for pack in packs for c in pack.captions(_CAPTIONS)})
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -37,8 +37,12 @@ _SPACINGS = ["karras", "linspace", "leading", "trailing"]
 @click.option("--sampler", type=click.Choice(_SAMPLERS), default="dpmpp-2m", show_default=True)
 @click.option("--spacing", type=click.Choice(_SPACINGS), help="Of the steps.  [default: karras; ddim, ddpm: linspace]")
 @click.option("--objective", type=click.Choice(["softmax", "dot"]), help="Of the noise-aware CLIP.  [default: softmax]")
-@click.option("--shift", type=click.Choice(["score", "mean"]), help="By its gradient, of what.  [default: score]")
-@click.option("--interval", type=(float, float), help="Log SNR from which to which the noise-aware CLIP guides.")
+@click.option(
+    "--shift",
+    type=click.Choice(["score", "mean"]),
+    help="What the guide's gradient shifts: the score, or each step's mean.  [default: score]",
+)
+@click.option("--interval", type=(float, float), help="Log-SNR range in which the noise-aware CLIP guides.")
 @click.option("--init", type=click.Path(path_type=Path), help="Begin with this picture; see --strength and --mask.")
 @click.option("--strength", type=float, help="Noise on --init: a share of the schedule's time.  [default: 0.6]")
 @click.option(
@@ -152,7 +156,7 @@ def _pictures(files: dict[str, Path], size: int) -> tuple[dict[str, Tensor], dic
 
 
 def _start(seen: dict[str, Tensor], strength: float | None) -> Start | None:
-    """The picture to begin with, and where it is drawn anew."""
+    """The picture to begin with, and where it is redrawn."""
     from clipkit.guidance.steering import DEFAULT_STRENGTH, Start
 
     if "init" not in seen:
@@ -208,11 +212,11 @@ def _weighted(prompts: tuple[str, ...], negative: tuple[str, ...]) -> dict[str, 
 def _weight(prompt: str) -> tuple[str, float | None]:
     """ "a cat:0.5" -> the text and its weight.
 
-    A whole number after a digit and a colon is text: "a clock at 10:30", "16:9"; "route 66:0.5" has a weight.
+    After a digit only a number with a point or a minus is one: "route 66:0.5", but not "a clock at 10:30", "16:9".
     """
     text, colon, number = prompt.rpartition(":")
     whole = " ".join(prompt.split())
-    if not colon or (text[-1:].isdigit() and number.strip().isdigit()):
+    if not colon or (text[-1:].isdigit() and "." not in number and not number.lstrip().startswith("-")):
         return whole, None
     try:
         return " ".join(text.split()), float(number)

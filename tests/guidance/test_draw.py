@@ -273,6 +273,23 @@ def test_a_negative_prompt_needs_guidance_where_there_is_no_description(studio):
         studio.draw("a cat", n=1, steps=2, scale=0, negative=["a dog"])
 
 
+def test_several_prompts_need_guidance(studio, tiny):
+    both = {"a cat": 1.0, "red": 0.5}
+    with pytest.raises(UsageError, match=r"^2 prompts have no effect at the noise-aware scale 0; give a scale above 0"):
+        studio.draw(both, n=1, steps=2, scale=0)
+    with pytest.raises(
+        UsageError, match=r"^2 prompts have no effect at the classifier-free and the noise-aware scale 0"
+    ):
+        tiny.draw(both, n=1, steps=2, scale=0, steering=Steering(0.0))
+    one, other = (tiny.draw(p, n=1, steps=2, steering=Steering(0.0)).images for p in ("a cat", "a car"))
+    assert torch.equal(one, other)  # without guidance; they are scored by their prompts all the same
+    told, guided = (
+        tiny.draw(both, n=1, steps=2, scale=s, steering=Steering(c)).images for s, c in ((0, 0.5), (5, 0.0))
+    )
+    assert not torch.equal(told, one)
+    assert not torch.equal(guided, one)
+
+
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
@@ -292,7 +309,7 @@ def test_a_negative_prompt_needs_guidance_where_there_is_no_description(studio):
         (
             "a cat",
             {"start": Start(torch.zeros(1, 3, 24, 24), 0.2), "reference": torch.zeros(1, 3, 24, 24)},
-            "a reference has no effect at this --strength",
+            "a reference has no effect at this strength, which",
         ),
     ],
 )
@@ -304,14 +321,14 @@ def test_what_cannot_be_drawn_or_has_no_effect(studio, prompt, options, message)
 @pytest.mark.parametrize(
     ("steering", "names"),
     [
-        ({"objective": "dot"}, "--objective"),
-        ({"objective": "softmax", "shift": "score"}, "--objective and --shift"),
-        ({"interval": (-2.0, 2.0)}, "--interval"),
-        ({"picture": torch.zeros(1, 3, 24, 24)}, "--image-prompt"),
+        ({"objective": "dot"}, "the objective has"),
+        ({"objective": "softmax", "shift": "score"}, "the objective and the shift have"),
+        ({"interval": (-2.0, 2.0)}, "the interval has"),
+        ({"picture": torch.zeros(1, 3, 24, 24)}, "the image prompt has"),
     ],
 )
 def test_what_says_how_to_guide_is_refused_without_guidance(studio, steering, names):
-    with pytest.raises(UsageError, match=f"^{names} has no effect at the noise-aware scale 0"):
+    with pytest.raises(UsageError, match=f"^{names} no effect at the noise-aware scale 0"):
         studio.draw("a cat", n=1, steps=2, scale=0, steering=Steering(**steering))
 
 
@@ -389,6 +406,9 @@ def test_what_is_not_read_of_a_prompt_is_named(studio, tiny):
         ("a clock at 10:30 :0.5", ("a clock at 10:30", 0.5)),
         ("route 66:0.5", ("route 66", 0.5)),
         ("area 51:-1", ("area 51", -1.0)),
+        ("area 51: -1", ("area 51", -1.0)),
+        ("level 2:inf", ("level 2:inf", None)),
+        ("room 1:1e3", ("room 1:1e3", None)),
         ("a  cat ", ("a cat", None)),
         ("psalm:23 :1", ("psalm:23", 1.0)),
         ("http://x:y", ("http://x:y", None)),

@@ -110,6 +110,19 @@ def test_slerp_in_the_plane_turns_evenly(angle, t, dtype):
     torch.testing.assert_close(slerp(a, b, torch.tensor([t], dtype=dtype)), wanted, rtol=0, atol=near)
 
 
+@pytest.mark.parametrize("gap", [1e-5, 2e-6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_slerp_of_nearly_opposite_ends(gap, dtype):
+    """|a + b| is the gap, and both ends are exact in float32, of unit length but for the square of the gap."""
+    t = torch.linspace(0, 1, 7, dtype=dtype)
+    a, b = (torch.tensor([x, y, 0.0], dtype=dtype).expand(7, -1) for x, y in ((1.0, 0.0), (-1.0, gap)))
+    angle = (math.pi - math.atan(gap)) * t.double()
+    wanted = torch.stack([angle.cos(), angle.sin(), 0 * angle], dim=1).to(dtype)
+    found = slerp(a, b, t)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, wanted, rtol=0, atol=gap)
+
+
 def test_slerp_from_nothing_is_finite():
     zero, b, half = torch.zeros(1, 3), torch.ones(1, 3), torch.tensor([0.5])
     assert slerp(zero, b, half).isfinite().all()

@@ -317,6 +317,17 @@ def test_a_generator_for_each_picture_makes_its_noise_a_function_of_its_own(samp
     assert torch.equal(many[:2], few)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_noise_of_pictures_is_drawn_one_by_one_and_moved_at_once(dtype):
+    x = torch.zeros(3, 2, 5, 5, dtype=dtype)
+    found = samplers._noise(x, samplers.generators(3, 7))
+    expected = [torch.randn(2, 5, 5, generator=own, dtype=dtype) for own in samplers.generators(3, 7)]
+    assert torch.equal(found, torch.stack(expected))
+    assert samplers._noise(x.to("meta"), samplers.generators(3, 7)).device.type == "meta"
+    with pytest.raises(ValueError, match="zip"):
+        samplers._noise(x, samplers.generators(2, 7))
+
+
 def test_pictures_and_seeds_have_noise_of_their_own():
     states = [g.initial_seed() for seed in range(20) for g in samplers.generators(20, seed)]
     assert len(set(states)) == 400

@@ -400,8 +400,8 @@ def test_passes_that_do_not_count_leave_everything_as_it_was():
         (1, True, 1, []),
         (1, False, 1, []),
         (1, True, 2, []),
-        (2, True, 1, ["each micro-batch by itself"]),
-        (1, False, 2, ["run.sync_batchnorm=false"]),
+        (2, True, 1, ["gradients are exact for statistics of each micro-batch, not of the whole batch"]),
+        (1, False, 2, ["gradients are exact for statistics of each rank, not of the batch of all ranks"]),
         (4, False, 2, ["each micro-batch by itself", "run.sync_batchnorm=false"]),
     ],
 )

@@ -17,7 +17,9 @@ from worlds import TINY
 from clipkit import checkpoint, distributed, records
 from clipkit.config import OptimConfig, load_recipe
 from clipkit.errors import CheckpointError, NonFiniteError, RecipeError, ShardError, StoppedError, UsageError
+from clipkit.shards import Shards
 from clipkit.train import batchnorm, denoiser, launch, loop, optim, pretrain
+from clipkit.train.pretrain import PretrainRecipe
 
 FP32 = "run.precision=fp32"  # "auto" is bf16 on some machines
 WORDS = ["run.batch_size=16", "run.log_every=1", "optim.warmup=2", "data.workers=0", "run.save_every=2", FP32]
@@ -362,6 +364,24 @@ def test_a_vocabulary_of_a_recipe_that_never_began_is_not_taken_over(packs, tmp_
     assert len(kept["model"]["vocab"]) > 520
     with pytest.raises(RecipeError, match=r"model\.vocab_size is 10; it must be at least 514"):
         pretrain.run("drawings_clip", [*words(packs, tmp_path / "other", 1), "model.vocab_size=10"])
+
+
+def test_every_rank_refuses_a_vocabulary_that_is_too_small(packs, tmp_path, monkeypatch):
+    """One that did not would wait for the others, or miss the file that the first did not write."""
+    recipe = load_recipe(PretrainRecipe, "drawings_clip", [*words(packs, tmp_path / "run", 1), "model.vocab_size=513"])
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        with pytest.raises(RecipeError, match=r"model\.vocab_size is 513; it must be at least 514"):
+            pretrain.make_tokenizer(recipe, Shards(packs / "train"))
+
+
+def test_a_run_that_has_its_vocabulary_resumes_whatever_size_its_recipe_has(packs, tmp_path, monkeypatch):
+    """There were runs before there was a bound."""
+    monkeypatch.setattr(pretrain, "SMALLEST_VOCABULARY", 1)
+    pretrain.run("drawings_clip", [*words(packs, tmp_path, 1), "model.vocab_size=300"])
+    monkeypatch.undo()
+    pretrain.run("drawings_clip", [*words(packs, tmp_path, 2), "model.vocab_size=300"])
+    assert checkpoint.latest(tmp_path).step == 2
 
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, StoppedError)])
