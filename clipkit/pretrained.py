@@ -103,28 +103,13 @@ def load(name: str | Path = DEFAULT_MODEL, device: str = "auto") -> Pretrained:
     tokenizer = Tokenizer.from_json(found.text("tokenizer.json"), config.context_length)
     model = CLIP(config, tokenizer.vocab_size, tokenizer.end_id)
     load_weights(model, found)
-    return _ready(model, tokenizer, device, words_of(found, tokenizer))
+    words = [str(word) for word in json.loads(found.text("words.json", default="[]"))]
+    return _ready(model, tokenizer, device, words)
 
 
 def _ready(model: CLIP, tokenizer: AnyTokenizer, device: str, words: Sequence[str] = ()) -> Pretrained:
     model.to(distributed.choose_device(device)).eval()
     return Pretrained(model, tokenizer, preprocessing(model.config), words)
-
-
-def words_of(found: Checkpoint, tokenizer: Tokenizer) -> list[str]:
-    """Words of the captions that a CLIP run learned from: those that it noted, or else the tokens that are words.
-
-    The latter are all words of the captions if the tokenizer was trained on them and found no further pair to merge,
-    and no fine-tuning has shown other captions to the text tower since. If that is not so, nothing is known.
-    """
-    if noted := json.loads(found.text("words.json", default="[]")):
-        return [str(word) for word in noted]
-    recipe = found.state["recipe"]
-    config, tune, data = recipe["model"], recipe.get("tune", {}), recipe.get("data", {})
-    own = not config.get("merges") and tokenizer.vocab_size < config.get("vocab_size", 0)
-    same = not tune.get("init_from") or tune.get("init") == "image" or tune.get("lock") == "text"
-    here = not any("://" in str(source) for source in (data.get("shards", ""), *data.get("mix", ())))
-    return tokenizer.whole_words() if own and same and here else []
 
 
 _CONFIGS = ("open_clip_config.json", "config.json")

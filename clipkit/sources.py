@@ -141,6 +141,9 @@ def csv_source(table: Path, source: Path) -> Source:
     for row in rows:
         given.setdefault(row.values["image"], []).append(row.values["caption"])
     aside = files.counts()
+    # Of a picture's further rows; one with no caption at all is a bad sample.
+    for texts in given.values():
+        aside["no caption"] += sum(not text for text in texts) if any(texts) else 0
     aside["no image"] += len(given.pop("", ()))
     captions: dict[str, list[str]] = {}
     places, seen = _places(files.names), {name for name, _ in files.aside}

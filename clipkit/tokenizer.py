@@ -220,16 +220,6 @@ class Tokenizer(AnyTokenizer):
     def _encode_all(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self._encoder.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
 
-    def whole_words(self) -> list[str]:
-        """Words that are one token each, sorted; single letters, and endings of longer words, are among them."""
-        byte_of = {character: byte for byte, character in _byte_characters().items()}
-        found = []
-        for token in self._encoder.get_vocab():
-            if token.endswith("</w>"):
-                spelled = bytes(byte_of[character] for character in token.removesuffix("</w>"))
-                found.append(spelled.decode("utf-8", errors="ignore"))
-        return sorted(filter(None, found))
-
 
 def _is_plain(text: str) -> bool:
     return text.isascii() and text.isprintable() and "&" not in text  # nothing for ftfy or html to mend

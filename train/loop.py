@@ -73,6 +73,8 @@ def train(task: Task, stream: Stream, recipe: Recipe, device: torch.device) -> P
                 f"{task.kind}: {parameters / 1e6:.2f}M parameters on {where}, step {start} of {recipe.run.steps}, "
                 f"in {folder}"
             )
+            if start >= recipe.run.steps:
+                say(f"{folder} has done its {start} steps; a larger run.steps makes it longer")
             for line in batchnorm.limits(task, recipe.run):
                 say(line)
         records = Records(folder, start, recipe.run.steps, task.kind, recipe.run.tensorboard, main)

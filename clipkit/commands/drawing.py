@@ -134,6 +134,8 @@ def guided_sample(
         print_json({**about, "out": out, "clip_scores": drawn.scores})
     else:
         _say(about, prompts, out)
+        if gif is not None:
+            click.echo(f"{gif}: the denoising as an animation")
         click.echo("CLIP scores: " + " ".join(f"{s:.3f}" for s in drawn.scores))
 
 
@@ -190,6 +192,8 @@ def _weighted(prompts: tuple[str, ...], negative: tuple[str, ...]) -> dict[str, 
     bare = []
     for prompt in prompts:
         text, weight = _weight(prompt)
+        if text.replace(".", "").isdigit():
+            raise UsageError(f"the prompt {text!r} is a number; what it belongs to may lack its option")
         if text in found:
             raise UsageError(f"the prompt {text!r} is given twice; give it once, with a weight")
         found[text] = 1.0 if weight is None else weight

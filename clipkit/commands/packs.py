@@ -95,6 +95,8 @@ def pack(
         raise UsageError(
             f"no folder or tar at {source}, nor a data set; {did_you_mean(source, [*_RENDERED, *known()])}"
         )
+    if Path(source).suffix.lower() in (".csv", ".tsv") and Path(source).is_file():
+        raise UsageError(f"{source} is a table; give the folder or tar of its pictures, and --csv {source}")
     _refuse_options(source, pictograms is not None, is_named, table is not None)
     if encode == "png" or not (encode or resize):
         refuse_options(["quality"], "on PNGs" if encode else "on images that are kept (see --resize and --encode)")

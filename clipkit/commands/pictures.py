@@ -147,7 +147,10 @@ def say_unknown(words: Sequence[str]) -> None:
     """Name on stderr the words that a model cannot know, if there are any."""
     if words:
         shown = ", ".join(map(repr, words))
-        click.echo(f"clipkit: no caption that this model learned from had {shown}; it guesses", err=True)
+        click.echo(
+            f"clipkit: no caption that this model learned from had {shown}; it guesses those words",
+            err=True,
+        )
 
 
 def _check_figure(out: Path, pictures: Pictures, texts: Sequence[str] = ()) -> None:

@@ -349,6 +349,7 @@ def test_python_dash_m_says_its_name():
         (["a cat", "--negative", "a dog", "--cfg-scale", 1], "a negative prompt has no effect"),
         (["a cat", "--negative", "a dog:0.5"], "--negative 'a dog:0.5' has a weight; negative prompts have none"),
         (["a cat", "a  cat"], "is given twice"),
+        (["a cat", "0.8"], "the prompt '0.8' is a number"),
         (["a cat", "--shift", "score"], "the shift has no effect at the noise-aware scale 0"),
         (["a cat", "--image-prompt", "dot.png"], "the image prompt has no effect at the noise-aware scale 0"),
         (["a cat", "--init", "dot.png", "--strength", 1], "at strength 1 nothing is left"),

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from clipkit.errors import DataError, SampleError, UsageError
-from clipkit.sources import class_source, csv_source, scenes_source
+from clipkit.sources import class_source, csv_source, encode_png, scenes_source
 
 
 def png(colour):
@@ -185,3 +185,18 @@ def test_rendered_and_pictogram_sources_pack_by_command(command, tmp_path):
     assert (code, "holds no captions.csv" in err) == (1, True)
     code, _, err = command("pack", f"pictograms:{tmp_path}", tmp_path / "t", "--count", 2)
     assert (code, "--count has no effect on pictograms" in err) == (2, True)
+
+
+def test_a_table_given_as_the_source_is_said_to_be_one(command, tmp_path):
+    (tmp_path / "t.csv").write_text("image,caption\n0.jpg,a cat\n")
+    code, _, err = command("pack", tmp_path / "t.csv", tmp_path / "p")
+    assert (code, "is a table; give the folder or tar of its pictures" in err) == (2, True)
+
+
+def test_a_further_row_without_a_caption_is_counted(tmp_path):
+    (tmp_path / "pics").mkdir()
+    (tmp_path / "pics" / "0.png").write_bytes(encode_png(Image.new("RGB", (8, 8))))
+    (tmp_path / "t.csv").write_text("image,caption\n0.png,a cat\n0.png,\n")
+    source = csv_source(tmp_path / "t.csv", tmp_path / "pics")
+    assert [sample.captions for sample in source.samples] == [("a cat", "")]
+    assert source.aside() == {"no caption": 1}

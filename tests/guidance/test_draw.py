@@ -174,7 +174,7 @@ def test_words_that_it_cannot_know_are_named(studio, chain, tmp_path, command):
     assert studio.unknown_words(["The red rocket!", "a photo of a blue fish"]) == []
     words = ["guided-sample", "a giraffe", "--negative", "a red xylophone", "--model", str(chain)]
     _, out, err = command(*words, "--n", "1", "--steps", "1", "--out", str(tmp_path / "x.png"))
-    said = "clipkit: no caption that this model learned from had 'giraffe', 'xylophone'; it guesses"
+    said = "clipkit: no caption that this model learned from had 'giraffe', 'xylophone'; it guesses those words"
     assert err.splitlines()[-1] == said
     assert "CLIP scores" in out
     # Before it draws, and in any script.
