@@ -137,7 +137,7 @@ class Studio:
         lambdas = self._lambdas(steps, spacing, start.strength if start is not None else 1.0)
         steering.check(scale, lambdas.tolist())
         denoise = self.told(prompts, negative, cfg_scale)
-        check_effect(prompts, negative, scale, cfg_scale)
+        check_effect(prompts, negative, scale, cfg_scale if is_told else None)
         denoise = self.guided(denoise, prompts, negative, scale, steering, lambdas)
         if reference is not None:
             if lambdas[0] >= _REFERENCE_UNTIL:
@@ -209,7 +209,7 @@ class Studio:
         would be drawn rather than avoided. Raises UsageError for a scale where the denoiser takes no descriptions.
         """
         if self.denoiser.conditioner is None:
-            if cfg_scale is not None:
+            if cfg_scale not in (None, 1):  # 1 is the denoiser itself
                 raise UsageError("this denoiser was trained without descriptions; omit the classifier-free scale")
             return self.denoiser
         cfg_scale = self.scales[1] if cfg_scale is None else cfg_scale

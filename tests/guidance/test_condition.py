@@ -166,7 +166,7 @@ def test_what_does_not_go_together(chain, packs, told):
         ConditionConfig(drop=2)
     with pytest.raises(UsageError, match="trained without descriptions"):
         Denoiser(NETWORKS["unet"], DiffusionConfig()).given("a cat")
-    for cfg_scale in (0.0, 1.0, 2.0):
+    for cfg_scale in (0.0, 2.0):
         with pytest.raises(UsageError, match="omit the classifier-free scale"):
             Studio.open(chain, "cpu").draw("a cat", n=1, steps=1, steering=Steering(cfg_scale=cfg_scale))
     words = [*TINY, f"data.shards={packs / 'train'}", f"run.out={told / 'x'}", "condition.kind=class"]
