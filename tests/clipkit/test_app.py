@@ -281,13 +281,13 @@ def test_words_are_words_whatever_they_look_like(client, words):
 
 
 def test_words_that_the_model_cannot_know_are_named(client):
-    send = {"files": {"picture": picture()[1]}, "data": {"labels": "a giraffe,rocket 7", "template": "{}"}}
-    assert client.post("/api/classify", **send).json()["unknown_words"] == ["giraffe"]
-    assert client.post("/api/search", data={"text": "a giraffe"}).json()["unknown_words"] == ["giraffe"]
+    send = {"files": {"picture": picture()[1]}, "data": {"labels": "a walrus,rocket 7", "template": "{}"}}
+    assert client.post("/api/classify", **send).json()["unknown_words"] == ["walrus"]
+    assert client.post("/api/search", data={"text": "a walrus"}).json()["unknown_words"] == ["walrus"]
     assert client.post("/api/search", files={"picture": picture()[1]}).json()["unknown_words"] == []
     files = [("pictures", ("a.png", picture()[1]))]
-    compared = client.post("/api/similarity", files=files, data={"texts": "a giraffe"}).json()
-    assert compared["unknown_words"] == ["giraffe"]
+    compared = client.post("/api/similarity", files=files, data={"texts": "a walrus"}).json()
+    assert compared["unknown_words"] == ["walrus"]
 
 
 @pytest.mark.parametrize("kind", [2, 5, 0, 99])
