@@ -52,17 +52,15 @@ weights: .venv/installed tiny-imagenet
 	$(RANKS) train/pretrain.py clipkit_tiny_distilled_clip.toml
 	$(BIN)/clipkit demo --out runs/demo
 	$(BIN)/clipkit denoiser clipkit_tiny_denoiser.toml
-	rm -rf clipkit/data/clipkit-tiny/clip clipkit/data/clipkit-tiny/denoiser clipkit/data/clipkit-tiny/noisy_clip
-	$(BIN)/clipkit release runs/distilled clipkit/data/clipkit-tiny
-	$(BIN)/clipkit release runs/clipkit-tiny/denoiser clipkit/data/clipkit-tiny
-	$(BIN)/clipkit release runs/demo/noisy_clip clipkit/data/clipkit-tiny
+	rm -rf clipkit/assets/clipkit-tiny/clip clipkit/assets/clipkit-tiny/denoiser clipkit/assets/clipkit-tiny/noisy_clip
+	$(BIN)/clipkit release runs/distilled clipkit/assets/clipkit-tiny
+	$(BIN)/clipkit release runs/clipkit-tiny/denoiser clipkit/assets/clipkit-tiny
+	$(BIN)/clipkit release runs/demo/noisy_clip clipkit/assets/clipkit-tiny
 
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@# For the type checker, the layout that an installed clipkit has: the rooms inside the package.
-	mkdir -p build/types/clipkit && ln -sfn $(CURDIR)/clipkit/* $(CURDIR)/train $(CURDIR)/zeroshot $(CURDIR)/guidance build/types/clipkit
-	MYPYPATH=build/types $(BIN)/mypy -p clipkit
+	$(BIN)/mypy -p clipkit
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from clipkit.guidance.metrics import Moments, frechet_distance
+from clipkit.guidance.metrics.distributions import Moments, frechet_distance
 
 
 def by_matrix_root(a: Moments, b: Moments) -> float:

@@ -28,20 +28,21 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 import clipkit
-from clipkit import drawings, records
+from clipkit import log
+from clipkit.data import drawings
+from clipkit.data.images import decode, to_image
+from clipkit.data.shards import Shards
 from clipkit.demo import named
 from clipkit.guidance import samplers
 from clipkit.guidance.denoiser import Denoise, Denoiser, clipped
-from clipkit.guidance.draw import Steering, Studio, alternatives, picture
-from clipkit.guidance.extractors import Extractor, clip_extractor
 from clipkit.guidance.guiders import LogProb, contrast, score_shift, softmax_log_prob, through_x0
+from clipkit.guidance.image_grid import grid
 from clipkit.guidance.loading import load_classifier, load_denoiser
-from clipkit.guidance.metrics import Moments, clip_score, frechet_distance
+from clipkit.guidance.metrics.distributions import Moments, clip_score, frechet_distance
+from clipkit.guidance.metrics.extractors import Extractor, clip_extractor
+from clipkit.guidance.pipeline import Steering, Studio, alternatives, picture
 from clipkit.guidance.schedule import karras
-from clipkit.guidance.sheet import grid
-from clipkit.images import decode, to_image
-from clipkit.pretrained import Pretrained
-from clipkit.shards import Shards
+from clipkit.models.pretrained import Pretrained
 from clipkit.train import noisy_classifier
 
 SCALES = (1.0, 3.0, 10.0, 30.0)
@@ -86,7 +87,7 @@ def of_pack(pack: Path, names: Sequence[str], each: int) -> World:
         raise SystemExit(f"{pack} has no class {names[numbers.index(-1)]!r}")
     found: dict[int, list[tuple[Image.Image, str]]] = {number: [] for number in numbers}
     order = torch.randperm(len(shards), generator=torch.Generator().manual_seed(0)).tolist()
-    for i in records.progress(order, len(order), "real pictures"):
+    for i in log.progress(order, len(order), "real pictures"):
         sample = shards.read(i)
         if sample.label in found and len(found[sample.label]) < 17 * each:
             found[sample.label].append((decode(sample.image), names[numbers.index(sample.label)]))
@@ -217,7 +218,7 @@ def study(
     ]
     with torch.no_grad():
         prompts = judge.model.encode_text(judge.tokenizer(world.prompts()))
-    for name, scale, n in records.progress(cells, len(cells), "cells"):
+    for name, scale, n in log.progress(cells, len(cells), "cells"):
         images = sample(kinds[name][0], scale, n, len(world.names), each, denoiser)
         looks = features(extractor, [to_image(image) for image in images])
         right = named_right(judge, images, wanted, world)
@@ -226,7 +227,7 @@ def study(
         row["Frechet"] = frechet_distance(known, Moments.of(looks))
         row["cost"] = n * cost[name]
         rows.append(row)
-        records.say(json.dumps(row))
+        log.say(json.dumps(row))
         if name not in best or right > best[name][0]:
             best[name] = (right, images)
     last = torch.cat([picture(image, denoiser.image_size) for image in real[-drawn:]])

@@ -13,7 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from clipkit import records
+from clipkit import log
 from clipkit.errors import UsageError
 
 SHOWN = ("loss", "logit_scale", "zeroshot_top1", "samples_per_s")
@@ -25,7 +25,7 @@ def curves(runs: list[Path], wanted: tuple[str, ...]) -> dict[str, dict[str, lis
     for run in runs:
         if not (run / "log.jsonl").is_file():
             raise UsageError(f"{run} has no log.jsonl; give the folders of runs")
-        lines = records.read(run / "log.jsonl")
+        lines = log.read(run / "log.jsonl")
         for name in wanted:
             points = [(line["step"], float(line[name])) for line in lines if name in line]
             if points:

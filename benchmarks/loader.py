@@ -25,11 +25,11 @@ import torch
 from PIL import Image
 
 from clipkit.config import DataConfig
-from clipkit.pack import pack
-from clipkit.shards import Shards
-from clipkit.sources import RawSample, Source
-from clipkit.stream import Stream
-from clipkit.tokenizer import Tokenizer
+from clipkit.data.loader import Stream
+from clipkit.data.pack import pack
+from clipkit.data.shards import Shards
+from clipkit.data.sources import RawSample, Source
+from clipkit.models.tokenizer import Tokenizer
 
 SIZE, BATCH = 224, 64
 

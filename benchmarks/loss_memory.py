@@ -23,7 +23,7 @@ def peak_mib(name: str, batch: int) -> tuple[float, float]:
     import torch
     import torch.nn.functional as F
 
-    from clipkit.losses import info_nce, sigmoid_loss
+    from clipkit.train.losses import info_nce, sigmoid_loss
 
     def plain(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         logits, labels = scale * image @ text.T, torch.arange(len(image))

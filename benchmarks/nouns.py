@@ -18,10 +18,10 @@ from torch import Tensor
 
 import clipkit
 from clipkit import DEFAULT_MODEL
+from clipkit.data.drawings import ALIASES, OBJECTS
 from clipkit.demo import named
-from clipkit.drawings import ALIASES, OBJECTS
-from clipkit.guidance.draw import Steering, Studio
-from clipkit.guidance.sheet import grid
+from clipkit.guidance.image_grid import grid
+from clipkit.guidance.pipeline import Steering, Studio
 
 NOUNS = (*OBJECTS, "clock", "crown", "camera", "pizza")
 SECOND_NAMES = {aliases[0]: name for name, aliases in ALIASES.items()}

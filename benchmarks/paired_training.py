@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from train_step import open_clip_model, open_clip_optimizer
 
 from clipkit.config import DataConfig, load_recipe
-from clipkit.images import decode
-from clipkit.shards import Shards
-from clipkit.stream import Stream
+from clipkit.data.images import decode
+from clipkit.data.loader import Stream
+from clipkit.data.shards import Shards
 from clipkit.train.optim import learning_rate, make_optimizer
 from clipkit.train.pretrain import Pretraining, PretrainRecipe
 from clipkit.train.step import backward

@@ -22,10 +22,10 @@ from torch import Tensor
 from clipkit import DEFAULT_MODEL
 from clipkit.guidance import samplers
 from clipkit.guidance.denoiser import from_x0
-from clipkit.guidance.draw import Steering, Studio
 from clipkit.guidance.guiders import through_x0
+from clipkit.guidance.networks.unet import UNet, UNetConfig
+from clipkit.guidance.pipeline import Steering, Studio
 from clipkit.guidance.schedule import karras
-from clipkit.guidance.unet import UNet, UNetConfig
 
 
 def medians(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:

@@ -23,7 +23,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 from torch import Tensor
 
-from clipkit.tokenizer import Tokenizer
+from clipkit.models.tokenizer import Tokenizer
 
 WORDS = """
 a photo of the dog cat man woman red blue car street city mountain lake old new vintage wooden table

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from clipkit.config import OptimConfig
-from clipkit.losses import info_nce
-from clipkit.model import CLIP, CLIPConfig
+from clipkit.models.clip import CLIP, CLIPConfig
+from clipkit.train.losses import info_nce
+from clipkit.train.malloc import keep_pages
 from clipkit.train.optim import make_optimizer
-from clipkit.train.pages import keep_pages
 
 VOCABULARY, END = 49408, 49407
 SETTINGS = OptimConfig(lr=5e-4, weight_decay=0.2)

@@ -5,36 +5,33 @@ Importing this package costs nothing: torch and timm are imported when a name th
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipkit._renamed import Finder
 from clipkit._version import __version__
 
 if TYPE_CHECKING:
+    from clipkit.data.shards import Shards
     from clipkit.errors import ClipkitError
-    from clipkit.model import CLIP, CLIPConfig
-    from clipkit.pretrained import Pretrained, load
-    from clipkit.shards import Shards
-    from clipkit.tokenizer import Tokenizer
+    from clipkit.models.clip import CLIP, CLIPConfig
+    from clipkit.models.pretrained import Pretrained, load
+    from clipkit.models.tokenizer import Tokenizer
 
-# In a source checkout train/, zeroshot/ and guidance/ lie beside clipkit/, not in it. Without this, a plain install run
-# from the repository's root finds this folder first and no clipkit.train in it.
-_checkout = Path(__file__).resolve().parent.parent
-if (_checkout / "pyproject.toml").is_file():
-    __path__.insert(0, str(_checkout))
+sys.meta_path.append(Finder())
 
 DEFAULT_MODEL = "clipkit-tiny"
 """The model that comes with the package: a CLIP, a denoiser and a noise-aware CLIP, trained by the shipped recipes."""
 
 _HOMES = {
-    "CLIP": "clipkit.model",
-    "CLIPConfig": "clipkit.model",
+    "CLIP": "clipkit.models.clip",
+    "CLIPConfig": "clipkit.models.clip",
     "ClipkitError": "clipkit.errors",
-    "Pretrained": "clipkit.pretrained",
-    "Shards": "clipkit.shards",
-    "Tokenizer": "clipkit.tokenizer",
-    "load": "clipkit.pretrained",
+    "Pretrained": "clipkit.models.pretrained",
+    "Shards": "clipkit.data.shards",
+    "Tokenizer": "clipkit.models.tokenizer",
+    "load": "clipkit.models.pretrained",
 }
 
 __all__ = [

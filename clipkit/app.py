@@ -1,6 +1,6 @@
 """A page on one's own machine that classifies, searches, draws and compares (`clipkit app`, the [app] extra).
 
-Nothing is kept of what is sent. The page is clipkit/data/app; it talks to what is below /api.
+Nothing is kept of what is sent. The page is clipkit/assets/app; it talks to what is below /api.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
-from clipkit import drawings
 from clipkit._version import __version__
+from clipkit.data import drawings
+from clipkit.data.images import decode
 from clipkit.errors import CheckpointError, ClipkitError, DataError, UsageError
-from clipkit.guidance.draw import Steering, Studio
-from clipkit.guidance.sheet import grid
-from clipkit.guidance.steering import SEEDS
-from clipkit.images import decode
-from clipkit.pretrained import Pretrained, fingerprint, load
-from clipkit.records import say
-from clipkit.train.pages import give_back_large_blocks
+from clipkit.guidance.config import SEEDS
+from clipkit.guidance.image_grid import grid
+from clipkit.guidance.pipeline import Steering, Studio
+from clipkit.log import say
+from clipkit.models.pretrained import Pretrained, fingerprint, load
+from clipkit.train.malloc import give_back_large_blocks
 from clipkit.zeroshot.galleries import Gallery, open_gallery
 from clipkit.zeroshot.heads import CACHE, embed_texts
 from clipkit.zeroshot.index import Hit, Index, build
@@ -74,7 +74,7 @@ REQUESTS_PER_MINUTE = 240
 LOCAL = frozenset({"localhost"})
 """Names under which everyone reaches this machine, and which nobody else can make point at it."""
 _THUMBNAIL = 160
-_PAGE = Path(__file__).parent / "data" / "app"
+_PAGE = Path(__file__).parent / "assets" / "app"
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipkit.errors import CheckpointError
-from clipkit.records import sha256, write_atomically
+from clipkit.io import sha256, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor

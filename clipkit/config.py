@@ -26,8 +26,6 @@ else:
 R = TypeVar("R")
 
 SHIPPED = Path(__file__).resolve().parent / "train" / "recipes"
-if not SHIPPED.is_dir():  # a source checkout
-    SHIPPED = Path(__file__).resolve().parent.parent / "train" / "recipes"
 
 
 Unbounded = Annotated[float, "may be infinite"]

@@ -13,10 +13,11 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from clipkit import distributed, drawings, records
-from clipkit.pack import pack
-from clipkit.pretrained import Pretrained, load
-from clipkit.sources import drawings_source
+from clipkit import distributed, log
+from clipkit.data import drawings
+from clipkit.data.pack import pack
+from clipkit.data.sources import drawings_source
+from clipkit.models.pretrained import Pretrained, load
 
 PROMPTS = ("a red rocket", "a yellow star", "a blue fish", "a pink house")
 _PARTS = (  # run, module of clipkit.train, recipe
@@ -57,14 +58,14 @@ def _pack(out: Path, quick: bool) -> dict[str, Path]:
     packs = {split: out / "packs" / split for split in counts}
     for split, count in counts.items():
         if not (packs[split] / "index.json").is_file():
-            records.say(f"drawing and packing {count} {split} pictures")
+            log.say(f"drawing and packing {count} {split} pictures")
             pack(drawings_source(split, count, drawings.SIZE, seed=0), packs[split])
     return packs
 
 
 def _score_clip(out: Path, heldout: Path) -> dict[str, float]:
     """Zero-shot top-1 on drawings of pairs never seen in training, among all pairs."""
-    from clipkit.shards import Shards
+    from clipkit.data.shards import Shards
     from clipkit.zeroshot import classify, heads
     from clipkit.zeroshot.datasets import from_shards
 
@@ -78,7 +79,7 @@ def _score_clip(out: Path, heldout: Path) -> dict[str, float]:
 
 def _draw(out: Path, seed: int, quick: bool) -> dict[str, float]:
     """Draw every object and the four prompts, unguided and guided, and let the judge name what it sees."""
-    from clipkit.guidance.draw import DEFAULT_SCALE, Steering, Studio
+    from clipkit.guidance.pipeline import DEFAULT_SCALE, Steering, Studio
 
     studio, judge, steps = Studio.open(out), load(out / "judge"), 3 if quick else 25
     objects, each = list(drawings.OBJECTS), 1 if quick else 8
@@ -88,7 +89,7 @@ def _draw(out: Path, seed: int, quick: bool) -> dict[str, float]:
     strips: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
     for kind, (scale, cfg_scale) in kinds.items():
         how = Steering(cfg_scale)
-        for i, name in enumerate(records.progress(objects, len(objects), kind)):
+        for i, name in enumerate(log.progress(objects, len(objects), kind)):
             drawn = studio.draw(f"a {name}", n=each, steps=steps, scale=scale, seed=seed + i, steering=how)
             right[kind] += named(judge, drawn.images).count(name)
         for prompt in PROMPTS:
@@ -106,7 +107,7 @@ def named(
     templates: Sequence[str] = drawings.TEMPLATES,
 ) -> list[str]:
     """Which of `names` (the drawings' objects) the judge sees in each picture."""
-    from clipkit.images import to_image
+    from clipkit.data.images import to_image
     from clipkit.zeroshot.heads import class_head
 
     head = class_head(judge.model, judge.tokenizer, names, templates)
@@ -116,7 +117,7 @@ def named(
 
 def _comparison(strips: dict[str, list[Tensor]]) -> Image.Image:
     """One row per prompt: its words, and the pictures of each kind."""
-    from clipkit.guidance.sheet import grid
+    from clipkit.guidance.image_grid import grid
 
     rows = [grid(torch.cat(of_prompt), columns=3 * len(strips)) for of_prompt in zip(*strips.values(), strict=True)]
     width, height, margin = rows[0].width, rows[0].height, 96
@@ -136,7 +137,7 @@ def _plot(out: Path) -> None:
     sheet = Image.new("RGB", (4 * 240, 180), (255, 255, 255))
     pen = ImageDraw.Draw(sheet)
     for k, name in enumerate(("clip", "judge", "denoiser", "noisy_clip")):
-        lines = [line for line in records.read(out / name / "log.jsonl") if "loss" in line]
+        lines = [line for line in log.read(out / name / "log.jsonl") if "loss" in line]
         steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
         low, high = min(losses), max(losses)
         x = [k * 240 + 20 + 200 * (s - steps[0]) / max(1, steps[-1] - steps[0]) for s in steps]
@@ -150,7 +151,7 @@ def _plot(out: Path) -> None:
 
 def _report(out: Path, metrics: dict[str, Any]) -> None:
     device = distributed.choose_device()
-    records.say(
+    log.say(
         f"\nDone in {metrics['minutes']:.1f} minutes on {device}:\n"
         f"  zero-shot on pairs never seen: {metrics['clip_heldout_top1']:.1%} (chance {1 / len(drawings.PAIRS):.1%})\n"
         f"  the judge names the object in {metrics['judge_names_guided']:.1%} of what the noise-aware CLIP guided,\n"

@@ -25,7 +25,7 @@ def file_of(argument: str, what: str) -> Path | None:
 
     Raises UsageError for a path that does not exist, and for the path of a folder.
     """
-    from clipkit.images import SUFFIXES
+    from clipkit.data.images import SUFFIXES
 
     place = os.path.expanduser(argument) if argument.startswith("~/") else argument
     folder = os.path.isdir(place)
@@ -86,7 +86,7 @@ def _json_items(text: str, what: str) -> list[str]:
 
 def read_text(path: Path) -> str:
     """A text file or pipe that a command was given, as `tables.decoded` reads it. Raises UsageError if it cannot."""
-    from clipkit.tables import decoded
+    from clipkit.data.tables import decoded
 
     try:
         return decoded(path)

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipkit.errors import UsageError
-from clipkit.guidance.condition import Condition, Conditioner
-from clipkit.guidance.dit import DiT, DiTConfig
+from clipkit.guidance.networks.condition import Condition, Conditioner
+from clipkit.guidance.networks.dit import DiT, DiTConfig
+from clipkit.guidance.networks.unet import UNet, UNetConfig
 from clipkit.guidance.schedule import TIMESTEPS, alpha, expand, log_snr, sigma
-from clipkit.guidance.unet import UNet, UNetConfig
 
 NetworkConfig = UNetConfig | DiTConfig
 

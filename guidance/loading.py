@@ -13,16 +13,16 @@ from torch import Tensor
 from clipkit.checkpoint import Checkpoint
 from clipkit.config import from_dict
 from clipkit.errors import CheckpointError
-from clipkit.guidance.autoencoder import Autoencoder, AutoencoderConfig, from_diffusers, is_diffusers
-from clipkit.guidance.classifier import NoisyClassifier
-from clipkit.guidance.condition import ClassCondition, ConditionConfig, Conditioner, TextCondition
 from clipkit.guidance.denoiser import Denoiser, DiffusionConfig, NetworkConfig
-from clipkit.guidance.dit import DiTConfig
-from clipkit.guidance.noisy_clip import NoisyCLIP
-from clipkit.guidance.unet import UNetConfig
-from clipkit.model import CLIP, CLIPConfig
-from clipkit.pretrained import find, folder_of, load_weights
-from clipkit.tokenizer import Tokenizer
+from clipkit.guidance.networks.autoencoder import Autoencoder, AutoencoderConfig, from_diffusers, is_diffusers
+from clipkit.guidance.networks.classifier import NoisyClassifier
+from clipkit.guidance.networks.condition import ClassCondition, ConditionConfig, Conditioner, TextCondition
+from clipkit.guidance.networks.dit import DiTConfig
+from clipkit.guidance.networks.noisy_clip import NoisyCLIP
+from clipkit.guidance.networks.unet import UNetConfig
+from clipkit.models.clip import CLIP, CLIPConfig
+from clipkit.models.pretrained import find, folder_of, load_weights
+from clipkit.models.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

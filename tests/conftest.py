@@ -18,7 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from hypothesis import settings
-from worlds import LATENT, TINY
+from toy_distributions import LATENT, TINY
 
 atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
 torch.set_num_threads(1)
@@ -46,8 +46,8 @@ def nightly(times):
 @pytest.fixture(scope="session")
 def packs(tmp_path_factory) -> Path:
     """A folder with the packs `train` (240 drawings) and `heldout` (64)."""
-    from clipkit.pack import pack
-    from clipkit.sources import drawings_source
+    from clipkit.data.pack import pack
+    from clipkit.data.sources import drawings_source
 
     folder = tmp_path_factory.mktemp("packs")
     pack(drawings_source("train", 240, 24, 0), folder / "train", shard_size=100)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from worlds import TINY
+from toy_distributions import TINY
 
 from clipkit.train import denoiser
 

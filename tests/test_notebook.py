@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from clipkit.drawings import PAIRS
+from clipkit.data.drawings import PAIRS
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "quickstart.ipynb"
 

@@ -87,7 +87,7 @@ def test_the_tree_names_every_source_file():
     (tree,) = blocks("text")
     named = set(re.findall(r"(\w+\.py)\b", tree))
     for room in ("clipkit", "train", "zeroshot", "guidance"):
-        files = {p.name for p in (ROOT / room).glob("*.py") if not p.name.startswith("_")}
+        files = {p.name for p in (ROOT / room).rglob("*.py") if not p.name.startswith("_")}
         assert files <= named, f"README's tree lacks {files - named} of {room}/"
 
 

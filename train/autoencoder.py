@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from clipkit import DEFAULT_MODEL, distributed
 from clipkit.config import Recipe, require
+from clipkit.data.images import decode, preprocess
+from clipkit.data.loader import Batch, validation_of
+from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError
-from clipkit.guidance.autoencoder import SMALLEST, Autoencoder, AutoencoderConfig, Discriminator, frozen_scores
-from clipkit.guidance.extractors import activations
-from clipkit.guidance.likeness import lpips, mean_psnr, psnr
-from clipkit.images import decode, preprocess
-from clipkit.pretrained import TRAINED_WITH, identity, load
-from clipkit.shards import Shards
-from clipkit.stream import Batch, validation_of
+from clipkit.guidance.metrics.extractors import activations
+from clipkit.guidance.metrics.pairwise import lpips, mean_psnr, psnr
+from clipkit.guidance.networks.autoencoder import SMALLEST, Autoencoder, AutoencoderConfig, Discriminator, frozen_scores
+from clipkit.models.pretrained import TRAINED_WITH, identity, load
 from clipkit.train.launch import launch
 from clipkit.train.step import Features, Task
 

@@ -17,16 +17,9 @@ from torch import Tensor, nn
 
 from clipkit import distributed
 from clipkit.config import Recipe
+from clipkit.data.loader import Batch, packs_of
+from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError
-from clipkit.guidance.autoencoder import LatentConfig
-from clipkit.guidance.condition import (
-    ClassCondition,
-    Condition,
-    ConditionConfig,
-    Conditioner,
-    TextCondition,
-    words_of,
-)
 from clipkit.guidance.denoiser import (
     Denoiser,
     DiffusionConfig,
@@ -36,14 +29,21 @@ from clipkit.guidance.denoiser import (
     target,
     variational_loss,
 )
-from clipkit.guidance.dit import DiTConfig
 from clipkit.guidance.loading import load_autoencoder
+from clipkit.guidance.networks.autoencoder import LatentConfig
+from clipkit.guidance.networks.condition import (
+    ClassCondition,
+    Condition,
+    ConditionConfig,
+    Conditioner,
+    TextCondition,
+    words_of,
+)
+from clipkit.guidance.networks.dit import DiTConfig
+from clipkit.guidance.networks.unet import UNetConfig
 from clipkit.guidance.schedule import add_noise, later_log_snr, sample_log_snr
-from clipkit.guidance.unet import UNetConfig
-from clipkit.pretrained import TRAINED_WITH, identity, load
-from clipkit.shards import Shards
-from clipkit.stream import Batch, packs_of
-from clipkit.tokenizer import Tokenizer
+from clipkit.models.pretrained import TRAINED_WITH, identity, load
+from clipkit.models.tokenizer import Tokenizer
 from clipkit.train.launch import launch
 from clipkit.train.step import Features, Task
 

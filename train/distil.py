@@ -16,8 +16,8 @@ from torch import Tensor
 from clipkit import distributed
 from clipkit.config import require
 from clipkit.errors import CheckpointError
-from clipkit.model import CLIP
-from clipkit.pretrained import load
+from clipkit.models.clip import CLIP
+from clipkit.models.pretrained import load
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import torch
 
 from clipkit import distributed
 from clipkit.config import Recipe, RunConfig, load_recipe, to_toml
+from clipkit.data.loader import Stream, cache_of, validation_of
+from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError
 from clipkit.inputs import check_writable
-from clipkit.records import remark
-from clipkit.shards import Shards
-from clipkit.stream import Stream, cache_of, validation_of
+from clipkit.log import remark
 from clipkit.train.loop import seed_everything, train
 from clipkit.train.step import EARLY, Task
 

@@ -28,14 +28,14 @@ from torch import Tensor
 
 from clipkit import checkpoint, distributed
 from clipkit._version import __version__
+from clipkit.async_checkpoint import Saver, lock
 from clipkit.config import Recipe
+from clipkit.data.loader import Batch, Stream
 from clipkit.errors import CheckpointError, NonFiniteError, StoppedError, UsageError
-from clipkit.pretrained import TRAINED_WITH
-from clipkit.records import Records, say
-from clipkit.saver import Saver, lock
-from clipkit.stream import Batch, Stream
+from clipkit.log import Records, say
+from clipkit.models.pretrained import TRAINED_WITH
 from clipkit.train import batchnorm, optim, parallel
-from clipkit.train.pages import keep_pages
+from clipkit.train.malloc import keep_pages
 from clipkit.train.step import Task, backward
 
 

@@ -19,16 +19,16 @@ from torch import Tensor, nn
 
 from clipkit import distributed
 from clipkit.config import Recipe
+from clipkit.data.loader import Batch
+from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError
-from clipkit.guidance.classifier import NoisyClassifier
-from clipkit.guidance.noisy_clip import NoisyCLIP, check_start, noised
+from clipkit.guidance.networks.classifier import NoisyClassifier
+from clipkit.guidance.networks.noisy_clip import NoisyCLIP, check_start, noised
 from clipkit.guidance.schedule import sample_log_snr
-from clipkit.pretrained import TRAINED_WITH, identity, load
-from clipkit.shards import Shards
-from clipkit.stream import Batch
+from clipkit.models.pretrained import TRAINED_WITH, identity, load
+from clipkit.train.finetune import resized
 from clipkit.train.launch import launch
 from clipkit.train.step import Features, Task
-from clipkit.train.tune import resized
 
 
 @dataclass(frozen=True)

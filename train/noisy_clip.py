@@ -18,20 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from clipkit.config import Recipe
+from clipkit.data.images import decode, preprocess
+from clipkit.data.loader import Batch, packs_of, validation_of
+from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError
-from clipkit.guidance.condition import words_of
-from clipkit.guidance.curve import accuracy_at, noise_aware
 from clipkit.guidance.loading import load_autoencoder
-from clipkit.guidance.noisy_clip import NoisyCLIP, NoisyCLIPConfig, for_latents, noised
+from clipkit.guidance.metrics.noise_curve import accuracy_at, noise_aware
+from clipkit.guidance.networks.condition import words_of
+from clipkit.guidance.networks.noisy_clip import NoisyCLIP, NoisyCLIPConfig, for_latents, noised
 from clipkit.guidance.schedule import sample_log_snr
-from clipkit.images import decode, preprocess
-from clipkit.losses import LossConfig, info_nce
-from clipkit.pretrained import TRAINED_WITH, identity, load
-from clipkit.shards import Shards
-from clipkit.stream import Batch, packs_of, validation_of
+from clipkit.models.pretrained import TRAINED_WITH, identity, load
+from clipkit.train.finetune import resized
 from clipkit.train.launch import launch
+from clipkit.train.losses import LossConfig, info_nce
 from clipkit.train.step import Features, Task
-from clipkit.train.tune import resized
 from clipkit.zeroshot.heads import class_head
 
 _LEVELS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, float("inf"))

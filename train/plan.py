@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from clipkit.data.loader import Stream
+from clipkit.data.shards import Shards
 from clipkit.distributed import computes_in_bf16
 from clipkit.errors import ClipkitError, UsageError
-from clipkit.losses import GATHERED
-from clipkit.model import CLIP
-from clipkit.shards import Shards
-from clipkit.stream import Stream
+from clipkit.models.clip import CLIP
 from clipkit.train.distil import Teachers
+from clipkit.train.finetune import lock
+from clipkit.train.losses import GATHERED
 from clipkit.train.pretrain import PretrainRecipe
 from clipkit.train.step import EARLY
-from clipkit.train.tune import lock
 
 CLIP_VOCABULARY = 49408
 _MESSAGE = 20e-6

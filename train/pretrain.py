@@ -18,20 +18,20 @@ from torch import Tensor, nn
 
 from clipkit import distributed
 from clipkit.config import Recipe
+from clipkit.data.loader import Batch, packs_of, validation_of
+from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError
-from clipkit.losses import LossConfig, info_nce, sigmoid_loss
-from clipkit.model import CLIP, CLIPConfig
-from clipkit.records import write_atomically
-from clipkit.shards import Shards
-from clipkit.stream import Batch, packs_of, validation_of
-from clipkit.tokenizer import SMALLEST_VOCABULARY, Tokenizer
-from clipkit.towers import residual_blocks
-from clipkit.train import tune
+from clipkit.io import write_atomically
+from clipkit.models.clip import CLIP, CLIPConfig
+from clipkit.models.tokenizer import SMALLEST_VOCABULARY, Tokenizer
+from clipkit.models.towers import residual_blocks
+from clipkit.models.words import split
+from clipkit.train import finetune as tune
 from clipkit.train.distil import DistilConfig, Teachers, squared_distance
+from clipkit.train.finetune import TuneConfig
 from clipkit.train.launch import launch
+from clipkit.train.losses import LossConfig, info_nce, sigmoid_loss
 from clipkit.train.step import Features, Task
-from clipkit.train.tune import TuneConfig
-from clipkit.words import split
 
 _CAPTIONS = 500_000
 """Samples whose captions are enough for a vocabulary."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from clipkit import distributed
-from clipkit.stream import Batch
+from clipkit.data.loader import Batch
 from clipkit.train.batchnorm import undisturbed
 
 Features = tuple[Tensor, ...]

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipkit import distributed
+from clipkit.data.files import counted
+from clipkit.data.images import preprocessing
 from clipkit.errors import DataError, SampleError, UsageError
-from clipkit.files import counted
-from clipkit.images import preprocessing
-from clipkit.model import CLIP, CLIPConfig
-from clipkit.records import progress
+from clipkit.log import progress
+from clipkit.models.clip import CLIP, CLIPConfig
 from clipkit.zeroshot.datasets import ImageSet
 
 _BINS = 15

@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clipkit.classes import Names, are_consecutive, checked_templates, class_name, fit_names, in_order, say_alike
+from clipkit.data.classes import Names, are_consecutive, checked_templates, class_name, fit_names, in_order, say_alike
+from clipkit.data.files import File, Files, members
+from clipkit.data.images import SUFFIXES, decode
+from clipkit.data.orientation import upright
+from clipkit.data.shards import Shards, is_hidden, split_key, tar_files
+from clipkit.data.sources import DEFAULT_TEMPLATES, RawSample, Source, class_layout, draw_captions, encode_png
+from clipkit.data.tables import decoded, read_table
 from clipkit.errors import DataError, SampleError, UsageError, did_you_mean
-from clipkit.files import File, Files, members
-from clipkit.images import SUFFIXES, decode
-from clipkit.orientation import upright
-from clipkit.shards import Shards, is_hidden, split_key, tar_files
-from clipkit.sources import DEFAULT_TEMPLATES, RawSample, Source, class_layout, draw_captions, encode_png
-from clipkit.tables import decoded, read_table
 from clipkit.zeroshot.heads import ensembles
 
 KINDS = ("folder", "tar", "csv", "shards", "wds")

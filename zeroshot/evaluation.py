@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clipkit.data.files import counted
 from clipkit.errors import UsageError
-from clipkit.files import counted
-from clipkit.pretrained import Pretrained, load
+from clipkit.models.pretrained import Pretrained, load
 from clipkit.zeroshot import classify
 from clipkit.zeroshot.classify import Predictions, Scores
 from clipkit.zeroshot.datasets import ImageSet

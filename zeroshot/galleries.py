@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from clipkit.data.files import Files, say_counts
+from clipkit.data.images import decode, preprocessing
+from clipkit.data.shards import Shards, tar_files
 from clipkit.errors import DataError, SampleError
-from clipkit.files import Files, say_counts
-from clipkit.images import decode, preprocessing
-from clipkit.pretrained import Pretrained
-from clipkit.records import progress
-from clipkit.shards import Shards, tar_files
+from clipkit.log import progress
+from clipkit.models.pretrained import Pretrained
 
 
 class Gallery(Protocol):

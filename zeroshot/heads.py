@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipkit import distributed
-from clipkit.classes import checked_templates, fill
+from clipkit.data.classes import checked_templates, fill
 from clipkit.errors import UsageError
-from clipkit.model import CLIP
-from clipkit.records import progress, say, write_atomically
-from clipkit.tokenizer import AnyTokenizer
+from clipkit.io import write_atomically
+from clipkit.log import progress, say
+from clipkit.models.clip import CLIP
+from clipkit.models.tokenizer import AnyTokenizer
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clipkit"
 """Where the command line keeps heads and features."""

@@ -27,8 +27,9 @@ from torch import Tensor
 from clipkit import distributed
 from clipkit.errors import CheckpointError, SampleError, ShardError, UsageError
 from clipkit.inputs import file_of
-from clipkit.pretrained import Pretrained, fingerprint, load
-from clipkit.records import progress, read_object, say, write_atomically
+from clipkit.io import read_object, write_atomically
+from clipkit.log import progress, say
+from clipkit.models.pretrained import Pretrained, fingerprint, load
 from clipkit.zeroshot import galleries
 from clipkit.zeroshot.galleries import Gallery, Pack, open_gallery
 from clipkit.zeroshot.heads import embed_texts

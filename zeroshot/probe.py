@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from clipkit.data.files import counted
+from clipkit.data.images import preprocessing
 from clipkit.errors import DataError, SampleError, UsageError
-from clipkit.files import counted
-from clipkit.images import preprocessing
-from clipkit.model import CLIP
-from clipkit.pretrained import fingerprint
-from clipkit.records import progress
+from clipkit.log import progress
+from clipkit.models.clip import CLIP
+from clipkit.models.pretrained import fingerprint
 from clipkit.zeroshot.datasets import ImageSet
 from clipkit.zeroshot.heads import remembered
 

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from clipkit._version import __version__
-from clipkit.files import counted
-from clipkit.records import write_atomically
+from clipkit.data.files import counted
+from clipkit.io import write_atomically
 from clipkit.zeroshot.classify import confusions
 from clipkit.zeroshot.evaluation import Result, figures
 

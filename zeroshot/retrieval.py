@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from clipkit.data.files import counted
+from clipkit.data.images import decode, preprocessing
+from clipkit.data.shards import Shards
 from clipkit.errors import DataError, SampleError, UsageError
-from clipkit.files import counted
-from clipkit.images import decode, preprocessing
-from clipkit.model import CLIP
-from clipkit.records import progress
-from clipkit.shards import Shards
-from clipkit.tokenizer import AnyTokenizer
+from clipkit.log import progress
+from clipkit.models.clip import CLIP
+from clipkit.models.tokenizer import AnyTokenizer
 from clipkit.zeroshot.heads import embed_texts
 
 _CHUNK = 1024

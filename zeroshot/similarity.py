@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clipkit.data.images import decode
 from clipkit.errors import DataError, UsageError
-from clipkit.images import decode
-from clipkit.pretrained import Pretrained
-from clipkit.words import unknown
+from clipkit.models.pretrained import Pretrained
+from clipkit.models.words import unknown
 from clipkit.zeroshot.heads import class_head, embed_texts
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from clipkit.guidance.draw import Start, Studio
-    from clipkit.shards import Sample, Shards
+    from clipkit.data.shards import Sample, Shards
+    from clipkit.guidance.pipeline import Start, Studio
 
 _SAMPLERS = ["dpmpp-2m", "dpmpp-2m-sde", "dpmpp-2s", "heun", "unipc", "ddim", "ddpm"]
 _SPACINGS = ["karras", "linspace", "leading", "trailing"]
@@ -96,8 +96,8 @@ def guided_sample(
       clipkit guided-sample "a rocket" --model runs/drawings --init sketch.png --strength 0.7
       clipkit guided-sample "a cat" "something red:0.5" --negative "a dog"
     """
-    from clipkit.guidance.draw import Steering, Studio
-    from clipkit.guidance.sheet import check_places, is_folder, save_gif, save_grid, save_pictures
+    from clipkit.guidance.image_grid import check_places, is_folder, save_gif, save_grid, save_pictures
+    from clipkit.guidance.pipeline import Steering, Studio
 
     wanted = _weighted(prompts, negative)
     check_places(out, gif, n)
@@ -141,8 +141,8 @@ def guided_sample(
 
 def _pictures(files: dict[str, Path], size: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Files as the denoiser sees them; and what is kept of each beside a drawing: its name and sha256."""
-    from clipkit.guidance.draw import picture
-    from clipkit.images import decode
+    from clipkit.data.images import decode
+    from clipkit.guidance.pipeline import picture
 
     seen, about = {}, {}
     for name, path in files.items():
@@ -159,7 +159,7 @@ def _pictures(files: dict[str, Path], size: int) -> tuple[dict[str, Tensor], dic
 
 def _start(seen: dict[str, Tensor], strength: float | None) -> Start | None:
     """The picture to begin with, and where it is redrawn."""
-    from clipkit.guidance.steering import DEFAULT_STRENGTH, Start
+    from clipkit.guidance.config import DEFAULT_STRENGTH, Start
 
     if "init" not in seen:
         return None
@@ -247,16 +247,16 @@ def noise_curve(model: str, shards: str, n: int, out: Path | None, device: str, 
 
     \b
     Example:
-      clipkit noise-curve --model runs/drawings --shards packs/drawings-heldout --out curve.png
+      clipkit noise-curve --model runs/drawings --shards packs/drawings-heldout --out curves.png
     """
     import torch
 
     from clipkit.commands.pictures import save_figure
-    from clipkit.guidance import curve
-    from clipkit.guidance.parts import load_guide_and_clip
-    from clipkit.images import preprocessing
-    from clipkit.records import progress
-    from clipkit.shards import Shards
+    from clipkit.data.images import preprocessing
+    from clipkit.data.shards import Shards
+    from clipkit.guidance.components import load_guide_and_clip
+    from clipkit.guidance.metrics import noise_curve as curves
+    from clipkit.log import progress
     from clipkit.zeroshot.heads import class_head, embed_texts
     from clipkit.zeroshot.similarity import check_figure
 
@@ -273,8 +273,8 @@ def noise_curve(model: str, shards: str, n: int, out: Path | None, device: str, 
         raise UsageError(f"{shards} has one class or caption, which is always right; give a pack with several")
     wanted, found = torch.tensor(labels, device=where), {}
     for name, towers, tokenizer, encode in (
-        ("noise-aware", guide.model.clip, guide.tokenizer, curve.noise_aware(guide.model)),
-        ("clean", clip.model, clip.tokenizer, curve.clean(clip.model)),
+        ("noise-aware", guide.model.clip, guide.tokenizer, curves.noise_aware(guide.model)),
+        ("clean", clip.model, clip.tokenizer, curves.clean(clip.model)),
     ):
         if pack.classes:
             head = class_head(towers, tokenizer, pack.classes, pack.templates)
@@ -282,11 +282,11 @@ def noise_curve(model: str, shards: str, n: int, out: Path | None, device: str, 
             head = embed_texts(towers, tokenizer, texts)
         seen = preprocessing(towers.config)
         x0 = torch.stack([seen(picture) for picture in pictures]).to(where).float() / 127.5 - 1
-        levels = progress(curve.LEVELS, len(curve.LEVELS), name)
-        found[name] = [curve.accuracy_at(encode, head, x0, wanted, level) for level in levels]
+        levels = progress(curves.LEVELS, len(curves.LEVELS), name)
+        found[name] = [curves.accuracy_at(encode, head, x0, wanted, level) for level in levels]
     if out is not None:
-        save_figure(curve.figure(curve.LEVELS, found, 1 / targets), out)
-    names = ["clean" if math.isinf(level) else f"{level:g}" for level in curve.LEVELS]
+        save_figure(curves.figure(curves.LEVELS, found, 1 / targets), out)
+    names = ["clean" if math.isinf(level) else f"{level:g}" for level in curves.LEVELS]
     if as_json:
         about = {"n": len(samples), "targets": targets, "skipped": skipped, "log_snr": names}
         print_json({**about, **found})
@@ -305,7 +305,7 @@ def _evenly(pack: Shards, n: int) -> tuple[list[Sample], list[Image], dict[str, 
     """
     import numpy as np
 
-    from clipkit.images import decode
+    from clipkit.data.images import decode
 
     samples, pictures, skipped = [], [], Counter[str]()
     for i in np.linspace(0, len(pack) - 1, min(n, len(pack))).astype(int):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from clipkit import DEFAULT_MODEL
-from clipkit.commands.given import MODEL_HELP, read_class_list, read_class_names, read_templates, refuse_options
+from clipkit.commands.arguments import MODEL_HELP, read_class_list, read_class_names, read_templates, refuse_options
 from clipkit.errors import UsageError
 from clipkit.inputs import print_json
 
@@ -124,8 +124,8 @@ def retrieval(model: str, shards: str, device: str, as_json: bool) -> None:
     Example:
       clipkit retrieval --model runs/clip --shards packs/emoji-val
     """
-    from clipkit.pretrained import load
-    from clipkit.shards import Shards
+    from clipkit.data.shards import Shards
+    from clipkit.models.pretrained import load
     from clipkit.zeroshot import retrieval as room
 
     clip = load(model, device)
@@ -161,8 +161,8 @@ def probe(model: str, train: str, test: str, shots: int, seed: int, workers: int
     import dataclasses
     from itertools import zip_longest
 
-    from clipkit.files import counted
-    from clipkit.pretrained import load
+    from clipkit.data.files import counted
+    from clipkit.models.pretrained import load
     from clipkit.zeroshot import probe as room
     from clipkit.zeroshot.datasets import open_set
     from clipkit.zeroshot.heads import CACHE

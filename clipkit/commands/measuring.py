@@ -11,12 +11,12 @@ import click
 from click.core import ParameterSource
 
 from clipkit import DEFAULT_MODEL
-from clipkit.commands.given import MODEL_HELP
+from clipkit.commands.arguments import MODEL_HELP
 from clipkit.errors import DataError, SampleError, UsageError
 from clipkit.inputs import print_json
 
 if TYPE_CHECKING:
-    from clipkit.guidance.extractors import Extractor
+    from clipkit.guidance.metrics.extractors import Extractor
 
 
 @click.command()
@@ -54,8 +54,8 @@ def metrics(
       clipkit metrics photos/test drawn --train photos/train
       clipkit metrics originals decoded --pairs
     """
-    from clipkit.guidance.extractors import clip_extractor, inception_extractor
-    from clipkit.pretrained import load
+    from clipkit.guidance.metrics.extractors import clip_extractor, inception_extractor
+    from clipkit.models.pretrained import load
 
     if prompt is not None and (inception is not None or pairs):
         raise UsageError("--prompt is for a CLIP's score of a collection; omit --inception and --pairs")
@@ -84,9 +84,9 @@ def metrics(
 def _collections(
     extractor: Extractor, reference: str, samples: str, train: str | None, prompt: str | None
 ) -> dict[str, float]:
-    from clipkit.guidance import metrics as room
-    from clipkit.guidance.extractors import extract
-    from clipkit.sources import pictures
+    from clipkit.data.sources import pictures
+    from clipkit.guidance.metrics import distributions as room
+    from clipkit.guidance.metrics.extractors import extract
 
     sources = [source for source in (reference, samples, train) if source is not None]
     sides = [extract(extractor, pictures(source), source=source) for source in sources]
@@ -113,9 +113,9 @@ def _collections(
 def _pairs(extractor: Extractor, reference: str, samples: str) -> dict[str, float]:
     import torch
 
-    from clipkit.guidance import likeness
-    from clipkit.guidance.extractors import Skipped
-    from clipkit.images import decode, to_pixels
+    from clipkit.data.images import decode, to_pixels
+    from clipkit.guidance.metrics import pairwise
+    from clipkit.guidance.metrics.extractors import Skipped
 
     known, drawn = _by_name(reference), _by_name(samples)
     common = [name for name in known if name in drawn]
@@ -134,17 +134,17 @@ def _pairs(extractor: Extractor, reference: str, samples: str) -> dict[str, floa
                 f"{name} is {one.width} x {one.height} and {other.width} x {other.height}; make them equal"
             )
         x, y = (to_pixels(image)[None].float() for image in (one, other))
-        row = {"psnr": likeness.psnr(x, y, 255), "ssim": likeness.ssim(x, y, 255)}
+        row = {"psnr": pairwise.psnr(x, y, 255), "ssim": pairwise.ssim(x, y, 255)}
         if extractor.layers is not None:
             a, b = (extractor.layers(extractor.preprocess(image)[None]) for image in (one, other))
-            row |= {"lpips_unlearned": likeness.lpips(a, b), "perceptual": likeness.perceptual_distance(a, b)}
-            row["style"] = likeness.style_distance(a, b)
+            row |= {"lpips_unlearned": pairwise.lpips(a, b), "perceptual": pairwise.perceptual_distance(a, b)}
+            row["style"] = pairwise.style_distance(a, b)
         rows.append(row)
     if not rows:
         raise DataError(f"none of the {len(common)} pairs can be read: {skipped}")
     skipped.say(len(common))
     columns = {key: torch.cat([row[key] for row in rows]).double() for key in rows[0]}
-    decibels, identical = likeness.mean_psnr(columns.pop("psnr"))
+    decibels, identical = pairwise.mean_psnr(columns.pop("psnr"))
     found: dict[str, float] = {"pairs": len(rows), "identical": identical, "unreadable": skipped.reasons.total()}
     found |= {"only_in_reference": alone[0], "only_in_samples": alone[1], "psnr": decibels}
     return {**found, **{key: float(column.mean()) for key, column in columns.items()}}
@@ -152,7 +152,7 @@ def _pairs(extractor: Extractor, reference: str, samples: str) -> dict[str, floa
 
 def _by_name(source: str) -> dict[str, bytes]:
     """The pictures of a collection. Raises DataError if there are none, or two of one name."""
-    from clipkit.sources import pictures
+    from clipkit.data.sources import pictures
 
     found: dict[str, bytes] = {}
     for name, data in pictures(source):

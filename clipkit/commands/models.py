@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from clipkit import DEFAULT_MODEL
-from clipkit.commands.given import MODEL_HELP
+from clipkit.commands.arguments import MODEL_HELP
 from clipkit.errors import UsageError
 from clipkit.inputs import print_json
 
@@ -28,7 +28,7 @@ def models(pattern: str, as_json: bool) -> None:
     Example:
       clipkit models ViT-B-32
     """
-    from clipkit import hub
+    from clipkit.convert import hub
 
     found = {name: published.repository for name, published in hub.known().items() if pattern.lower() in name.lower()}
     if not found:
@@ -62,9 +62,9 @@ def export(model: str, out: Path, form: str, push: str | None) -> None:
     Example:
       clipkit export --model runs/clip exported/clip --format onnx
     """
-    from clipkit import export as room
-    from clipkit import hub
-    from clipkit.pretrained import load
+    from clipkit.convert import export as room
+    from clipkit.convert import hub
+    from clipkit.models.pretrained import load
 
     room.check_place(out, form)
     clip = load(model, "cpu")
@@ -88,7 +88,7 @@ def average(runs: tuple[str, ...], out: Path, shares: str) -> None:
     Example:
       clipkit average runs/clip runs/tuned runs/between --shares 0.3,0.7
     """
-    from clipkit.train.average import average as write
+    from clipkit.train.averaging import average as write
 
     try:
         wanted = [float(word) for word in shares.split(",")] if shares else []
@@ -111,7 +111,7 @@ def release(runs: Path, out: Path) -> None:
     Example:
       clipkit release runs/drawings drawings-1.0
     """
-    from clipkit.release import release as write
+    from clipkit.convert.release import release as write
 
     for folder in write(runs, out):
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

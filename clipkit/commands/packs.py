@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from clipkit.commands.given import read_class_names, read_templates, refuse_options
+from clipkit.commands.arguments import read_class_names, read_templates, refuse_options
 from clipkit.errors import UsageError, did_you_mean
 from clipkit.inputs import check_file, print_json
 
@@ -79,12 +79,12 @@ def pack(
       clipkit pack scenes packs/scenes --count 20000 --size 48
       clipkit pack fashion-mnist packs/fashion-mnist --download
     """
-    from clipkit import sources
-    from clipkit.files import counted
+    from clipkit.data import sources
+    from clipkit.data.files import counted
+    from clipkit.data.pack import Encoding, holdout_of
+    from clipkit.data.pack import pack as write
+    from clipkit.data.pictograms import pictograms_source
     from clipkit.inputs import check_writable
-    from clipkit.pack import Encoding, holdout_of
-    from clipkit.pack import pack as write
-    from clipkit.pictograms import pictograms_source
     from clipkit.zeroshot.datasets import as_source, known, open_set
     from clipkit.zeroshot.heads import ensembles
 
@@ -158,7 +158,7 @@ def verify(shards: str, samples: int, as_json: bool) -> None:
     """
     import dataclasses
 
-    from clipkit import inspection
+    from clipkit.data import inspection
 
     report = inspection.verify(shards, samples)
     if as_json:
@@ -192,8 +192,8 @@ def inspect(shards: str, count: int, seed: int, out: Path) -> None:
     Example:
       clipkit inspect packs/photos -n 16 --out sheet.png
     """
-    from clipkit.inspection import sheet
-    from clipkit.shards import Shards
+    from clipkit.data.inspection import sheet
+    from clipkit.data.shards import Shards
 
     check_file(out, [".png"])
     pack = Shards(shards, verify=False)

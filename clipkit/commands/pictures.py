@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clipkit import DEFAULT_MODEL
-from clipkit.commands.given import MODEL_HELP, read_templates
+from clipkit.commands.arguments import MODEL_HELP, read_templates
 from clipkit.errors import ClipkitError, DataError, UsageError
 from clipkit.inputs import check_file, check_writable, items_of, print_json
 
 if TYPE_CHECKING:
-    from clipkit.pretrained import Pretrained
+    from clipkit.models.pretrained import Pretrained
     from clipkit.zeroshot.galleries import Embedded, Gallery, Pictures
     from clipkit.zeroshot.index import Hit, Index
 
@@ -49,7 +49,7 @@ def similarity(
     Example:
       clipkit similarity cat.jpg car.jpg --text "a cat" --text "a red car" --model runs/clip --out matrix.png
     """
-    from clipkit.pretrained import load
+    from clipkit.models.pretrained import load
     from clipkit.zeroshot import similarity as room
     from clipkit.zeroshot.galleries import Pictures
 
@@ -92,7 +92,7 @@ def classify(
       clipkit classify photo.jpg --labels "cat,dog,rocket" --model ViT-B-32/openai --out photo-labels.png
       clipkit classify photos/ --labels labels.txt
     """
-    from clipkit.pretrained import load
+    from clipkit.models.pretrained import load
     from clipkit.zeroshot import similarity as room
     from clipkit.zeroshot.galleries import Pictures
     from clipkit.zeroshot.heads import class_head, ensembles
@@ -166,7 +166,7 @@ def _check_figure(out: Path, pictures: Pictures, texts: Sequence[str] = ()) -> N
 
 def _shown(pictures: Pictures, found: Embedded) -> list[Any]:
     """The pictures once more, small, for a figure."""
-    from clipkit.images import decode
+    from clipkit.data.images import decode
 
     images = []
     for row in found.rows:
@@ -235,7 +235,7 @@ def embed(shards: str, out: Path, model: str, batch_size: int, workers: int, dev
 
 def _embed(source: str, out: Path, model: str, texts: bool, batch_size: int, workers: int, device: str) -> None:
     from clipkit import distributed
-    from clipkit.pretrained import load
+    from clipkit.models.pretrained import load
     from clipkit.zeroshot import index as room
     from clipkit.zeroshot.galleries import open_gallery
 
@@ -272,7 +272,7 @@ def search(folder: str, query: str, model: str | None, k: int, out: Path | None,
     """
     import dataclasses
 
-    from clipkit.images import SUFFIXES
+    from clipkit.data.images import SUFFIXES
     from clipkit.zeroshot import index as room
     from clipkit.zeroshot.similarity import unknown_words
 
@@ -323,7 +323,7 @@ def _gallery_of(index: Index, needed: bool) -> Gallery | None:
 
 def _save_sheet(shown: Sequence[tuple[bytes | str, str]], hits: Sequence[Hit], out: Path) -> None:
     """Write a contact sheet in the format of the file's suffix, and name on stderr the pictures that it lacks."""
-    from clipkit.inspection import contact_sheet
+    from clipkit.data.inspection import contact_sheet
 
     lacking = [f"{hit.key} ({image})" for hit, (image, _) in zip(hits, shown, strict=True) if isinstance(image, str)]
     if lacking:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from clipkit import DEFAULT_MODEL
-from clipkit.commands.given import MODEL_HELP
+from clipkit.commands.arguments import MODEL_HELP
 from clipkit.errors import UsageError
 
 

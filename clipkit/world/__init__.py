@@ -5,7 +5,7 @@
     caption = captions(scene)[0]                  # its text, and the facts that it states
     check(picture, caption.facts, scene.style)    # fact -> whether the picture shows it
 
-The first edition, one object a picture, is `clipkit.drawings`; its bytes stay as they are.
+The first edition, one object a picture, is `clipkit.data.drawings`; its bytes stay as they are.
 """
 
 from clipkit.world.captions import Caption, captions

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from clipkit.drawings import ALIASES
+from clipkit.data.drawings import ALIASES
 from clipkit.world.scene import RELATIONS, Fact, Object, Scene, related
 
 _NUMBERS = {1: "one", 2: "two", 3: "three"}

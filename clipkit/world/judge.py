@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from clipkit.drawings import BACKGROUNDS, COLOURS
+from clipkit.data.drawings import BACKGROUNDS, COLOURS
 from clipkit.errors import UsageError
 from clipkit.world.render import PIXELS, SUPERSAMPLE, paint
 from clipkit.world.scene import SHAPES, STYLES, Fact, Object, related

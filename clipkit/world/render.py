@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from clipkit.drawings import BACKGROUNDS, COLOURS, OBJECTS, Pen
+from clipkit.data.drawings import BACKGROUNDS, COLOURS, OBJECTS, Pen
 from clipkit.errors import UsageError
 from clipkit.world.scene import Object, Scene
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from clipkit.drawings import BACKGROUNDS, OBJECTS, PAIRS, held_out
+from clipkit.data.drawings import BACKGROUNDS, OBJECTS, PAIRS, held_out
 from clipkit.errors import UsageError, did_you_mean
 
 SHAPES = tuple(OBJECTS)

@@ -27,14 +27,15 @@ import torch
 import uvicorn
 from hypothesis import example, given
 from hypothesis import strategies as st
-from killing import HANG, until
 from PIL import Image
+from process_faults import HANG, until
 from starlette.datastructures import Headers
 from starlette.testclient import TestClient
 
-from clipkit import DEFAULT_MODEL, app, drawings, load
+from clipkit import DEFAULT_MODEL, app, load
+from clipkit.data import drawings
 from clipkit.errors import CheckpointError, DataError, UsageError
-from clipkit.guidance.sheet import grid
+from clipkit.guidance.image_grid import grid
 from clipkit.zeroshot.similarity import classify, similarities
 
 TEXTS = ("a red rocket", "a blue fish", "a green tree")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from clipkit import checkpoint
 from clipkit.errors import CheckpointError
-from clipkit.records import sha256
+from clipkit.io import sha256
 
 
 def write(run, step, keep=3):

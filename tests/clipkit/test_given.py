@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from clipkit.commands.given import read_class_list, read_class_names, read_lines, read_templates
+from clipkit.commands.arguments import read_class_list, read_class_names, read_lines, read_templates
 from clipkit.errors import UsageError
 
 

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 import clipkit
-from clipkit import drawings
 from clipkit.cli import cli
-from clipkit.guidance.draw import Studio
-from clipkit.guidance.sheet import grid
-from clipkit.pretrained import find
-from clipkit.sources import encode_png
+from clipkit.data import drawings
+from clipkit.data.sources import encode_png
+from clipkit.guidance.image_grid import grid
+from clipkit.guidance.pipeline import Studio
+from clipkit.models.pretrained import find
 from clipkit.zeroshot.similarity import classify
 
 KINDS = ("clip", "denoiser", "noisy_clip")

@@ -1,5 +1,5 @@
 import pytest
-from killing import end_all
+from process_faults import end_all
 
 
 @pytest.fixture(autouse=True)

@@ -18,10 +18,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from clipkit.config import DataConfig
+from clipkit.data.images import decode, preprocess, random_view
+from clipkit.data.shards import clean_caption, scan
 from clipkit.errors import SampleError, ShardError
-from clipkit.images import decode, preprocess, random_view
-from clipkit.shards import clean_caption, scan
-from clipkit.tokenizer import Tokenizer
+from clipkit.models.tokenizer import Tokenizer
 
 
 def test_no_cut_of_a_shard_is_silent(packs, tmp_path, times):

@@ -10,9 +10,9 @@ import torch
 
 from clipkit import checkpoint, load
 from clipkit.config import DataConfig
+from clipkit.data.loader import Stream
+from clipkit.data.shards import Shards
 from clipkit.errors import CheckpointError, DataError
-from clipkit.shards import Shards
-from clipkit.stream import Stream
 
 
 class Attack:
@@ -55,7 +55,7 @@ def test_a_pickle_under_the_name_of_a_checkpoints_file(tmp_path, flag, name):
     if name.endswith("safetensors"):  # and with a manifest that vouches for it
         import json
 
-        from clipkit.records import sha256
+        from clipkit.io import sha256
 
         manifest = json.loads((path / "manifest.json").read_text())
         manifest[name] = {"bytes": len(data), "sha256": sha256(path / name)}

@@ -68,7 +68,7 @@ def test_a_limit_on_files_is_a_full_disk(tmp_path):
 
 def test_a_run_on_a_full_disk_says_so(packs, tmp_path):
     """In the background the save fails; the run stops with its message, and the checkpoint before is whole."""
-    from killing import ended, tiny, training
+    from process_faults import ended, tiny, training
 
     disk = tmp_path / "disk"
     with _small_disk(disk):

@@ -12,7 +12,7 @@ from pathlib import Path
 import held
 import pytest
 import torch
-from killing import (
+from process_faults import (
     ended,
     is_pending,
     killed_before_call,
@@ -28,7 +28,7 @@ from killing import (
 )
 
 from clipkit import checkpoint
-from clipkit.saver import lock
+from clipkit.async_checkpoint import lock
 
 STEPS = 40
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import held
 import pytest
 import torch
-from killing import children, ended, is_pending, launched, same, state, tiny, until
+from process_faults import children, ended, is_pending, launched, same, state, tiny, until
 from ranks import on_ranks
 
 from clipkit import checkpoint, distributed

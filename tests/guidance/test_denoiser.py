@@ -8,8 +8,6 @@ from hypothesis import strategies as st
 
 from clipkit.config import DataConfig, OptimConfig, RunConfig
 from clipkit.errors import RecipeError
-from clipkit.guidance.autoencoder import LatentConfig
-from clipkit.guidance.condition import ConditionConfig
 from clipkit.guidance.denoiser import (
     Denoiser,
     DiffusionConfig,
@@ -21,9 +19,11 @@ from clipkit.guidance.denoiser import (
     target,
     variational_loss,
 )
-from clipkit.guidance.dit import DiT, DiTConfig
+from clipkit.guidance.networks.autoencoder import LatentConfig
+from clipkit.guidance.networks.condition import ConditionConfig
+from clipkit.guidance.networks.dit import DiT, DiTConfig
+from clipkit.guidance.networks.unet import UNet, UNetConfig
 from clipkit.guidance.schedule import add_noise, later_log_snr, log_snr
-from clipkit.guidance.unet import UNet, UNetConfig
 
 SMALL = UNetConfig(image_size=16, channels=16, multipliers=(1, 2), blocks=1)
 SMALL_DIT = DiTConfig(image_size=16, width=32, depth=3, heads=2)
@@ -321,7 +321,7 @@ def test_the_bound_from_pure_noise():
 @pytest.mark.parametrize("schedule", EVERY_SCHEDULE)
 def test_a_step_of_the_hybrid_loss_has_finite_gradients_at_both_ends(schedule, prediction, monkeypatch):
     import clipkit.train.denoiser as module
-    from clipkit.stream import Batch
+    from clipkit.data.loader import Batch
 
     class Pack:
         classes = ()

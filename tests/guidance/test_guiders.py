@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from worlds import Mixture, sliced_w2
+from toy_distributions import Mixture, sliced_w2
 
 from clipkit.errors import UsageError
 from clipkit.guidance import samplers

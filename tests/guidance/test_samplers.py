@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from worlds import gaussian
+from toy_distributions import gaussian
 
 from clipkit.guidance import samplers
 from clipkit.guidance.denoiser import Prediction

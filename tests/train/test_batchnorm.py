@@ -12,12 +12,12 @@ from ranks import on_ranks
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from worlds import TINY
+from toy_distributions import TINY
 
 from clipkit import distributed
 from clipkit.config import RunConfig, load_recipe
-from clipkit.shards import Shards
-from clipkit.stream import Stream
+from clipkit.data.loader import Stream
+from clipkit.data.shards import Shards
 from clipkit.train import batchnorm, noisy_classifier, noisy_clip, parallel, pretrain
 from clipkit.train.noisy_classifier import Classification, ClassifierRecipe
 from clipkit.train.noisy_clip import NoisyCLIPRecipe, NoisyPretraining

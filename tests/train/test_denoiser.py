@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from worlds import TINY
+from toy_distributions import TINY
 
 from clipkit.config import load_recipe
 from clipkit.errors import RecipeError
-from clipkit.guidance.draw import Studio
 from clipkit.guidance.loading import load_denoiser
+from clipkit.guidance.pipeline import Studio
 from clipkit.train import denoiser
 
 

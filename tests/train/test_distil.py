@@ -4,17 +4,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from foreign import CONFIGS, TEXT, theirs, written
+from external_models import CONFIGS, TEXT, theirs, written
 from PIL import Image
 from ranks import on_ranks
-from worlds import TINY
+from toy_distributions import TINY
 
 import clipkit
-from clipkit import distributed, pretrained
+from clipkit import distributed
 from clipkit.config import load_recipe
+from clipkit.data.loader import Stream
+from clipkit.data.shards import Shards
 from clipkit.errors import CheckpointError, RecipeError
-from clipkit.shards import Shards
-from clipkit.stream import Stream
+from clipkit.models import pretrained
 from clipkit.train import pretrain
 from clipkit.train.distil import squared_distance
 from clipkit.train.plan import DEVICES, plan

@@ -12,12 +12,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from worlds import TINY
+from toy_distributions import TINY
 
-from clipkit import checkpoint, distributed, records
+from clipkit import checkpoint, distributed, log
 from clipkit.config import OptimConfig, load_recipe
+from clipkit.data.shards import Shards
 from clipkit.errors import CheckpointError, NonFiniteError, RecipeError, ShardError, StoppedError, UsageError
-from clipkit.shards import Shards
 from clipkit.train import batchnorm, denoiser, launch, loop, optim, pretrain
 from clipkit.train.pretrain import PretrainRecipe
 
@@ -39,7 +39,7 @@ def same(a, b):
 
 
 def losses(run):
-    return [line["loss"] for line in records.read(run / "log.jsonl") if "loss" in line]
+    return [line["loss"] for line in log.read(run / "log.jsonl") if "loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def test_the_refusal_points_to_fine_tuning(packs, uninterrupted, chain):
 
 
 def rates(run):
-    return {line["step"]: line["lr"] for line in records.read(run / "log.jsonl") if "lr" in line}
+    return {line["step"]: line["lr"] for line in log.read(run / "log.jsonl") if "lr" in line}
 
 
 def test_a_run_becomes_longer_finished_or_not(packs, tmp_path, capsys):
@@ -295,7 +295,7 @@ def test_no_clipping_is_a_norm_of_0(packs, tmp_path, value):
     pretrain.run("drawings_clip", words(packs, tmp_path, 2, f"run.grad_clip={value}"))
     plain = tmp_path / "plain"
     pretrain.run("drawings_clip", words(packs, plain, 2, "run.grad_clip=1e30"))
-    norms = [next(line["grad_norm"] for line in records.read(run / "log.jsonl")) for run in (tmp_path, plain)]
+    norms = [next(line["grad_norm"] for line in log.read(run / "log.jsonl")) for run in (tmp_path, plain)]
     assert norms[0] == norms[1] > 1e-3
     assert same(final(tmp_path), final(plain)) == (value != "1e-3")
 
@@ -486,7 +486,7 @@ def test_stable_and_constant_schedules():
 
 
 def test_decay_spares_biases_norms_embeddings_and_the_scale():
-    from clipkit.model import CLIP, CLIPConfig
+    from clipkit.models.clip import CLIP, CLIPConfig
 
     model = CLIP(CLIPConfig("convnext_atto", 32, {"patch_size": 2, "depths": [1] * 4, "dims": [8] * 4}), 50, 2)
     decayed, spared = (
@@ -500,7 +500,7 @@ def test_decay_spares_biases_norms_embeddings_and_the_scale():
 
 
 def test_muon_takes_the_hidden_matrices_only():
-    from clipkit.model import CLIP, CLIPConfig
+    from clipkit.models.clip import CLIP, CLIPConfig
 
     model = CLIP(CLIPConfig("clipkit_resnet", 32, {"channels": [8], "depths": [1]}, text_layers=1), 50, 2)
     names = {id(p): n for n, p in model.named_parameters()}
@@ -614,7 +614,7 @@ def test_the_end_of_an_epoch_is_summed_up_also_after_a_stop(packs, tmp_path, mon
         with pytest.raises(KeyboardInterrupt):
             pretrain.run("drawings_clip", recipe)
     pretrain.run("drawings_clip", recipe)
-    epochs = [line for line in records.read(tmp_path / "log.jsonl") if "epoch" in line]
+    epochs = [line for line in log.read(tmp_path / "log.jsonl") if "epoch" in line]
     assert epochs == [{"step": 15 * e, "epoch": e, "seen": 240, "skipped": {}} for e in (1, 2)]
 
 
@@ -626,7 +626,7 @@ def test_what_was_never_indexed_is_said_and_logged_with_every_epoch(packs, tmp_p
         archive.addfile(link)
     pretrain.run("drawings_clip", [*words(packs, tmp_path / "run", 8), f"data.shards={folder}"])
     assert "not taken into the index: 1 link or device" in capsys.readouterr().err
-    epochs = [line for line in records.read(tmp_path / "run" / "log.jsonl") if "epoch" in line]
+    epochs = [line for line in log.read(tmp_path / "run" / "log.jsonl") if "epoch" in line]
     assert epochs
     assert all((line["skipped"], line["not_indexed"]) == ({}, {"link or device": 1}) for line in epochs)
 

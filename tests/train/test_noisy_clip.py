@@ -4,16 +4,16 @@ import shutil
 
 import pytest
 import torch
-from worlds import TINY
+from toy_distributions import TINY
 
 from clipkit.config import load_recipe
+from clipkit.data.shards import Shards
 from clipkit.errors import CheckpointError, RecipeError
-from clipkit.guidance.draw import Studio
-from clipkit.model import CLIP, CLIPConfig
-from clipkit.shards import Shards
+from clipkit.guidance.pipeline import Studio
+from clipkit.models.clip import CLIP, CLIPConfig
 from clipkit.train import noisy_classifier, noisy_clip, pretrain
+from clipkit.train.finetune import resized
 from clipkit.train.noisy_clip import caption_bank
-from clipkit.train.tune import resized
 
 
 def captions(shards):

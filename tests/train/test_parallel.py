@@ -9,7 +9,7 @@ import pytest
 import torch
 from ranks import on_ranks
 
-from clipkit import checkpoint, distributed, load, records
+from clipkit import checkpoint, distributed, load, log
 from clipkit.train import parallel, pretrain
 
 FSDP = "run.parallel=fsdp"
@@ -29,7 +29,7 @@ def torchrun(*arguments):
 
 
 def losses(run):
-    return [line["loss"] for line in records.read(run / "log.jsonl") if "loss" in line]
+    return [line["loss"] for line in log.read(run / "log.jsonl") if "loss" in line]
 
 
 def test_a_run_in_pieces_is_a_run(packs, tmp_path):

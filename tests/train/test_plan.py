@@ -4,10 +4,10 @@ import json
 import pytest
 
 from clipkit.config import load_recipe
+from clipkit.data.loader import _Samples
 from clipkit.errors import UsageError
-from clipkit.losses import GATHERED
-from clipkit.stream import _Samples
 from clipkit.train import plan as planning
+from clipkit.train.losses import GATHERED
 from clipkit.train.plan import DEVICES, plan
 from clipkit.train.pretrain import PretrainRecipe
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from foreign import write_fashion_mnist
+from external_models import write_fashion_mnist
 from PIL import Image
-from worlds import TINY
+from toy_distributions import TINY
 
 from clipkit.cli import cli
 

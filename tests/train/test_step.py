@@ -9,9 +9,9 @@ from ranks import on_ranks
 
 from clipkit import distributed
 from clipkit.config import load_recipe
-from clipkit.losses import LossConfig, info_nce
-from clipkit.shards import Shards
-from clipkit.stream import Stream
+from clipkit.data.loader import Stream
+from clipkit.data.shards import Shards
+from clipkit.train.losses import LossConfig, info_nce
 from clipkit.train.noisy_clip import NoisyPretraining
 from clipkit.train.parallel import share
 from clipkit.train.pretrain import Pretraining, PretrainRecipe

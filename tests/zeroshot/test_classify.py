@@ -9,7 +9,7 @@ from PIL import Image
 from ranks import on_ranks
 
 from clipkit.errors import DataError, SampleError, UsageError
-from clipkit.model import CLIPConfig
+from clipkit.models.clip import CLIPConfig
 from clipkit.zeroshot import classify
 from clipkit.zeroshot.datasets import ImageSet
 

@@ -13,14 +13,14 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from foreign import write_fashion_mnist
+from external_models import write_fashion_mnist
 from PIL import Image
 
+from clipkit.data.images import decode
+from clipkit.data.pack import pack
+from clipkit.data.shards import Shards
+from clipkit.data.sources import class_source
 from clipkit.errors import DataError, SampleError, UsageError
-from clipkit.images import decode
-from clipkit.pack import pack
-from clipkit.shards import Shards
-from clipkit.sources import class_source
 from clipkit.zeroshot.datasets import ImageSet, as_source, known, open_set
 
 

@@ -97,7 +97,7 @@ def test_a_full_disk_leaves_nothing_in_the_cache(clip, tmp_path, capsys, monkeyp
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("clipkit.records.os.replace", full)
+    monkeypatch.setattr("clipkit.io.os.replace", full)
     heads.class_head(clip.model, clip.tokenizer, ["boat"], ["a {}."], cache=tmp_path)
     assert "No space left on device" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

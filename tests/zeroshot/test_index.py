@@ -10,10 +10,10 @@ from ranks import on_ranks
 
 import clipkit
 from clipkit.cli import cli
+from clipkit.data.inspection import contact_sheet
+from clipkit.data.pack import pack
+from clipkit.data.sources import drawings_source
 from clipkit.errors import CheckpointError, DataError, UsageError
-from clipkit.inspection import contact_sheet
-from clipkit.pack import pack
-from clipkit.sources import drawings_source
 from clipkit.zeroshot import galleries, index
 from clipkit.zeroshot.heads import embed_texts
 
@@ -361,7 +361,7 @@ def test_a_query_is_text_or_a_picture_that_is_there(command, clip, chain, photog
 
 
 def test_places_are_checked_before_the_work(command, photographs, packs, tmp_path, monkeypatch):
-    monkeypatch.setattr("clipkit.pretrained.load", pytest.fail)
+    monkeypatch.setattr("clipkit.models.pretrained.load", pytest.fail)
     (tmp_path / "file").write_text("x")
     for name, source in (("index", photographs), ("embed", packs / "heldout")):
         code, _, err = command(name, source, tmp_path / "file" / "out")

@@ -3,14 +3,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from foreign import write_fashion_mnist
+from external_models import write_fashion_mnist
 from PIL import Image
 
 import clipkit
 from clipkit.cli import cli
+from clipkit.data.pack import pack
+from clipkit.data.sources import class_source
 from clipkit.errors import UsageError
-from clipkit.pack import pack
-from clipkit.sources import class_source
 from clipkit.zeroshot import probe
 from clipkit.zeroshot.datasets import open_set
 

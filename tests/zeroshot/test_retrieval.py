@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 import clipkit
 from clipkit.cli import cli
+from clipkit.data.shards import Shards
 from clipkit.errors import DataError, SampleError, UsageError
-from clipkit.shards import Shards
 from clipkit.zeroshot import retrieval
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 import clipkit
 from clipkit.cli import cli
 from clipkit.errors import DataError, UsageError
-from clipkit.guidance.condition import words_of
+from clipkit.guidance.networks.condition import words_of
 from clipkit.zeroshot import similarity
 
 
@@ -160,7 +160,7 @@ def test_texts_are_read_from_a_file(command, chain, pictures, tmp_path):
 
 def test_figures_are_refused_before_the_work(command, pictures, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("clipkit.pretrained.load", pytest.fail)
+    monkeypatch.setattr("clipkit.models.pretrained.load", pytest.fail)
     (tmp_path / "file").write_text("x")
     for out, message in (
         ("x.xyz", "its name must end in one of .pdf, .png, .svg"),

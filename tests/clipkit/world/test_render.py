@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipkit.drawings import BACKGROUNDS, COLOURS
+from clipkit.data.drawings import BACKGROUNDS, COLOURS
 from clipkit.errors import UsageError
 from clipkit.world import STYLES, Object, Scene, render, sample
 

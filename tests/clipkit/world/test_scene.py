@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipkit.drawings import held_out
+from clipkit.data.drawings import held_out
 from clipkit.errors import UsageError
 from clipkit.world import STYLES, Object, Scene, facts, sample
 from clipkit.world.scene import RELATIONS, SHAPES, related, relation_held_out

@@ -1,0 +1,1 @@
+"""Data: images and captions in, batches out."""

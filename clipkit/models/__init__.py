@@ -1,0 +1,1 @@
+"""CLIP: its towers, its tokenizer, and trained ones to load."""

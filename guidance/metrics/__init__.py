@@ -1,0 +1,1 @@
+"""Metrics of pictures: between collections, between pairs, and of a guide over noise levels."""

@@ -1,0 +1,1 @@
+"""The networks of guidance: denoisers, autoencoders, and CLIPs that see noise."""

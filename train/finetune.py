@@ -1,0 +1,136 @@
+"""Fine-tuning: start from another run's weights, lock a tower, and let what lies deep learn slowly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from clipkit.checkpoint import Checkpoint
+from clipkit.config import require
+from clipkit.errors import CheckpointError, RecipeError
+from clipkit.models import pretrained
+from clipkit.models.clip import CLIP
+from clipkit.models.towers import residual_blocks
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """What of a CLIP is taken from another run, and what of it stays as it is."""
+
+    init_from: str = ""
+    """Run of a CLIP to start from; its tokenizer comes with its text tower."""
+    init: Literal["both", "image", "text"] = "both"
+    """Which of its towers are taken."""
+    lock: Literal["none", "image", "text"] = "none"
+    """Tower that is not trained (LiT, Zhai et al. 2021, arXiv 2111.07991); its BatchNorms keep their statistics too."""
+    unlock_blocks: int = 0
+    """Last blocks of the locked tower that are trained all the same, with everything after them."""
+    layer_decay: float = 1.0
+    """Learning rate of a block as a share of the next one's (ELECTRA, Clark et al. 2020, arXiv 2003.10555)."""
+
+    def __post_init__(self) -> None:
+        require("in (0, 1]", "tune", self, "layer_decay")
+        require("at least 0", "tune", self, "unlock_blocks")
+        if self.unlock_blocks and self.lock == "none":
+            raise RecipeError(f"tune.unlock_blocks is {self.unlock_blocks}, but no tower is locked; give tune.lock too")
+        if self.init != "both" and not self.init_from:
+            raise RecipeError(f"tune.init is {self.init!r}, but there is no run to start from; give tune.init_from too")
+
+    @property
+    def source(self) -> Checkpoint | None:
+        """The checkpoint to start from, if any. Raises CheckpointError when that is not a CLIP."""
+        return pretrained.find(self.init_from, "clip") if self.init_from else None
+
+
+def depths(clip: CLIP) -> tuple[dict[str, int], dict[str, int]]:
+    """Parameter names of the image and the text tower, each with its depth.
+
+    0 for embeddings and stems, i for the i-th block, and one more than there are blocks for what comes after them.
+    """
+    image = [block for block, _ in residual_blocks(clip.image.trunk)]
+    return _depths("image", clip.image, image), _depths("text", clip.text, list(clip.text.blocks))
+
+
+def _depths(prefix: str, tower: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, int]:
+    """By order of registration, which is that of execution in all of timm's towers."""
+    owner = {id(p): i + 1 for i, block in enumerate(blocks) for p in block.parameters()}
+    found, deepest = {}, 0
+    for name, parameter in tower.named_parameters():
+        deepest = max(deepest, owner.get(id(parameter), 0))
+        after = deepest == len(blocks) and id(parameter) not in owner
+        found[f"{prefix}.{name}"] = len(blocks) + 1 if after else owner.get(id(parameter), deepest)
+    return found
+
+
+def lr_scales(clip: CLIP, config: TuneConfig) -> dict[str, float]:
+    """Parameter name -> share of the learning rate."""
+    return {n: config.layer_decay ** (max(tower.values()) - d) for tower in depths(clip) for n, d in tower.items()}
+
+
+def lock(clip: CLIP, config: TuneConfig) -> None:
+    """Take the gradient from the parameters of the locked tower."""
+    if config.lock == "none":
+        return
+    tower = depths(clip)[config.lock == "text"]
+    first_trained = max(tower.values()) - config.unlock_blocks if config.unlock_blocks else max(tower.values()) + 1
+    for name, parameter in clip.named_parameters():
+        if name in tower:
+            parameter.requires_grad_(tower[name] >= first_trained)
+
+
+def hold_still(model: nn.Module) -> None:
+    """Put into evaluation mode every module whose parameters are all locked: its statistics and dropouts rest too."""
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            module.eval()
+
+
+def initialise(clip: CLIP, config: TuneConfig) -> None:
+    """Fill `clip` with the averaged weights of the run it starts from.
+
+    A ViT's positions are interpolated to another image size. Raises CheckpointError naming what does not fit.
+    """
+    if (found := config.source) is None:
+        return
+    towers = ("image", "text") if config.init == "both" else (config.init,)
+    wanted = {n: t for n, t in clip.state_dict().items() if n.split(".")[0] in towers}
+    if config.init == "both":
+        wanted["log_logit_scale"] = clip.log_logit_scale
+    there = {n: _positions(n, t, clip.image.trunk) for n, t in found.tensors("ema").items() if n in wanted}
+    missing = [n for n in wanted if n not in there]
+    unlike = [
+        f"{n} {_shape(there[n])} for {_shape(t)}" for n, t in wanted.items() if n in there and there[n].shape != t.shape
+    ]
+    if missing or unlike:
+        what = f"lacks {missing[0]}" if missing else f"has {unlike[0]}"
+        raise CheckpointError(
+            f"{found.path} does not fit this model: it {what}; give tune.init_from a run with these towers"
+        )
+    clip.load_state_dict(there, strict=False)
+
+
+def resized(clip: CLIP, image_size: int) -> CLIP:
+    """The same CLIP for images of another size; a ViT's positions are interpolated."""
+    made = CLIP(replace(clip.config, image_size=image_size), clip.text.tokens.num_embeddings, clip.text.end_id)
+    made.load_state_dict({n: _positions(n, t, made.image.trunk) for n, t in clip.state_dict().items()})
+    return made
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"
+
+
+def _positions(name: str, tensor: Tensor, trunk: Any) -> Tensor:
+    """A ViT's position embedding, for the number of patches that `trunk` has; anything else as it is."""
+    if name != "image.trunk.pos_embed" or tensor.shape == trunk.pos_embed.shape:
+        return tensor
+    from timm.layers import resample_abs_pos_embed
+
+    resized: Tensor = resample_abs_pos_embed(
+        tensor, trunk.patch_embed.grid_size, num_prefix_tokens=trunk.num_prefix_tokens
+    )
+    return resized
