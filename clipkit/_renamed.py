@@ -52,7 +52,7 @@ MODULES = {
     "clipkit.tokenizer": "clipkit.models.tokenizer",
     "clipkit.towers": "clipkit.models.towers",
     "clipkit.train.average": "clipkit.train.averaging",
-    "clipkit.train.pages": "clipkit.train.malloc",
+    "clipkit.train.pages": "clipkit.malloc",
     "clipkit.train.tune": "clipkit.train.finetune",
     "clipkit.weights": "clipkit.convert.weights",
     "clipkit.words": "clipkit.models.words",

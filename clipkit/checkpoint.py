@@ -25,8 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipkit.errors import CheckpointError
+from clipkit.config import with_present_names
+from clipkit.errors import CheckpointError, RecipeError
 from clipkit.io import sha256, write_atomically
+from clipkit.registry import TASKS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -241,6 +243,11 @@ def verify(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from None
     if state.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {state.get('format')!r}; this version of clipkit reads {FORMAT}")
+    if state.get("kind") in TASKS.own and "recipe" in state:  # of another package: its own keys
+        try:
+            state["recipe"], _ = with_present_names(state["recipe"])
+        except (RecipeError, AttributeError) as error:
+            raise CheckpointError(f"{path / 'state.json'} is damaged: {error}") from None
     return Checkpoint(path, state)
 
 

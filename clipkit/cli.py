@@ -17,18 +17,39 @@ from click.exceptions import Abort
 from clipkit._version import __version__
 from clipkit.commands import drawing, evaluation, measuring, models, packs, pictures, serving, training
 from clipkit.errors import ClipkitError, UsageError
+from clipkit.registry import TASKS, task_entry
 
 
 class _Commands(click.Group):
-    """The commands; one that is interrupted says whether it resumes."""
+    """clipkit's commands, and one for each trainable task that another package registers.
+
+    Packages are only looked through for the list of all commands, and for a name that is none of clipkit's.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names."""
+        return sorted({*self.commands, *_foreign_tasks()})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of this name, if any."""
+        if cmd_name in self.commands:
+            return self.commands[cmd_name]
+        kind = _foreign_tasks().get(cmd_name)
+        return None if kind is None else training.training_command(kind)
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run the command that was asked for."""
+        """Run the command; when it is interrupted, say whether the same command resumes."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             command = self.commands.get(ctx.invoked_subcommand or "")
-            raise Abort("; the same command resumes" if command in RESUMED else "") from None
+            trains = command is None  # a task of another package
+            raise Abort("; the same command resumes" if trains or command in RESUMED else "") from None
+
+
+def _foreign_tasks() -> dict[str, str]:
+    """Command -> kind of the tasks that other packages register."""
+    return {task_entry(kind).command: kind for kind in TASKS if kind not in TASKS.own}
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -48,17 +69,12 @@ def cli() -> None:
     """
 
 
+TRAINING = tuple(map(training.training_command, TASKS.own))
+
 for command in (
     *(packs.pack, packs.verify, packs.inspect),
-    *(
-        training.pretrain,
-        training.autoencoder,
-        training.denoiser,
-        training.noisy_clip,
-        training.noisy_classifier,
-        training.plan,
-        training.demo,
-    ),
+    *TRAINING,
+    *(training.recipe, training.plan, training.demo),
     *(models.models, models.export, models.average, models.release),
     *(evaluation.zeroshot, evaluation.retrieval, evaluation.probe),
     *(pictures.similarity, pictures.classify, pictures.index, pictures.embed, pictures.search),
@@ -66,11 +82,8 @@ for command in (
 ):
     cli.add_command(command)
 
-RESUMED = (
-    *(packs.pack, pictures.index, pictures.embed, training.demo),
-    *(training.pretrain, training.autoencoder, training.denoiser, training.noisy_clip, training.noisy_classifier),
-)
-"""Commands that, run again, take up what was interrupted."""
+RESUMED = (*TRAINING, packs.pack, pictures.index, pictures.embed, training.demo)
+"""Commands that resume when they are run again."""
 
 
 TURN = 5.0

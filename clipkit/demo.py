@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,13 @@ from clipkit.data import drawings
 from clipkit.data.pack import pack
 from clipkit.data.sources import drawings_source
 from clipkit.models.pretrained import Pretrained, load
+from clipkit.registry import TASKS, task_entry
 
 PROMPTS = ("a red rocket", "a yellow star", "a blue fish", "a pink house")
-_PARTS = (  # run, module of clipkit.train, recipe
-    ("clip", "pretrain", "clip"),
-    ("judge", "pretrain", "clip"),
-    ("denoiser", "denoiser", "denoiser"),
-    ("noisy_clip", "noisy_clip", "noisy_clip"),
-)
-# Told captions, but for two pictures of five: so that it also draws untold, for the CLIP alone to steer.
-_TOLD = ("condition.kind=text", "condition.drop=0.4", "run.steps=1300")
+_RUNS = {"clip": "clip", "judge": "clip", "denoiser": "denoiser", "noisy_clip": "noisy_clip"}
+"""Run -> kind of its task."""
+# Captions with condition dropout: the denoiser is unconditional too, so that the noise-aware CLIP alone can guide it.
+_CONDITIONAL = ("condition.kind=text", "condition.dropout=0.4", "run.steps=1300")
 _QUICK = ("run.steps=4", "run.batch_size=32", "optim.warmup=1", "run.log_every=2", "data.workers=0")
 
 
@@ -38,13 +34,12 @@ def run(out: Path, seed: int = 0, quick: bool = False) -> dict[str, Any]:
     """
     began = time.perf_counter()
     packs = _pack(out, quick)
-    for name, module, recipe in _PARTS:
+    for name, kind in _RUNS.items():
         words = [f"run.out={out / name}", f"run.seed={seed + (name == 'judge')}", f"data.shards={packs['train']}"]
-        words += [f"data.val={packs['heldout']}"] if recipe != "denoiser" else []
-        words += [f"model.clip={out / 'clip'}"] if recipe == "noisy_clip" else []
-        words += [*_TOLD, f"condition.clip={out / 'clip'}"] if recipe == "denoiser" else []
-        train = import_module(f"clipkit.train.{module}").run
-        train(f"drawings_{recipe}.toml", [*words, *(_QUICK if quick else ())])
+        words += [f"data.val={packs['heldout']}"] if kind != "denoiser" else []
+        words += [f"model.clip={out / 'clip'}"] if kind == "noisy_clip" else []
+        words += [*_CONDITIONAL, f"condition.clip={out / 'clip'}"] if kind == "denoiser" else []
+        TASKS[kind].run(task_entry(kind).example, [*words, *(_QUICK if quick else ())])
     metrics = {"seed": seed, **_score_clip(out, packs["heldout"]), **_draw(out, seed, quick)}
     _plot(out)
     metrics["minutes"] = round((time.perf_counter() - began) / 60, 2)
@@ -136,7 +131,7 @@ def _plot(out: Path) -> None:
     """loss.png: the loss of each part over its steps, drawn with Pillow so that the demo needs no extra."""
     sheet = Image.new("RGB", (4 * 240, 180), (255, 255, 255))
     pen = ImageDraw.Draw(sheet)
-    for k, name in enumerate(("clip", "judge", "denoiser", "noisy_clip")):
+    for k, name in enumerate(_RUNS):
         lines = [line for line in log.read(out / name / "log.jsonl") if "loss" in line]
         steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
         low, high = min(losses), max(losses)

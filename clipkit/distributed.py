@@ -6,14 +6,15 @@ Everything here is right on a single process too, where it does nothing.
 from __future__ import annotations
 
 import json
+import operator
 import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -183,6 +184,21 @@ def batch_sizes(local: int) -> list[int]:
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
     dist.all_gather(sizes, torch.tensor([local]))
     return [int(n) for n in torch.cat(sizes).tolist()]
+
+
+def mean_weight(sizes: Sequence[int]) -> float:
+    """W / B for `batch_sizes`: a sum over a rank's samples times this has the batch's mean as its mean over ranks."""
+    return len(sizes) / sum(sizes)
+
+
+def mean_over_batch(*terms: Tensor) -> Tensor:
+    """Losses of this rank's samples, each [b, ...] -> a scalar whose mean over ranks is the mean over all samples.
+
+    Summed over the terms and over all dimensions but the first. Ranks may hold different numbers of samples; DDP and
+    FSDP average gradients over ranks.
+    """
+    total = reduce(operator.add, (term.sum() for term in terms))
+    return total * mean_weight(batch_sizes(len(terms[0])))
 
 
 def gather_rows(local: Tensor, sizes: list[int]) -> Tensor:

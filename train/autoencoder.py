@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +21,13 @@ from clipkit.data.images import decode, preprocess
 from clipkit.data.loader import Batch, validation_of
 from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError
+from clipkit.guidance.loading import load_autoencoder
 from clipkit.guidance.metrics.extractors import activations
 from clipkit.guidance.metrics.pairwise import lpips, mean_psnr, psnr
 from clipkit.guidance.networks.autoencoder import SMALLEST, Autoencoder, AutoencoderConfig, Discriminator, frozen_scores
 from clipkit.models.pretrained import TRAINED_WITH, identity, load
-from clipkit.train.launch import launch
-from clipkit.train.step import Features, Task
+from clipkit.train.launch import TaskSpec
+from clipkit.train.task import Features, Task
 
 _EVALUATED = 200
 
@@ -138,7 +138,7 @@ class Reconstruction(Task):
             judged = (F.relu(1 - real).mean(dim=1) + F.relu(1 + made).mean(dim=1)) / 2  # the hinge
         return total, judged, loss.detach()
 
-    def networks(self) -> Sequence[nn.Module]:
+    def compile_targets(self) -> Sequence[nn.Module]:
         """The encoder and the discriminator; the decoder is taken in two parts."""
         return [self.model.autoencoder.encoder, self.model.discriminator]
 
@@ -174,7 +174,7 @@ class Reconstruction(Task):
         values = {"distance": distance.mean(), "discriminator": judged.detach().mean(), **self._logged}
         return (total.sum() + judged.sum()) * share, values
 
-    def texts(self) -> Mapping[str, str]:
+    def extra_files(self) -> Mapping[str, str]:
         """What the training used."""
         return {TRAINED_WITH: json.dumps(self.trained_with)}
 
@@ -206,8 +206,10 @@ class Reconstruction(Task):
         return scores if exact == len(found) else {"psnr": decibels, **scores}
 
 
-run = partial(launch, AutoencoderRecipe, Reconstruction)
-"""Run a recipe: `run(path, overrides, dry_run)` -> the run's folder."""
+SPEC = TaskSpec(AutoencoderRecipe, Reconstruction, load_autoencoder)
+
+run = SPEC.run
+"""Train a recipe: `run(path, overrides, dry_run)` -> the run's folder."""
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ _BATCH, _BATCHES = 256, 20
 def average(runs: Sequence[str | Path], out: Path, shares: Sequence[float] = ()) -> Path:
     """Write the average of the CLIPs `runs`, each with its share (equal ones if none are given) -> the folder.
 
-    `out` loads as a run does, and others start from it by `tune.init_from`; it cannot be trained on. Statistics of
+    `out` loads as a run does, and others start from it by `finetune.init_from`; it cannot be trained on. Statistics of
     BatchNorms are not averaged: those of the averaged weights are measured, on some 5,000 views of the last run's data
     (Izmailov et al. 2018, arXiv 1803.05407, section 3.2).
 

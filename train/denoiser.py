@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from clipkit.guidance.denoiser import (
     target,
     variational_loss,
 )
-from clipkit.guidance.loading import load_autoencoder
+from clipkit.guidance.loading import load_autoencoder, load_denoiser
 from clipkit.guidance.networks.autoencoder import LatentConfig
 from clipkit.guidance.networks.condition import (
     ClassCondition,
@@ -44,8 +43,8 @@ from clipkit.guidance.networks.unet import UNetConfig
 from clipkit.guidance.schedule import add_noise, later_log_snr, sample_log_snr
 from clipkit.models.pretrained import TRAINED_WITH, identity, load
 from clipkit.models.tokenizer import Tokenizer
-from clipkit.train.launch import launch
-from clipkit.train.step import Features, Task
+from clipkit.train.launch import TaskSpec
+from clipkit.train.task import Features, Task
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,8 @@ class DenoiserRecipe(Recipe):
     def __post_init__(self) -> None:
         if (self.unet is None) == (self.dit is None):
             raise RecipeError("a denoiser needs one network: give the recipe a section [unet] or [dit], not both")
-        if self.condition.kind != "none" and self.condition.drop == 1:
-            raise RecipeError("condition.drop is 1, so that no description would be learned; it must be below 1")
+        if self.condition.kind != "none" and self.condition.dropout == 1:
+            raise RecipeError("condition.dropout is 1, so that no description would be learned; it must be below 1")
 
     @property
     def network(self) -> NetworkConfig:
@@ -120,18 +119,18 @@ class Denoising(Task):
         conditioner = self.model.conditioner
         if conditioner is None:
             return None
-        dropped = torch.rand(len(batch)) < self.condition.drop
+        dropped = torch.rand(len(batch)) < self.condition.dropout
         if isinstance(conditioner, ClassCondition):
             return conditioner.of_labels(batch.groups, dropped.to(batch.groups.device))
         kept = ["" if gone else c for c, gone in zip(batch.captions, dropped.tolist(), strict=True)]
         condition: Condition = conditioner(kept)
         return condition
 
-    def networks(self) -> Sequence[nn.Module]:
+    def compile_targets(self) -> Sequence[nn.Module]:
         """The network; its parametrisation is a few products."""
         return [self.model.network]
 
-    def texts(self) -> Mapping[str, str]:
+    def extra_files(self) -> Mapping[str, str]:
         """What descriptions and latents need beside the weights."""
         found = dict(self.model.conditioner.texts()) if self.model.conditioner is not None else {}
         if self.autoencoder is not None:
@@ -162,8 +161,10 @@ def _conditioner(recipe: DenoiserRecipe, shards: Shards) -> Conditioner | None:
     return None
 
 
-run = partial(launch, DenoiserRecipe, Denoising)
-"""Run a recipe: `run(path, overrides, dry_run)` -> the run's folder."""
+SPEC = TaskSpec(DenoiserRecipe, Denoising, load_denoiser)
+
+run = SPEC.run
+"""Train a recipe: `run(path, overrides, dry_run)` -> the run's folder."""
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from clipkit.models.towers import residual_blocks
 
 
 @dataclass(frozen=True)
-class TuneConfig:
+class FinetuneConfig:
     """What of a CLIP is taken from another run, and what of it stays as it is."""
 
     init_from: str = ""
@@ -35,9 +35,13 @@ class TuneConfig:
         require("in (0, 1]", "tune", self, "layer_decay")
         require("at least 0", "tune", self, "unlock_blocks")
         if self.unlock_blocks and self.lock == "none":
-            raise RecipeError(f"tune.unlock_blocks is {self.unlock_blocks}, but no tower is locked; give tune.lock too")
+            raise RecipeError(
+                f"finetune.unlock_blocks is {self.unlock_blocks}, and no tower is locked; set finetune.lock"
+            )
         if self.init != "both" and not self.init_from:
-            raise RecipeError(f"tune.init is {self.init!r}, but there is no run to start from; give tune.init_from too")
+            raise RecipeError(
+                f"finetune.init is {self.init!r}, and finetune.init_from names no CLIP to start from; set it"
+            )
 
     @property
     def source(self) -> Checkpoint | None:
@@ -65,12 +69,12 @@ def _depths(prefix: str, tower: nn.Module, blocks: Sequence[nn.Module]) -> dict[
     return found
 
 
-def lr_scales(clip: CLIP, config: TuneConfig) -> dict[str, float]:
+def lr_scales(clip: CLIP, config: FinetuneConfig) -> dict[str, float]:
     """Parameter name -> share of the learning rate."""
     return {n: config.layer_decay ** (max(tower.values()) - d) for tower in depths(clip) for n, d in tower.items()}
 
 
-def lock(clip: CLIP, config: TuneConfig) -> None:
+def lock(clip: CLIP, config: FinetuneConfig) -> None:
     """Take the gradient from the parameters of the locked tower."""
     if config.lock == "none":
         return
@@ -89,7 +93,7 @@ def hold_still(model: nn.Module) -> None:
             module.eval()
 
 
-def initialise(clip: CLIP, config: TuneConfig) -> None:
+def initialise(clip: CLIP, config: FinetuneConfig) -> None:
     """Fill `clip` with the averaged weights of the run it starts from.
 
     A ViT's positions are interpolated to another image size. Raises CheckpointError naming what does not fit.
@@ -108,7 +112,7 @@ def initialise(clip: CLIP, config: TuneConfig) -> None:
     if missing or unlike:
         what = f"lacks {missing[0]}" if missing else f"has {unlike[0]}"
         raise CheckpointError(
-            f"{found.path} does not fit this model: it {what}; give tune.init_from a run with these towers"
+            f"{found.path} does not fit this model: it {what}; give finetune.init_from a run with these towers"
         )
     clip.load_state_dict(there, strict=False)
 

@@ -33,10 +33,11 @@ from clipkit.config import Recipe
 from clipkit.data.loader import Batch, Stream
 from clipkit.errors import CheckpointError, NonFiniteError, StoppedError, UsageError
 from clipkit.log import Records, say
+from clipkit.malloc import keep_pages
 from clipkit.models.pretrained import TRAINED_WITH
 from clipkit.train import batchnorm, optim, parallel
-from clipkit.train.malloc import keep_pages
-from clipkit.train.step import Task, backward
+from clipkit.train.step import backward
+from clipkit.train.task import Task
 
 
 def precision_of(device: torch.device, asked: str) -> Literal["fp32", "bf16"]:
@@ -93,7 +94,7 @@ class _Loop:
         if run.sync_batchnorm and distributed.world_size() > 1:
             batchnorm.synchronise(task)
         if run.compile:
-            for network in task.networks():
+            for network in task.compile_targets():
                 network.compile(dynamic=False)
         self.parallel = parallel.share(task, run.parallel, device)
         self.optimizer = optim.make_optimizer(task.model, config, task.lr_scales())
@@ -115,7 +116,7 @@ class _Loop:
                 "give run.out another folder"
             )
         news = _same_recipe(found, self.recipe)
-        _same_models(found, self.task.texts())
+        _same_models(found, self.task.extra_files())
         if batchnorm.over_ranks(self.task) and found.state["recipe"]["run"].get("sync_batchnorm") is not True:
             news.append(f"run.sync_batchnorm: from step {found.step} on BatchNorm takes its statistics over all ranks")
         if distributed.rank() == 0:
@@ -242,7 +243,7 @@ class _Loop:
             "versions": _versions(),
         }
         if in_parts or distributed.rank() == 0:
-            self.saver.save(state, tensors, self.task.texts(), in_parts)
+            self.saver.save(state, tensors, self.task.extra_files(), in_parts)
         self.saved, self.saved_at = step, time.monotonic()
 
 
@@ -432,10 +433,10 @@ def _same_recipe(found: checkpoint.Checkpoint, recipe: Recipe) -> list[str]:
     ]
     run = found.path.parent.parent
     if changed:
-        tune = f"; to fine-tune from it, tune.init_from={run} and a new run.out" if "tune.init_from" in ours else ""
+        hint = f"; to fine-tune from it, finetune.init_from={run} and a new run.out"
         raise CheckpointError(
             f"{run} holds a run of another recipe ({'; '.join(changed)}); give run.out another folder, or the recipe "
-            f"its old values{tune}"
+            f"its old values{hint if 'finetune.init_from' in ours else ''}"
         )
     steps, before = recipe.run.steps, theirs["run.steps"]
     if steps == before:

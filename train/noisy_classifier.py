@@ -11,7 +11,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +21,14 @@ from clipkit.config import Recipe
 from clipkit.data.loader import Batch
 from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError
+from clipkit.guidance.loading import load_classifier
 from clipkit.guidance.networks.classifier import NoisyClassifier
 from clipkit.guidance.networks.noisy_clip import NoisyCLIP, check_start, noised
 from clipkit.guidance.schedule import sample_log_snr
 from clipkit.models.pretrained import TRAINED_WITH, identity, load
 from clipkit.train.finetune import resized
-from clipkit.train.launch import launch
-from clipkit.train.step import Features, Task
+from clipkit.train.launch import TaskSpec
+from clipkit.train.task import Features, Task
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Classification(Task):
         sizes = distributed.batch_sizes(len(errors))
         return errors.sum() * (len(sizes) / sum(sizes)), {"accuracy": right.detach().mean()}
 
-    def networks(self) -> Sequence[nn.Module]:
+    def compile_targets(self) -> Sequence[nn.Module]:
         """The image tower with its modulations."""
         return [self.model.tower.clip.image]
 
@@ -97,7 +97,7 @@ class Classification(Task):
         """Keep the tower's logit scale at 100 or less."""
         self.model.tower.clip.clamp_logit_scale()
 
-    def texts(self) -> Mapping[str, str]:
+    def extra_files(self) -> Mapping[str, str]:
         """The classes, the shape of the CLIP inside, and what the training used."""
         shape = {
             "config": dataclasses.asdict(self.shape),
@@ -110,8 +110,10 @@ class Classification(Task):
         }
 
 
-run = partial(launch, ClassifierRecipe, Classification)
-"""Run a recipe: `run(path, overrides, dry_run)` -> the run's folder."""
+SPEC = TaskSpec(ClassifierRecipe, Classification, load_classifier)
+
+run = SPEC.run
+"""Train a recipe: `run(path, overrides, dry_run)` -> the run's folder."""
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -22,16 +21,16 @@ from clipkit.data.images import decode, preprocess
 from clipkit.data.loader import Batch, packs_of, validation_of
 from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError
-from clipkit.guidance.loading import load_autoencoder
+from clipkit.guidance.loading import load_autoencoder, load_guide
 from clipkit.guidance.metrics.noise_curve import accuracy_at, noise_aware
 from clipkit.guidance.networks.condition import words_of
 from clipkit.guidance.networks.noisy_clip import NoisyCLIP, NoisyCLIPConfig, for_latents, noised
 from clipkit.guidance.schedule import sample_log_snr
 from clipkit.models.pretrained import TRAINED_WITH, identity, load
 from clipkit.train.finetune import resized
-from clipkit.train.launch import launch
+from clipkit.train.launch import TaskSpec
 from clipkit.train.losses import LossConfig, info_nce
-from clipkit.train.step import Features, Task
+from clipkit.train.task import Features, Task
 from clipkit.zeroshot.heads import class_head
 
 _LEVELS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, float("inf"))
@@ -73,7 +72,7 @@ class NoisyPretraining(Task):
         self.model: NoisyCLIP = NoisyCLIP(clip, recipe.model.width)
         self.model.clip.text.requires_grad_(recipe.model.train_text)
         packs = packs_of(shards, recipe.data)
-        self.bank, self.words = caption_bank(packs, recipe.model.bank, recipe.run.seed), words_of(packs)
+        self.bank, self.words = caption_bank(packs, recipe.model.negative_captions, recipe.run.seed), words_of(packs)
 
     def forward(self, batch: Batch) -> Features:
         """Unit vectors of noised images and captions [b, D], and each image's temperature [b]."""
@@ -97,7 +96,7 @@ class NoisyPretraining(Task):
         value = info_nce(image, text, tau, groups, self.recipe.loss.label_smoothing)
         return value, {"temperature": tau.detach().mean()}
 
-    def networks(self) -> Sequence[nn.Module]:
+    def compile_targets(self) -> Sequence[nn.Module]:
         """The image tower with its modulations."""
         return [self.model.clip.image]
 
@@ -118,7 +117,7 @@ class NoisyPretraining(Task):
         encode = noise_aware(self.model)
         return {f"top1_at_{level:g}": accuracy_at(encode, head, x0, labels, level) for level in _LEVELS}
 
-    def texts(self) -> Mapping[str, str]:
+    def extra_files(self) -> Mapping[str, str]:
         """Tokenizer, caption bank, words, the shape of the clean CLIP inside, and what the training used."""
         shape = dataclasses.asdict(self.model.clip.config)
         return {
@@ -142,8 +141,10 @@ def caption_bank(packs: Sequence[Shards], size: int, seed: int) -> list[str]:
     return sorted(bank)
 
 
-run = partial(launch, NoisyCLIPRecipe, NoisyPretraining)
-"""Run a recipe: `run(path, overrides, dry_run)` -> the run's folder."""
+SPEC = TaskSpec(NoisyCLIPRecipe, NoisyPretraining, load_guide)
+
+run = SPEC.run
+"""Train a recipe: `run(path, overrides, dry_run)` -> the run's folder."""
 
 
 if __name__ == "__main__":

@@ -106,20 +106,22 @@ def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Rate for `step` (from 0): linear warm-up, then as `config.schedule` says, down to final_lr * lr at the last step.
+    """Learning rate of `step` (from 0): linear warmup to lr, then a schedule that ends at final_lr_fraction * lr.
 
-    "cosine": half a cosine. "wsd" (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395): the peak until the last
-    `decay_share` of the steps, then a straight line. "constant": the peak.
+    "cosine": cosine decay. "wsd" (warmup, stable, decay; Hu et al. 2024, arXiv 2404.06395): lr until the last
+    `decay_fraction` of the steps, then linear decay. "constant": lr.
     """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
-    share = (step - config.warmup) / max(1, steps - config.warmup)
+    progress = (step - config.warmup) / max(1, steps - config.warmup)
     if config.schedule == "constant":
         return config.lr
     if config.schedule == "wsd":
-        left = min(1.0, (steps - step) / max(1.0, config.decay_share * steps))
-        return config.lr * (config.final_lr + (1 - config.final_lr) * left)
-    return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * share)) / 2)
+        left = min(1.0, (steps - step) / max(1.0, config.decay_fraction * steps))
+        return config.lr * (config.final_lr_fraction + (1 - config.final_lr_fraction) * left)
+    return config.lr * (
+        config.final_lr_fraction + (1 - config.final_lr_fraction) * (1 + math.cos(math.pi * progress)) / 2
+    )
 
 
 class EMA:

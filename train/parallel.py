@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipkit import distributed
 from clipkit.errors import UsageError
-from clipkit.train.step import Task
+from clipkit.train.task import Task
 
 
 def share(task: Task, how: str, device: torch.device) -> nn.Module | None:
@@ -34,7 +34,7 @@ def share(task: Task, how: str, device: torch.device) -> nn.Module | None:
         with warnings.catch_warnings():  # torch 2.15 renames this argument; 2.10 knows only the old name
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(task, broadcast_buffers=False)
-    if not (pieces := task.pieces()):
+    if not (pieces := task.fsdp_units()):
         raise UsageError(f"run.parallel=fsdp cannot cut a {task.kind} in pieces; omit it")
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
     scalars = {p for p in task.parameters() if p.ndim == 0}  # nothing to cut

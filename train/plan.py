@@ -21,11 +21,11 @@ from clipkit.data.shards import Shards
 from clipkit.distributed import computes_in_bf16
 from clipkit.errors import ClipkitError, UsageError
 from clipkit.models.clip import CLIP
+from clipkit.train import progressive
 from clipkit.train.distil import Teachers
 from clipkit.train.finetune import lock
 from clipkit.train.losses import GATHERED
 from clipkit.train.pretrain import PretrainRecipe
-from clipkit.train.step import EARLY
 
 CLIP_VOCABULARY = 49408
 _MESSAGE = 20e-6
@@ -84,11 +84,11 @@ def loading_time(recipe: PretrainRecipe, samples: int = 64) -> float | None:
     data, size = replace(recipe.data, workers=0), recipe.model.image_size
     if any("://" in source for source in (data.shards, *data.mix)):
         return None
-    early = recipe.model.early_size or size
+    early = recipe.data.progressive_size or size
     try:
         # A batch of small pictures, then one of the model's.
         stream = Stream(Shards(data.shards, verify=False), data, size, samples, 0, early_size=early, early_steps=1)
-        return EARLY * _timed_loading(stream, 0) + (1 - EARLY) * _timed_loading(stream, 1)
+        return progressive.mean_over_steps(_timed_loading(stream, 0), _timed_loading(stream, 1))
     except (ClipkitError, OSError):
         return None
 
@@ -232,10 +232,10 @@ class _Counted:
 def _count_training(recipe: PretrainRecipe, caption_tokens: int) -> _Counted:
     """Mean operations and most bytes of a whole training."""
     counted = _count(recipe, caption_tokens, recipe.model.image_size)
-    if not recipe.model.early_size:
+    if not recipe.data.progressive_size:
         return counted
-    early = _count(recipe, caption_tokens, recipe.model.early_size)
-    flops = EARLY * early.flops + (1 - EARLY) * counted.flops
+    early = _count(recipe, caption_tokens, recipe.data.progressive_size)
+    flops = progressive.mean_over_steps(early.flops, counted.flops)
     return replace(counted, flops=flops, kept=max(early.kept, counted.kept))
 
 
@@ -245,7 +245,7 @@ def _count(recipe: PretrainRecipe, caption_tokens: int, size: int) -> _Counted:
     with torch.device("meta"):
         model = CLIP(config, vocabulary, end_id=2)
         images = torch.zeros(samples, 3, size, size)
-    lock(model, recipe.tune)
+    lock(model, recipe.finetune)
     ids = torch.zeros(samples, min(caption_tokens, config.context_length), dtype=torch.int64)
     ids[:, -1] = 2
     own = {id(p) for p in model.parameters()}

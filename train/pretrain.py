@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -23,15 +23,16 @@ from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError
 from clipkit.io import write_atomically
 from clipkit.models.clip import CLIP, CLIPConfig
+from clipkit.models.pretrained import load
 from clipkit.models.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from clipkit.models.towers import residual_blocks
 from clipkit.models.words import split
-from clipkit.train import finetune as tune
+from clipkit.train import finetune
 from clipkit.train.distil import DistilConfig, Teachers, squared_distance
-from clipkit.train.finetune import TuneConfig
-from clipkit.train.launch import launch
+from clipkit.train.finetune import FinetuneConfig
+from clipkit.train.launch import TaskSpec
 from clipkit.train.losses import LossConfig, info_nce, sigmoid_loss
-from clipkit.train.step import Features, Task
+from clipkit.train.task import Features, Task
 
 _CAPTIONS = 500_000
 """Samples whose captions are enough for a vocabulary."""
@@ -43,7 +44,7 @@ class PretrainRecipe(Recipe):
 
     model: CLIPConfig
     loss: LossConfig
-    tune: TuneConfig
+    finetune: FinetuneConfig
     distil: DistilConfig
 
     def __post_init__(self) -> None:
@@ -63,15 +64,18 @@ class Pretraining(Task):
     """CLIP under a contrastive loss."""
 
     kind = "clip"
+    progressive = True
 
     def __init__(self, recipe: PretrainRecipe, shards: Shards) -> None:
         super().__init__()
         self.recipe = recipe
-        self.image_size, self.early_size = recipe.model.image_size, recipe.model.early_size
+        self.image_size = recipe.model.image_size
         self.tokenizer = make_tokenizer(recipe, shards)
         self.model: CLIP = CLIP(recipe.model, self.tokenizer.vocab_size, self.tokenizer.end_id)
-        tune.initialise(self.model, recipe.tune)
-        tune.lock(self.model, recipe.tune)
+        if recipe.data.progressive_size:
+            self.model.image.check_size(recipe.data.progressive_size)
+        finetune.initialise(self.model, recipe.finetune)
+        finetune.lock(self.model, recipe.finetune)
         self.teachers = Teachers(recipe.distil, recipe.model.embed_dim) if recipe.distil.teachers else None
 
     def forward(self, batch: Batch) -> Features:
@@ -101,21 +105,21 @@ class Pretraining(Task):
     def train(self, mode: bool = True) -> Pretraining:
         """Training mode, but for what is locked."""
         super().train(mode)
-        tune.hold_still(self.model)
+        finetune.hold_still(self.model)
         return self
 
-    def pieces(self) -> Sequence[nn.Module]:
+    def fsdp_units(self) -> Sequence[nn.Module]:
         """Blocks, then towers."""
         blocks = [block for block, _ in residual_blocks(self.model.image.trunk)]
         return [*blocks, *self.model.text.blocks, self.model.image, self.model.text]
 
-    def networks(self) -> Sequence[nn.Module]:
+    def compile_targets(self) -> Sequence[nn.Module]:
         """The image tower; the text tower's inputs are as long as the captions are."""
         return [self.model.image]
 
     def lr_scales(self) -> Mapping[str, float]:
         """Smaller for deeper blocks, if the recipe says so."""
-        return tune.lr_scales(self.model, self.recipe.tune)
+        return finetune.lr_scales(self.model, self.recipe.finetune)
 
     def after_step(self) -> None:
         """Keep the logit scale at 100 or less."""
@@ -140,7 +144,7 @@ class Pretraining(Task):
         scores = classify.evaluate(self.model, head, images)
         return {"zeroshot_top1": scores.top1, "zeroshot_top5": scores.top5}
 
-    def texts(self) -> Mapping[str, str]:
+    def extra_files(self) -> Mapping[str, str]:
         """The tokenizer belongs to the weights, and so do the words of the captions, if they are known."""
         noted = Path(self.recipe.run.out) / "words.json"
         words = {"words.json": noted.read_text(encoding="utf-8")} if noted.is_file() else {}
@@ -163,8 +167,8 @@ def make_tokenizer(recipe: PretrainRecipe, shards: Shards) -> Tokenizer:
     That is trained on captions of all packs, once, on rank 0, and kept in the run's folder; so are their words, if none
     of the captions is left out.
     """
-    config, source = recipe.model, recipe.tune.source
-    if source is not None and recipe.tune.init != "image":
+    config, source = recipe.model, recipe.finetune.source
+    if source is not None and recipe.finetune.init != "image":
         return Tokenizer.from_json(source.text("tokenizer.json"), config.context_length)
     if config.merges:
         return Tokenizer.clip(config.merges, config.context_length)
@@ -191,8 +195,10 @@ def make_tokenizer(recipe: PretrainRecipe, shards: Shards) -> Tokenizer:
     return Tokenizer.from_json(path.read_text(encoding="utf-8"), config.context_length)
 
 
-run = partial(launch, PretrainRecipe, Pretraining)
-"""Run a recipe: `run(path, overrides, dry_run)` -> the run's folder."""
+SPEC = TaskSpec(PretrainRecipe, Pretraining, load)
+
+run = SPEC.run
+"""Train a recipe: `run(path, overrides, dry_run)` -> the run's folder."""
 
 
 if __name__ == "__main__":

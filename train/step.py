@@ -5,8 +5,7 @@ Users' own loops may call `backward` in place of `loss.backward()`.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,55 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from clipkit import distributed
 from clipkit.data.loader import Batch
 from clipkit.train.batchnorm import undisturbed
-
-Features = tuple[Tensor, ...]
-
-EARLY = 0.6
-"""Share of the steps that see smaller pictures, in a task that has an `early_size`."""
-
-
-class Task(nn.Module, ABC):
-    """What is trained: a model, the features it makes of each sample, and the loss of the features of a batch.
-
-    Subclasses set these three, and define `forward` and `loss`; the rest has defaults. Only `model` is saved.
-    """
-
-    kind: str
-    model: nn.Module
-    image_size: int
-    early_size: int = 0
-    """Side of the pictures in the first EARLY of the steps, if not image_size."""
-
-    @abstractmethod
-    def forward(self, batch: Batch) -> Features:
-        """What the loss needs of each sample: tensors [b, ...] whose rows depend on nothing but their own sample."""
-
-    @abstractmethod
-    def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to minimise, of features alone, and scalars to log; the mean over ranks is what counts."""
-
-    def pieces(self) -> Sequence[nn.Module]:
-        """Modules that FSDP may cut, inner ones first; each must be used by calling it."""
-        return ()
-
-    def networks(self) -> Sequence[nn.Module]:
-        """What torch.compile compiles: modules whose inputs have few shapes in a whole run."""
-        return [self.model]
-
-    def after_step(self) -> None:
-        """Called after each optimizer step."""
-
-    def lr_scales(self) -> Mapping[str, float]:
-        """Names of the model's parameters whose learning rate is a share of the recipe's, with that share."""
-        return {}
-
-    def evaluate(self, device: torch.device) -> dict[str, float]:
-        """Scores of the averaged weights, the same on every rank; called on all of them."""
-        return {}
-
-    def texts(self) -> Mapping[str, str]:
-        """Text files that belong beside the weights."""
-        return {}
+from clipkit.train.task import Task
 
 
 def backward(

@@ -1,4 +1,4 @@
-"""pretrain, autoencoder, denoiser, noisy-clip, noisy-classifier, plan, demo."""
+"""The command of each trainable task; recipe, plan, demo."""
 
 from __future__ import annotations
 
@@ -9,44 +9,73 @@ import click
 
 from clipkit.errors import UsageError
 from clipkit.inputs import print_json
+from clipkit.registry import TASKS, task_entry
 
 _RECIPE_HELP = """
     RECIPE is a TOML file or the name of a shipped recipe; OVERRIDES are section.key=value words. The same command
     resumes an interrupted run."""
 
 
-def _training_command(name: str, module: str, summary: str, recipe: str) -> click.Command:
-    """The command that trains with `clipkit.train.<module>`; the three differ in nothing else."""
+def training_command(kind: str) -> click.Command:
+    """The command that trains a task of the registry."""
+    entry = task_entry(kind)
 
     def command(recipe: str, overrides: Sequence[str], dry_run: bool) -> None:
-        from importlib import import_module
-
-        import_module(f"clipkit.train.{module}").run(recipe, overrides, dry_run)
+        TASKS[kind].run(recipe, overrides, dry_run)
 
     command.__doc__ = (
-        f"{summary}\n{_RECIPE_HELP}\n\n    \b\n    Example:\n      clipkit {name} {recipe} run.steps=500\n    "
+        f"{entry.help}\n{_RECIPE_HELP}\n\n    \b\n    Example:\n"
+        f"      clipkit {entry.command} {entry.example} run.steps=500\n    "
     )
     decorated: Callable[..., None] = click.argument("overrides", nargs=-1)(command)
     decorated = click.option("--dry-run", is_flag=True, help="Print the resolved recipe and stop.")(decorated)
-    return click.command(name)(click.argument("recipe")(decorated))
+    return click.command(entry.command)(click.argument("recipe")(decorated))
 
 
-pretrain = _training_command("pretrain", "pretrain", "Pretrain CLIP on a pack.", "drawings_clip.toml")
-denoiser = _training_command(
-    "denoiser", "denoiser", "Train a diffusion denoiser on a pack's images.", "drawings_denoiser.toml"
-)
-autoencoder = _training_command(
-    "autoencoder", "autoencoder", "Train an autoencoder for latents on a pack's images.", "emoji_autoencoder.toml"
-)
-noisy_classifier = _training_command(
-    "noisy-classifier",
-    "noisy_classifier",
-    "Train a noise-aware classifier on a classed pack.",
-    "drawings_noisy_classifier.toml",
-)
-noisy_clip = _training_command(
-    "noisy-clip", "noisy_clip", "Teach a pretrained CLIP to see noise.", "drawings_noisy_clip.toml"
-)
+@click.command()
+@click.argument("name", default="")
+@click.argument("overrides", nargs=-1)
+@click.option("--keys", is_flag=True, help="List the keys of all recipes instead, with type, default and help.")
+@click.option("--task", help="What NAME trains, if its name does not end with it, or whose keys to list.")
+def recipe(name: str, overrides: tuple[str, ...], keys: bool, task: str | None) -> None:
+    """Print a recipe with the help of each key.
+
+    NAME is a TOML file or the name of a shipped recipe; OVERRIDES are section.key=value words. Every key is printed,
+    also those that the file leaves at their defaults: the output is a recipe too. Without NAME, the shipped recipes are
+    listed.
+
+    \b
+    Example:
+      clipkit recipe drawings_clip.toml run.steps=500
+    """
+    from clipkit import reference
+    from clipkit.config import load_recipe, shipped
+
+    if keys and name:
+        raise UsageError(f"--keys lists the keys of all recipes; omit it, or {name}")
+    if keys:
+        _print_keys([task] if task else list(TASKS))
+    elif not name:
+        click.echo("\n".join(shipped()))
+    else:
+        kind = task or reference.kind_of(name)
+        click.echo(reference.annotated_toml(load_recipe(TASKS[kind].recipe, name, overrides), kind), nl=False)
+
+
+def _print_keys(kinds: Sequence[str]) -> None:
+    """The keys of these tasks' recipes; sections that several have, once."""
+    from clipkit.reference import Section, recipe_sections
+
+    users: dict[Section, list[str]] = {}
+    for kind in kinds:
+        for section in recipe_sections(kind):
+            users.setdefault(section, []).append(kind)
+    for section, tasks in users.items():
+        click.echo(f"[{section.name}] of {', '.join(tasks)}: {section.help}")
+        for key in section.keys:
+            default = "required" if key.default is None else f"default {key.default or 'none'}"
+            click.echo(f"  {key.name}  ({key.type}, {default})")
+            click.echo(click.wrap_text(key.help, 100, "      ", "      "))
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""A run's weights to give away: their average in half precision, and what the model needs beside it; nothing else."""
+"""Release of trained weights: their moving average in half precision, and the text files that the model needs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from clipkit import checkpoint, inputs
 from clipkit.checkpoint import Checkpoint
 from clipkit.errors import CheckpointError, UsageError
 from clipkit.io import written_whole
-
-KINDS = ("clip", "autoencoder", "denoiser", "noisy_clip")
+from clipkit.registry import TASKS
 
 
 def release(runs: Path, out: Path) -> list[Path]:
@@ -25,10 +24,10 @@ def release(runs: Path, out: Path) -> list[Path]:
     do the folders in which absolute paths of its record lay.
     Raises CheckpointError when there is no run, UsageError when `out` holds something else or cannot be written.
     """
-    folders = [folder for folder in (runs, *(runs / kind for kind in KINDS)) if (folder / "checkpoints").is_dir()]
+    folders = [folder for folder in (runs, *(runs / kind for kind in TASKS)) if (folder / "checkpoints").is_dir()]
     found = [latest for folder in folders if (latest := checkpoint.latest(folder)) is not None]
     if not found:
-        raise CheckpointError(f"{runs} is not a run and holds none ({', '.join(KINDS)})")
+        raise CheckpointError(f"{runs} is not a run and holds none ({', '.join(TASKS)})")
     _check_place(out, [part.state["kind"] for part in found])
     with written_whole(out) as aside:
         written = [_write(part, aside / part.state["kind"]).relative_to(aside) for part in found]
@@ -42,7 +41,7 @@ def _check_place(out: Path, kinds: list[str]) -> None:
     """
     there = sorted(path for path in out.iterdir() if path.name != "README.md") if os.path.isdir(out) else []
     for path in there:
-        if path.name not in {*KINDS, *kinds} or not _is_release(path):
+        if path.name not in {*TASKS, *kinds} or not _is_release(path):
             raise UsageError(f"{out} holds {path.name}, which is no release; give a new folder, or one of releases")
     inputs.check_writable(out)
 

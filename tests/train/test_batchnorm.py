@@ -261,7 +261,7 @@ BOUNDS, PARTS = (0, 4, 11), 6
 
 def _tasks(packs, out, clip):
     """Name -> what makes the task, and its arguments."""
-    locked = (f"tune.init_from={clip}", "tune.init=both", "tune.lock=image", "tune.unlock_blocks=1")
+    locked = (f"finetune.init_from={clip}", "finetune.init=both", "finetune.lock=image", "finetune.unlock_blocks=1")
     return {
         **{name: (of_clip, name, packs, out) for name in TOWERS},
         "student": (of_clip, "pooled", packs, out, f'distil.teachers=["{clip}"]'),

@@ -186,7 +186,7 @@ def test_the_refusal_points_to_fine_tuning(packs, uninterrupted, chain):
             "drawings_denoiser",
             [*TINY, f"data.shards={packs / 'train'}", f"run.out={chain / 'denoiser'}", "optim.lr=0.5"],
         )
-    assert "fine-tune" not in str(error.value)  # a denoiser has no tune.init_from
+    assert "fine-tune" not in str(error.value)  # a denoiser has no finetune.init_from
     with pytest.raises(CheckpointError, match=r"run of another kind \(clip there, denoiser here\)"):
         denoiser.run("drawings_denoiser", [*TINY, f"data.shards={packs / 'train'}", f"run.out={uninterrupted}"])
 
@@ -232,7 +232,7 @@ def test_a_run_whose_recipe_would_be_refused_today_becomes_longer(packs, tmp_pat
         found = latest(folder)
         if found is not None and found.step == 4:
             found.state["recipe"]["data"]["max_bad_fraction"] = float("inf")
-            del found.state["recipe"]["loss"], found.state["recipe"]["model"]["early_size"]  # younger than the run
+            del found.state["recipe"]["loss"], found.state["recipe"]["data"]["progressive_size"]  # younger than the run
         return found
 
     monkeypatch.setattr(checkpoint, "latest", of_before)
@@ -258,7 +258,7 @@ def test_a_run_becomes_shorter_only_before_its_end(packs, tmp_path):
 
 def test_sizes_follow_the_new_length(packs, tmp_path):
     """Small pictures for three fifths of the steps: of 10 the first 6, so 5 of 5 are followed by a small one."""
-    early = [*CNN, "model.early_size=16"]
+    early = [*CNN, "data.progressive_size=16"]
     seen = []
     forward = pretrain.Pretraining.forward
 
@@ -466,7 +466,7 @@ def test_log_lines_say_what_is_needed(uninterrupted):
 
 
 def test_schedule_warms_up_and_ends_at_its_floor():
-    config = OptimConfig(lr=1.0, warmup=10, final_lr=0.1)
+    config = OptimConfig(lr=1.0, warmup=10, final_lr_fraction=0.1)
     rates = [optim.learning_rate(s, 100, config) for s in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == 1.0
@@ -476,7 +476,7 @@ def test_schedule_warms_up_and_ends_at_its_floor():
 
 
 def test_stable_and_constant_schedules():
-    wsd = OptimConfig(lr=1.0, warmup=10, schedule="wsd", decay_share=0.2)
+    wsd = OptimConfig(lr=1.0, warmup=10, schedule="wsd", decay_fraction=0.2)
     rates = [optim.learning_rate(s, 100, wsd) for s in range(101)]
     assert rates[10:81] == [1.0] * 71
     assert rates[90] == pytest.approx(0.5)
