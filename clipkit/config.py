@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from clipkit.errors import RecipeError, did_you_mean
 from clipkit.log import remark
+from clipkit.registry import Registry
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -375,6 +376,10 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
             for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
                 _coerce(Any, inner, f"{where}.{key}")
         return _finite(value, where)
+    if origin is Annotated and isinstance(arguments[1], Registry):
+        if not isinstance(value, str) or value not in arguments[1]:
+            raise RecipeError(f"{where} is {value!r}; {did_you_mean(str(value), arguments[1])}")
+        return value
     if origin is Annotated:
         return value if value == math.inf else _coerce(arguments[0], value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

@@ -213,6 +213,26 @@ def gather_rows(local: Tensor, sizes: list[int]) -> Tensor:
     return torch.cat([piece[:n] for piece, n in zip(pieces, sizes, strict=True)])
 
 
+def all_gather(local: Tensor) -> Tensor:
+    """[b_r, ...] of each rank -> [sum b_r, ...] on every rank, with gradients.
+
+    For losses that compare a rank's samples with those of all. A row's gradient is the sum of what all ranks' losses
+    have for it, so that the mean over ranks of the parameters' gradients is that of the mean loss.
+    """
+    return _Gather.apply(local, batch_sizes(len(local))) if active() else local
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, sizes: list[int]) -> Tensor:
+        ctx.sizes = sizes
+        return gather_rows(local, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return torch.split(sum_over_ranks(gradients[0]), ctx.sizes)[rank()], None
+
+
 def blocks(held: Tensor, sizes: list[int], gathered: bool) -> Iterator[tuple[slice, Tensor, Callable[..., Tensor]]]:
     """The rows of all ranks: at once, if `held` is what `gather_rows` gave, else one rank's after the other's.
 

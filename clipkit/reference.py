@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from clipkit.config import Recipe, keys_of, to_toml, toml_value
 from clipkit.errors import UsageError
-from clipkit.registry import TASKS
+from clipkit.registry import TASKS, Registry
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,8 @@ def _type(hint: Any) -> str:
     if origin is Literal:
         return " | ".join(json.dumps(choice) for choice in arguments)
     if origin is Annotated:
-        return _type(arguments[0])
+        choices = arguments[1]
+        return " | ".join(map(json.dumps, choices)) if isinstance(choices, Registry) else _type(arguments[0])
     if origin in (typing.Union, types.UnionType):
         return _type(next(a for a in arguments if a is not type(None)))
     if origin is tuple:

@@ -10,7 +10,7 @@ Importing this module is light: commands, choices and help texts are made from i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -20,6 +20,8 @@ from clipkit.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
+
+    from torch import Tensor
 
     from clipkit.train.launch import TaskSpec
 
@@ -143,6 +145,21 @@ TASKS: Registry[TaskSpec[Any]] = Registry(
     },
 )
 """Kind of a run, as its checkpoints record it -> how it is trained and loaded. Entry points: clipkit.tasks."""
+
+
+LOSSES: Registry[Callable[..., Tensor]] = Registry(
+    "loss",
+    {
+        "info_nce": Entry("clipkit.train.losses:info_nce", "a pair against all others of the batch (CLIP, InfoNCE)"),
+        "sigmoid": Entry("clipkit.train.losses:sigmoid_loss", "each image and text by themselves (SigLIP)"),
+    },
+)
+"""Contrastive losses of pretraining, `loss.kind`. Entry points: clipkit.losses.
+
+A loss is a function of `image` and `text`, unit vectors [b, D] of this rank's pairs, and `logit_scale` [b]; of
+`logit_bias` [b], `groups` (int64 [b] or None) and `label_smoothing` it takes those that it uses. It returns a scalar
+whose mean over ranks is minimised (`distributed.mean_over_batch`, `distributed.all_gather`).
+"""
 
 
 def task_entry(kind: str) -> TaskEntry:

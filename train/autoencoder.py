@@ -169,10 +169,8 @@ class Reconstruction(Task):
     def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Both players' means over the images of all ranks."""
         total, judged, distance = features
-        sizes = distributed.batch_sizes(len(total))
-        share = len(sizes) / sum(sizes)
         values = {"distance": distance.mean(), "discriminator": judged.detach().mean(), **self._logged}
-        return (total.sum() + judged.sum()) * share, values
+        return distributed.mean_over_batch(total, judged), values
 
     def extra_files(self) -> Mapping[str, str]:
         """What the training used."""

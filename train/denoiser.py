@@ -140,9 +140,7 @@ class Denoising(Task):
     def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over the images of all ranks."""
         (errors,) = features
-        # Ranks may hold different numbers of images: weighted so that the mean over ranks is the mean over all images.
-        sizes = distributed.batch_sizes(len(errors))
-        return errors.sum() * (len(sizes) / sum(sizes)), {}
+        return distributed.mean_over_batch(errors), {}
 
 
 def _conditioner(recipe: DenoiserRecipe, shards: Shards) -> Conditioner | None:

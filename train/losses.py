@@ -12,11 +12,12 @@ ranks.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from torch import Tensor
 from clipkit import distributed
 from clipkit.config import require
 from clipkit.errors import RecipeError
+from clipkit.registry import LOSSES
 
 _STRIP = 128
 """Images whose logits are held at a time: a strip of B = 2,048 takes 1 MiB, one of B = 32,768 16 MiB."""
@@ -36,21 +38,42 @@ its own and two others'."""
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What pulls pairs together and pushes the others apart."""
+    """The contrastive loss."""
 
-    kind: Literal["info_nce", "sigmoid"] = "info_nce"
-    """InfoNCE compares a pair with all others of the batch; the sigmoid loss of SigLIP judges each one by itself."""
+    kind: Annotated[str, LOSSES] = "info_nce"
+    """"info_nce": a softmax over the batch (CLIP). "sigmoid": each image and text by themselves (SigLIP)."""
     positives: Literal["pair", "group"] = "pair"
     """"pair": an image and its own caption (CLIP). "group": all captions of its class (UniCL), so that interchangeable
     captions are not pushed apart; of use when a batch holds many samples of few classes."""
     label_smoothing: float = 0.0
-    """Share of InfoNCE's target that all pairs of the batch have alike (Szegedy et al. 2015, arXiv 1512.00567, section
-    7): a guard against learning few samples by heart."""
+    """Label smoothing: fraction of the target that is spread over the batch, against overfitting to few samples
+    (Szegedy et al. 2015, arXiv 1512.00567, section 7)."""
 
     def __post_init__(self) -> None:
         require("in [0, 1)", "loss", self, "label_smoothing")
-        if self.kind == "sigmoid" and self.label_smoothing:
-            raise RecipeError("loss.label_smoothing is for loss.kind=info_nce; the sigmoid loss has no target to share")
+        if self.label_smoothing and not self.takes("label_smoothing"):
+            raise RecipeError(f"loss.kind={self.kind} has no label smoothing; omit loss.label_smoothing")
+        if self.positives == "group" and not self.takes("groups"):
+            raise RecipeError(f"loss.kind={self.kind} has one positive per image; omit loss.positives")
+
+    def takes(self, option: str) -> bool:
+        """Whether the loss has this parameter: "logit_bias", "groups" or "label_smoothing"."""
+        return option in inspect.signature(LOSSES[self.kind]).parameters
+
+
+def contrastive_loss(
+    config: LossConfig, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, groups: Tensor
+) -> Tensor:
+    """The loss that a recipe names, of this rank's pairs: unit vectors [b, D]; scale, bias and groups are [b].
+
+    Returns a scalar whose mean over ranks is minimised.
+    """
+    options = {
+        "logit_bias": logit_bias,
+        "groups": groups if config.positives == "group" else None,
+        "label_smoothing": config.label_smoothing,
+    }
+    return LOSSES[config.kind](image, text, logit_scale, **{n: v for n, v in options.items() if config.takes(n)})
 
 
 def info_nce(
@@ -109,6 +132,11 @@ class _Pairs:
     def total(self) -> int:
         """B: pairs on all ranks."""
         return sum(self.sizes)
+
+    @property
+    def weight(self) -> float:
+        """Of a sum over this rank's rows, so that the mean over ranks is the mean over all rows."""
+        return distributed.mean_weight(self.sizes)
 
     @cached_property
     def positives(self) -> Tensor:
@@ -209,15 +237,14 @@ class _Strips(torch.autograd.Function):
             for columns, texts, _ in distributed.blocks(held, pairs.sizes, ctx.gathered)
             for rows, cosines in _cosines(image, texts)
         )
-        # Ranks may hold different numbers of rows: the mean over ranks of W / B * their sum is the mean over all rows.
-        value: Tensor = ctx.objective.value(strips, image) * (len(pairs.sizes) / pairs.total)
+        value: Tensor = ctx.objective.value(strips, image) * pairs.weight
         return value
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         image, held, scale, bias = ctx.saved_tensors
         pairs = ctx.objective.pairs
-        weight = gradients[0] * (len(pairs.sizes) / pairs.total)
+        weight = gradients[0] * pairs.weight
         d_image, d_scale, d_bias = (torch.zeros_like(x) for x in (image, scale, bias))
         d_text: Tensor | None = None
         for columns, texts, home in distributed.blocks(held, pairs.sizes, ctx.gathered):

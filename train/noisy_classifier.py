@@ -86,8 +86,7 @@ class Classification(Task):
     def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over the images of all ranks; logs the accuracy."""
         errors, right = features
-        sizes = distributed.batch_sizes(len(errors))
-        return errors.sum() * (len(sizes) / sum(sizes)), {"accuracy": right.detach().mean()}
+        return distributed.mean_over_batch(errors), {"accuracy": right.detach().mean()}
 
     def compile_targets(self) -> Sequence[nn.Module]:
         """The image tower with its modulations."""

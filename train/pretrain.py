@@ -31,7 +31,7 @@ from clipkit.train import finetune
 from clipkit.train.distil import DistilConfig, Teachers, squared_distance
 from clipkit.train.finetune import FinetuneConfig
 from clipkit.train.launch import TaskSpec
-from clipkit.train.losses import LossConfig, info_nce, sigmoid_loss
+from clipkit.train.losses import LossConfig, contrastive_loss
 from clipkit.train.task import Features, Task
 
 _CAPTIONS = 500_000
@@ -48,15 +48,16 @@ class PretrainRecipe(Recipe):
     distil: DistilConfig
 
     def __post_init__(self) -> None:
-        biased = self.model.init_logit_bias is not None
-        if self.loss.kind == "sigmoid" and not biased:
+        has_bias = self.model.init_logit_bias is not None
+        if self.loss.takes("logit_bias") and not has_bias:
             raise RecipeError(
-                "loss.kind is sigmoid, which learns a logit bias too; "
+                f"loss.kind is {self.loss.kind}, which learns a logit bias; "
                 "set model.init_logit_bias=-10 and model.init_logit_scale=10"
             )
-        if self.loss.kind == "info_nce" and biased:
+        if has_bias and not self.loss.takes("logit_bias"):
             raise RecipeError(
-                "model.init_logit_bias is set, which InfoNCE cannot learn; it belongs to loss.kind=sigmoid"
+                f"model.init_logit_bias is set, and loss.kind={self.loss.kind} learns no logit bias; omit it, or set "
+                "loss.kind=sigmoid"
             )
 
 
@@ -96,7 +97,11 @@ class Pretraining(Task):
     def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The recipe's contrastive loss over all ranks, and the distance to the teachers; logs the logit scale."""
         image, text, scale, bias, *taught = features
-        value, logged = _contrastive(self.recipe.loss, (image, text, scale, bias), batch)
+        config = self.recipe.loss
+        value = contrastive_loss(config, image, text, scale, bias, batch.groups)
+        logged = {"logit_scale": scale.detach().mean()}
+        if config.takes("logit_bias"):
+            logged["logit_bias"] = bias.detach().mean()
         if taught:
             distance = squared_distance(torch.cat([image, text], dim=1), torch.cat(taught, dim=1))
             value, logged = value + self.recipe.distil.weight * distance, {**logged, "distance": distance.detach()}
@@ -149,16 +154,6 @@ class Pretraining(Task):
         noted = Path(self.recipe.run.out) / "words.json"
         words = {"words.json": noted.read_text(encoding="utf-8")} if noted.is_file() else {}
         return {"tokenizer.json": self.tokenizer.to_json(), **words}
-
-
-def _contrastive(config: LossConfig, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    image, text, scale, bias = features
-    groups = batch.groups if config.positives == "group" else None
-    if config.kind == "sigmoid":
-        value = sigmoid_loss(image, text, scale, bias, groups)
-        return value, {"logit_scale": scale.detach().mean(), "logit_bias": bias.detach().mean()}
-    value = info_nce(image, text, scale, groups, config.label_smoothing)
-    return value, {"logit_scale": scale.detach().mean()}
 
 
 def make_tokenizer(recipe: PretrainRecipe, shards: Shards) -> Tokenizer:

@@ -158,7 +158,11 @@ def bad_inputs(chain, packs, tmp):
             ["pretrain", "drawings_clip", "loss.kind=sigmoid"],
             "set model.init_logit_bias=-10",
         ),
-        "bias without sigmoid": (2, ["pretrain", "drawings_clip", "model.init_logit_bias=-10"], "InfoNCE cannot learn"),
+        "bias without sigmoid": (
+            2,
+            ["pretrain", "drawings_clip", "model.init_logit_bias=-10"],
+            "learns no logit bias",
+        ),
         "sigmoid with noise": (2, ["noisy-clip", "drawings_noisy_clip", "loss.kind=sigmoid"], "learns by InfoNCE"),
         "layer decay": (2, ["pretrain", "drawings_clip", "finetune.layer_decay=2"], "must be in (0, 1]"),
         "learning rate": (2, ["pretrain", "drawings_clip", "optim.lr=-1"], "optim.lr is -1.0; it must be above 0"),

@@ -11,7 +11,7 @@ import clipkit
 from clipkit.cli import TRAINING, cli
 from clipkit.config import SHIPPED, load_recipe
 from clipkit.convert.release import release
-from clipkit.registry import TASKS, task_entry
+from clipkit.registry import LOSSES, TASKS, task_entry
 from clipkit.train.launch import TaskSpec
 
 ROOT = Path(clipkit.__file__).resolve().parent
@@ -89,6 +89,10 @@ class Mean(Task):
 
 
 SPEC = TaskSpec(MeanRecipe, Mean, lambda run: run)
+
+
+def hinge(image, text, logit_scale):
+    return mean_over_batch((1 - logit_scale * (image * text).sum(dim=1)).relu())
 '''
 
 
@@ -99,16 +103,20 @@ def foreign(tmp_path, monkeypatch):
     info = tmp_path / "meanings-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: meanings\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[clipkit.tasks]\nmean = meanings:SPEC\n")
+    (info / "entry_points.txt").write_text(
+        "[clipkit.tasks]\nmean = meanings:SPEC\n[clipkit.losses]\nhinge = meanings:hinge\n"
+    )
     (tmp_path / "drawings_mean.toml").write_text(
         "[run]\nout = 'runs/mean'\nsteps = 2\nbatch_size = 8\n[data]\nshards = 'x'\nworkers = 0\n[optim]\nwarmup = 1\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "meanings", raising=False)
     monkeypatch.chdir(tmp_path)
-    vars(TASKS).pop("entries", None)
+    for table in (TASKS, LOSSES):
+        vars(table).pop("entries", None)
     yield tmp_path
-    vars(TASKS).pop("entries", None)
+    for table in (TASKS, LOSSES):
+        vars(table).pop("entries", None)
 
 
 def test_a_task_of_another_package_is_a_command_and_trains(foreign, packs, command):
@@ -126,6 +134,13 @@ def test_a_task_of_another_package_is_a_command_and_trains(foreign, packs, comma
         "progressive_size: the images of a mean have one size"
         in (command("mean", "drawings_mean.toml", *words, "run.out=runs/small", "data.progressive_size=4")[2])
     )
+
+
+def test_a_loss_of_another_package_trains(foreign, packs, command):
+    words = ["run.steps=1", "run.batch_size=8", "optim.warmup=1", "data.workers=0", "data.val=", "run.out=runs/clip"]
+    code, _, err = command("pretrain", "drawings_clip", *words, f"data.shards={packs / 'train'}", "loss.kind=hinge")
+    assert code == 0, err
+    assert '("info_nce" | "sigmoid" | "hinge", default "info_nce")' in command("recipe", "--keys")[1]
 
 
 def test_an_unknown_command_is_still_unknown(foreign, command):
