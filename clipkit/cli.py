@@ -1,4 +1,4 @@
-"""The `clipkit` command. Nothing heavy is imported before a command runs, so that --help answers at once."""
+"""The `clipkit` command line. Torch is not imported before a command runs, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def cli() -> None:
 
     \b
     Start with:
-      clipkit guided-sample "a rocket"                with the small model that comes along
+      clipkit guided-sample "a rocket"                with the small model of the package
       clipkit classify photo.jpg --labels "dog,cat"
       clipkit app                                     both, in the browser
       clipkit demo                                    the whole chain on drawings, some minutes
@@ -87,18 +87,18 @@ RESUMED = (*TRAINING, packs.pack, pictures.index, pictures.embed, training.demo)
 
 
 TURN = 5.0
-"""Seconds for which ranks leave the word to rank 0, where all have the same to say."""
+"""Seconds that other ranks wait for rank 0 to print an error that all have."""
 
 
 def _complain(message: str, every_rank: bool) -> None:
-    """One line on stderr. What was asked for is wrong on all ranks alike; what happens to one may not to the others.
+    """Print one line on stderr. Errors in the arguments are the same on all ranks; others may happen on one of them.
 
-    torchrun ends all ranks as soon as one has failed: were the others quicker than rank 0, nobody would have spoken.
-    A rank that is still there afterwards was alone with its complaint.
+    torchrun ends all ranks as soon as one has failed: if the others were faster than rank 0, no line would be printed.
+    A rank that still runs after the wait is the only one with this error.
     """
     rank = os.environ.get("RANK", "0")
     if rank != "0" and not every_rank:
-        with suppress(KeyboardInterrupt):  # Ctrl-C ends the wait, not the word
+        with suppress(KeyboardInterrupt):  # Ctrl-C ends the wait, not the message
             time.sleep(TURN)
     click.echo(f"clipkit: {message}" + (f" [rank {rank}]" if rank != "0" else ""), err=True)
 
@@ -114,11 +114,11 @@ def _os_reason(error: OSError) -> str:
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""What a disk, or stdout on one, can say without a file name."""
+"""Errors of a disk, or of stdout on one, that have no file name."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Entry point: runs the command and turns what went wrong into one line and an exit code."""
+    """Entry point: run the command; errors become one line on stderr and an exit code."""
     for stream in (sys.stdout, sys.stderr):
         # A file name that the terminal's encoding cannot show is escaped; it must not end the command.
         if isinstance(stream, io.TextIOWrapper):
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except ClipkitError as error:
         _complain(str(error), every_rank=not isinstance(error, UsageError))
         sys.exit(error.exit_code)
-    except BrokenPipeError:  # `clipkit models | head`: the reader has seen enough
+    except BrokenPipeError:  # `clipkit models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
         sys.exit(1)
     except OSError as error:

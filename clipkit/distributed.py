@@ -1,6 +1,6 @@
-"""Ranks: starting and ending the process group that torchrun asks for, and the few collectives clipkit needs.
+"""Distributed training: the process group of torchrun, and collectives (all-reduce, all-gather, ring exchange).
 
-Everything here is right on a single process too, where it does nothing.
+Everything here also works on a single process, where it does nothing.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator
     store = dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=timeout)
     _Group.store = store
-    dist.barrier()  # a rank that left at once, with an error of its own, would end the others while they connect to it
+    dist.barrier()  # a rank that fails at once would end the others while they connect to it
     try:
         yield
     finally:
@@ -94,18 +94,18 @@ def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator
 
 
 class _Group:
-    """What ranks can tell each other when their collectives fail."""
+    """The store through which ranks communicate when their collectives fail."""
 
     store: Any = None
 
 
-def meet(wish: int) -> int:
-    """The largest wish of any rank; on the CPU, so that no GPU is waited for."""
+def all_reduce_max(value: int) -> int:
+    """The largest value of any rank; on the CPU, so that no GPU is waited for."""
     if not active():
-        return wish
-    wishes = torch.tensor([wish])
-    dist.all_reduce(wishes, dist.ReduceOp.MAX)
-    return int(wishes)
+        return value
+    values = torch.tensor([value])
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return int(values)
 
 
 def explain(error: Exception, step: int, timeout_minutes: float) -> Exception:
@@ -155,7 +155,7 @@ def barrier() -> None:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Elementwise sum over all ranks, on every rank; no gradient."""
+    """All-reduce: the elementwise sum over all ranks, on every rank; no gradient."""
     if active():
         values = values.clone()
         dist.all_reduce(values)
@@ -164,7 +164,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average_buffers(model: nn.Module) -> None:
-    """Make the floating buffers (running statistics of a rank by itself) the same on all ranks: their mean."""
+    """All-reduce floating-point buffers (running statistics of each rank) to their mean."""
     buffers = [b for b in model.buffers() if b.is_floating_point() and b.numel()]
     if not active() or not buffers:
         return
@@ -175,9 +175,9 @@ def average_buffers(model: nn.Module) -> None:
 
 
 def batch_sizes(local: int) -> list[int]:
-    """Rows of the batch that each rank holds; ranks may differ when samples were skipped.
+    """Rows of the batch on each rank; ranks may differ when samples were skipped.
 
-    Asked for on the CPU, so that no GPU is waited for.
+    Gathered on the CPU, so that no GPU is waited for.
     """
     if not active():
         return [local]
@@ -202,15 +202,15 @@ def mean_over_batch(*terms: Tensor) -> Tensor:
 
 
 def gather_rows(local: Tensor, sizes: list[int]) -> Tensor:
-    """[b_r, ...] of each rank -> [sum b_r, ...] on every rank; no gradient."""
+    """All-gather: [b_r, ...] of each rank -> [sum b_r, ...] on every rank; no gradient."""
     if len(sizes) == 1:
         return local
     # Collectives want equal shapes: ranks with fewer rows are padded, and the padding dropped again.
     padded = local.new_zeros(max(sizes), *local.shape[1:])
     padded[: len(local)] = local
-    pieces = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(pieces, padded)
-    return torch.cat([piece[:n] for piece, n in zip(pieces, sizes, strict=True)])
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded)
+    return torch.cat([rows[:n] for rows, n in zip(gathered, sizes, strict=True)])
 
 
 def all_gather(local: Tensor) -> Tensor:

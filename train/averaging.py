@@ -1,8 +1,8 @@
-"""The average of several runs' weights: one model, as fast as each, and often better than the best of them.
+"""Weight averaging of several CLIPs: one model, as fast as each, and often better than the best of them.
 
-A fine-tuned model and the one it started from (WiSE-FT, Wortsman et al. 2021, arXiv 2109.01903), or several that
-started alike (model soups, Wortsman et al. 2022, arXiv 2203.05482). Between runs that started from different random
-weights there is nothing.
+A fine-tuned model with its initial weights (WiSE-FT, Wortsman et al. 2021, arXiv 2109.01903), or several fine-tuned
+from the same weights (model soups, Wortsman et al. 2022, arXiv 2203.05482). Averages of models that were trained from
+different random weights are useless.
 """
 
 from __future__ import annotations

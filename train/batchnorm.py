@@ -1,8 +1,8 @@
-"""BatchNorm over the batch of all ranks, on any device; and passes that leave running statistics as they are.
+"""Synchronised BatchNorm, over the samples of all ranks on any device; and passes that keep running statistics.
 
-Ioffe & Szegedy 2015 (arXiv 1502.03167, algorithm 1). Micro-batches are another matter: a layer's statistics of the
-whole batch need the activations of every micro-batch at once, which is the memory that micro-batches save; computed
-again for each layer they would cost as many passes as there are layers. So each micro-batch is normalised by itself.
+Ioffe & Szegedy 2015 (arXiv 1502.03167, algorithm 1). It does not reach over micro-batches: a layer's statistics
+of the whole batch need the activations of every micro-batch at once, the memory that gradient accumulation saves;
+recomputing them would cost one pass per layer. So each micro-batch is normalised by itself.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def _batchnorms(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put running statistics back at the end: for passes over samples that another pass counts."""
+def keep_running_stats(model: nn.Module) -> Iterator[None]:
+    """Restore running statistics at the end: for further passes over samples that are counted already."""
     tracking = [module for module in model.modules() if module.training and hasattr(module, "running_var")]
     buffers = [buffer for module in tracking for buffer in module.buffers(recurse=False)]
     before = [buffer.clone() for buffer in buffers]

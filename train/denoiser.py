@@ -1,7 +1,8 @@
-"""Train a diffusion denoiser on the images of a pack, alone or with their classes or captions ([condition]).
+"""Training of a diffusion denoiser on a pack: unconditional, or conditional on classes or captions ([condition]).
 
-torchrun --nproc_per_node 2 train/denoiser.py tiny_imagenet_denoiser.toml
-clipkit denoiser drawings_denoiser.toml run.steps=200      # the same on one process
+# Launch command, on two processes and on one:
+#   torchrun --nproc_per_node 2 train/denoiser.py tiny_imagenet_denoiser.toml
+#   clipkit denoiser drawings_denoiser.toml run.steps=200
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from clipkit.train.task import Features, Task
 
 @dataclass(frozen=True)
 class DenoiserRecipe(Recipe):
-    """Everything that decides what a denoiser's training does; its network is the section [unet] or [dit]."""
+    """Recipe of a denoiser; its network is the section [unet] or [dit]."""
 
     diffusion: DiffusionConfig
     condition: ConditionConfig
@@ -65,14 +66,14 @@ class DenoiserRecipe(Recipe):
 
     @property
     def network(self) -> NetworkConfig:
-        """The section that is there."""
-        found = self.unet or self.dit
-        assert found is not None
-        return found
+        """The section that the recipe has."""
+        network = self.unet or self.dit
+        assert network is not None
+        return network
 
 
 class Denoising(Task):
-    """A denoiser, by default under the simple loss: squared error of what it predicts (Ho et al. 2020, eq. 14)."""
+    """A denoiser, by default under the simple loss: the squared error of its prediction (Ho et al. 2020, eq. 14)."""
 
     kind = "denoiser"
 
@@ -106,7 +107,7 @@ class Denoising(Task):
         drawn, eps = sample_log_snr(config.schedule, len(x0)), torch.randn_like(x0)
         lam = drawn.to(x0.device)
         x = add_noise(x0, eps, lam)
-        output, fraction = self.model.output(x, lam, self._described(batch))
+        output, fraction = self.model.output(x, lam, self._condition(batch))
         errors = loss_of(config, output, target(config.prediction, x0, eps, lam), lam)
         if fraction is not None:  # the hybrid loss: 0.001 of the bound, whose 1,000 terms one level stands for
             later = later_log_snr(config.schedule, drawn)  # in float64, which not every device has
@@ -114,8 +115,8 @@ class Denoising(Task):
             errors = errors + variational_loss(x0, said, fraction, drawn, later)
         return (errors,)
 
-    def _described(self, batch: Batch) -> Condition | None:
-        """Classes or captions, a share of them dropped."""
+    def _condition(self, batch: Batch) -> Condition | None:
+        """Classes or captions, with condition dropout (Ho & Salimans 2022, arXiv 2207.12598, algorithm 1)."""
         conditioner = self.model.conditioner
         if conditioner is None:
             return None
@@ -127,11 +128,11 @@ class Denoising(Task):
         return condition
 
     def compile_targets(self) -> Sequence[nn.Module]:
-        """The network; its parametrisation is a few products."""
+        """The network."""
         return [self.model.network]
 
     def extra_files(self) -> Mapping[str, str]:
-        """What descriptions and latents need beside the weights."""
+        """The conditioner's files, the latents' shape, and the identities of the frozen models."""
         found = dict(self.model.conditioner.texts()) if self.model.conditioner is not None else {}
         if self.autoencoder is not None:
             found["latent.json"] = json.dumps({"channels": self.model.latent_channels})

@@ -4,10 +4,9 @@ InfoNCE (van den Oord et al. 2018, arXiv 1807.03748, eq. 4), symmetric over imag
 2021, figure 3); the sigmoid loss of SigLIP (Zhai et al. 2023, arXiv 2303.15343, eq. 1); and their extension to several
 positives per row (UniCL, Yang et al. 2022, arXiv 2204.03610, eq. 3-5).
 
-The logits of B images against B texts exist only in strips of a few rows, made once in the forward pass and again in
-the backward pass. Every rank makes the strips of its own images, against the texts of all ranks: gathered while they
-are small, else one rank's after the other's as they go round a ring. What it learns about all texts is summed over
-ranks.
+The B x B logits are computed in chunks ("strips") of a few rows, in the forward pass and once more in the backward
+pass. Every rank computes the strips of its own images against the texts of all ranks, which are all-gathered while they
+are small, and else passed around a ring. Gradients of the texts are summed over ranks.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ _STRIP = 128
 """Images whose logits are held at a time: a strip of B = 2,048 takes 1 MiB, one of B = 32,768 16 MiB."""
 
 GATHERED = 64 * 2**20
-"""Bytes up to which the text features of all ranks are gathered, in one message; beyond, no rank ever holds more than
-its own and two others'."""
+"""Bytes up to which the text features of all ranks are all-gathered; beyond, a rank holds its own and two others'."""
 
 
 @dataclass(frozen=True)

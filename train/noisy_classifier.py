@@ -1,7 +1,8 @@
-"""Train a noise-aware classifier on a classed pack, from a CLIP's image tower: the guide of before there were texts.
+"""Training of a noise-aware classifier, for classifier guidance, from a CLIP's image tower on a classed pack.
 
-torchrun --nproc_per_node 2 train/noisy_classifier.py drawings_noisy_classifier.toml
-clipkit noisy-classifier drawings_noisy_classifier.toml run.steps=200   # the same on one process
+# Launch command, on two processes and on one:
+#   torchrun --nproc_per_node 2 train/noisy_classifier.py drawings_noisy_classifier.toml
+#   clipkit noisy-classifier drawings_noisy_classifier.toml run.steps=200
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ from clipkit.train.task import Features, Task
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """Where the classifier starts, and what it sees."""
+    """The CLIP to start from, the noise embedding and the images."""
 
     clip: str
-    """Run of the CLIP whose image tower it takes over."""
+    """Run of the CLIP whose image tower to start from."""
     width: int = 128
     """Width of the noise embedding."""
     clean_fraction: float = 0.1
     """Share of clean images in each batch."""
     image_size: int = 0
-    """Pixels of the denoiser's pictures; 0: the CLIP's."""
+    """Side of the denoiser's images, in pixels; 0: the CLIP's."""
 
     def __post_init__(self) -> None:
         check_start(self.clip, self)
@@ -50,7 +51,7 @@ class ClassifierConfig:
 
 @dataclass(frozen=True)
 class ClassifierRecipe(Recipe):
-    """Everything that decides what this training does."""
+    """Recipe of a noise-aware classifier."""
 
     model: ClassifierConfig
 
@@ -97,7 +98,7 @@ class Classification(Task):
         self.model.tower.clip.clamp_logit_scale()
 
     def extra_files(self) -> Mapping[str, str]:
-        """The classes, the shape of the CLIP inside, and what the training used."""
+        """The classes, the shape of the CLIP, and identities of the frozen models."""
         shape = {
             "config": dataclasses.asdict(self.shape),
             "vocab_size": self.model.tower.clip.text.tokens.num_embeddings,

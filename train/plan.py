@@ -1,4 +1,4 @@
-"""What a recipe will take: time of a step and memory of a rank, worked out without running it.
+"""Estimates of a recipe's cost: time of a step and memory of a rank, computed without running it.
 
 Operations and kept activations are counted on torch's meta device; what a device does with them is an estimate from its
 published peaks (or, on a CPU, from a matrix product timed on the spot) and the shares of them that training reaches.

@@ -1,7 +1,8 @@
-"""Pretrain CLIP on a pack.
+"""Pretraining and fine-tuning of CLIP on a pack, by a contrastive loss.
 
-torchrun --nproc_per_node 2 train/pretrain.py tiny_imagenet_clip.toml data.shards=packs/tiny-imagenet
-clipkit pretrain drawings_clip.toml run.steps=200          # the same on one process
+# Launch command, on two processes and on one:
+#   torchrun --nproc_per_node 2 train/pretrain.py tiny_imagenet_clip.toml data.shards=packs/tiny-imagenet
+#   clipkit pretrain drawings_clip.toml run.steps=200
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from clipkit.train.losses import LossConfig, contrastive_loss
 from clipkit.train.task import Features, Task
 
 _CAPTIONS = 500_000
-"""Samples whose captions are enough for a vocabulary."""
+"""Most samples whose captions a vocabulary is trained on."""
 
 
 @dataclass(frozen=True)
 class PretrainRecipe(Recipe):
-    """Everything that decides what a pretraining run does."""
+    """Recipe of a pretraining or fine-tuning run."""
 
     model: CLIPConfig
     loss: LossConfig
@@ -80,19 +81,21 @@ class Pretraining(Task):
         self.teachers = Teachers(recipe.distil, recipe.model.embed_dim) if recipe.distil.teachers else None
 
     def forward(self, batch: Batch) -> Features:
-        """Unit vectors of images and captions [b, D], each pair's logit scale and bias [b], and what teachers make."""
+        """Unit vectors of images and captions [b, D], logit scale and bias [b], and the teachers' features [b, D]."""
         image = self.model.encode_image(batch.images)
         text = self.model.encode_text(self.tokenizer(batch.captions))
         # As rows beside the features, so that the loss is a function of features and nothing else; FSDP wants no views.
         scales = self.model.logit_scale.repeat(len(batch)), self.model.logit_bias.repeat(len(batch))
-        return image, text, *scales, *self._taught(batch, image, text)
+        return image, text, *scales, *self._teach(batch, image, text)
 
-    def _taught(self, batch: Batch, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
-        """Features [b, D] that the teachers make of images and captions; of a locked tower its own."""
+    def _teach(self, batch: Batch, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+        """The teachers' features [b, D] of images and captions; for a locked tower its own."""
         if self.teachers is None:
             return ()
         taught = self.teachers(self.model, batch.images, batch.captions, self.recipe.data.flip)
-        return tuple(own.detach() if made is None else made for made, own in zip(taught, (image, text), strict=True))
+        return tuple(
+            own.detach() if theirs is None else theirs for theirs, own in zip(taught, (image, text), strict=True)
+        )
 
     def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The recipe's contrastive loss over all ranks, and the distance to the teachers; logs the logit scale."""
@@ -108,9 +111,9 @@ class Pretraining(Task):
         return value, logged
 
     def train(self, mode: bool = True) -> Pretraining:
-        """Training mode, but for what is locked."""
+        """Training mode, except for locked modules."""
         super().train(mode)
-        finetune.hold_still(self.model)
+        finetune.eval_locked(self.model)
         return self
 
     def fsdp_units(self) -> Sequence[nn.Module]:
@@ -119,11 +122,11 @@ class Pretraining(Task):
         return [*blocks, *self.model.text.blocks, self.model.image, self.model.text]
 
     def compile_targets(self) -> Sequence[nn.Module]:
-        """The image tower; the text tower's inputs are as long as the captions are."""
+        """The image tower; the lengths of the text tower's inputs vary."""
         return [self.model.image]
 
     def lr_scales(self) -> Mapping[str, float]:
-        """Smaller for deeper blocks, if the recipe says so."""
+        """Layer-wise learning-rate decay: smaller for early blocks."""
         return finetune.lr_scales(self.model, self.recipe.finetune)
 
     def after_step(self) -> None:
@@ -150,17 +153,17 @@ class Pretraining(Task):
         return {"zeroshot_top1": scores.top1, "zeroshot_top5": scores.top5}
 
     def extra_files(self) -> Mapping[str, str]:
-        """The tokenizer belongs to the weights, and so do the words of the captions, if they are known."""
+        """The tokenizer, and the words of the captions if they are known."""
         noted = Path(self.recipe.run.out) / "words.json"
         words = {"words.json": noted.read_text(encoding="utf-8")} if noted.is_file() else {}
         return {"tokenizer.json": self.tokenizer.to_json(), **words}
 
 
 def make_tokenizer(recipe: PretrainRecipe, shards: Shards) -> Tokenizer:
-    """The tokenizer of the text tower to start from; or CLIP's, if the recipe names its merges file; or a trained one.
+    """The tokenizer of the text tower to start from, or CLIP's if the recipe names its merges file, or a trained one.
 
-    That is trained on captions of all packs, once, on rank 0, and kept in the run's folder; so are their words, if none
-    of the captions is left out.
+    Rank 0 trains it on captions of all packs once and writes it into the run's folder, with the captions' words if it
+    has read all captions.
     """
     config, source = recipe.model, recipe.finetune.source
     if source is not None and recipe.finetune.init != "image":
@@ -168,7 +171,7 @@ def make_tokenizer(recipe: PretrainRecipe, shards: Shards) -> Tokenizer:
     if config.merges:
         return Tokenizer.clip(config.merges, config.context_length)
     path = Path(recipe.run.out) / "tokenizer.json"
-    # One without checkpoints may be of another recipe, whose run did not begin.
+    # A folder without checkpoints may have one of another recipe, whose run did not start.
     kept = path.is_file() and (path.parent / "checkpoints").is_dir()
     if not kept and config.vocab_size < SMALLEST_VOCABULARY:  # said by all ranks, before the first writes
         raise RecipeError(

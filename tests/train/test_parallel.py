@@ -72,7 +72,7 @@ def _clipped_to(max_norm):
     scalar = torch.nn.Parameter(torch.zeros(()))
     scalar.grad = torch.tensor(3.0 + distributed.rank())  # 3 and 4: their mean counts
     norm = parallel.finish_gradients([cut, scalar], max_norm)
-    return norm, parallel.whole({"cut": cut.grad}), scalar.grad
+    return norm, parallel.full_state({"cut": cut.grad}), scalar.grad
 
 
 def test_the_norm_is_that_of_the_whole_gradient():
@@ -95,7 +95,7 @@ def _put_together(rows):
     mesh = init_device_mesh("cpu", (distributed.world_size(),))
     tensors = {str(n): distribute_tensor(torch.arange(3.0 * n).view(n, 3), mesh, [Shard(0)]) for n in rows}
     with CommDebugMode() as collectives:
-        found = parallel.whole({**tensors, "alone": torch.tensor(5)})
+        found = parallel.full_state({**tensors, "alone": torch.tensor(5)})
     return found, [str(name) for name in collectives.get_comm_counts()]
 
 
