@@ -59,7 +59,9 @@ MODULES = {
 }
 """Former module -> present module."""
 
-NAMES: dict[str, dict[str, str]] = {}
+NAMES: dict[str, dict[str, str]] = {
+    "clipkit.train.finetune": {"TuneConfig": "FinetuneConfig", "hold_still": "eval_locked"},
+}
 """Present module -> former name -> present name."""
 
 

@@ -36,7 +36,7 @@ class Saver:
     ) -> None:
         """Start to save once the previous save is done: on one rank, or `sharded`, on all ranks, each its shard.
 
-        Raises what the previous save raised.
+        Raises the error of the previous save.
         """
         self.wait()
         shard = Shard(distributed.rank(), distributed.world_size()) if sharded else Shard()
@@ -70,7 +70,7 @@ class Saver:
             self.check()
 
     def check(self) -> None:
-        """Raise what a finished save raised."""
+        """Raise the error of a finished save."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error

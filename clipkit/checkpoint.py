@@ -54,7 +54,7 @@ class Checkpoint:
         return dict(self.stream(name))
 
     def stream(self, name: str) -> Iterator[tuple[str, Tensor]]:
-        """The same one by one, for what is too large to hold twice; shards are concatenated."""
+        """The same one by one, for tensors too large to hold twice; shards are concatenated."""
         import torch
         from safetensors import SafetensorError, safe_open
 
@@ -68,7 +68,7 @@ class Checkpoint:
                 shards = [file.get_tensor(key) for file in opened if key in file.keys()]  # noqa: SIM118
                 yield key, shards[0] if len(shards) == 1 else torch.cat(shards)
         except SafetensorError as error:
-            raise CheckpointError(f"{files[0]} is not what its name says: {error}") from None
+            raise CheckpointError(f"{files[0]} is no safetensors file: {error}") from None
 
     def text(self, name: str, default: str | None = None) -> str:
         """A text file of the checkpoint. Raises CheckpointError if it has none of that name and there is no default."""
@@ -121,8 +121,8 @@ def save(
     The newest `keep_last` stay, and those whose step `keep_every` divides, if it is not 0. With a `shard`, every
     rank calls this with its own after the first has called `begin`; the first waits for the others and finishes.
 
-    Raises CheckpointError naming the path and the free space when it cannot be written; what was there before is
-    untouched.
+    Raises CheckpointError naming the path and the free space when it cannot be written; earlier
+    checkpoints are untouched.
     """
     from safetensors import SafetensorError
 

@@ -43,13 +43,13 @@ RENAMED = {
 """Former key or section of recipes -> present one. Recipes, overrides and checkpoints may have either."""
 
 Unbounded = Annotated[float, "may be infinite"]
-"""A recipe's number that may be inf; every other one is refused when it is."""
+"""A number of a recipe that may be inf; other numbers may not."""
 
 _LARGEST = 2**63 - 1
 """Largest integer of TOML, torch and numpy."""
 
 _LONGEST = 1e6
-"""Minutes, some two years: beyond what they are counted in overflows."""
+"""Minutes, some two years; larger numbers overflow."""
 
 SMALLEST_SHARE = 1e-3
 """Smallest share of a pack among several; data/sample_order.py draws from the packs in blocks of its inverse."""
@@ -77,7 +77,7 @@ class RunConfig:
     """The training run: its folder, length, batch, precision, checkpoints and ranks."""
 
     out: str
-    """Folder of the run; the same command resumes what it finds there."""
+    """Folder of the run; the same command resumes the run in it."""
     steps: int
     """Optimizer steps in all. A run may be resumed with more steps, or with fewer if it has not done that many; its
     learning-rate schedule is then that of the new number."""
@@ -219,7 +219,7 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The sections that every recipe has; each training script adds its model's."""
+    """The sections that every recipe has; each task adds its own."""
 
     run: RunConfig
     data: DataConfig
@@ -234,7 +234,7 @@ def shipped() -> list[str]:
 def load_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) -> R:
     """Read the recipe at `path` (or the shipped one of that name), apply the overrides, check everything.
 
-    Raises RecipeError naming the key, what was found and what would have been right.
+    Raises RecipeError naming the key, its value and the values that are valid.
     """
     file = Path(path)
     if not file.is_file() and (SHIPPED / f"{file.stem}.toml").is_file() and file.parent == Path("."):
@@ -371,7 +371,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         return tuple(_coerce(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is dict and isinstance(value, dict):
         return {k: _coerce(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
-    if hint is Any:  # arguments of others' constructors; they are held to the same numbers
+    if hint is Any:  # arguments of other libraries' constructors; their numbers are checked too
         if isinstance(value, (dict, list)):
             for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
                 _coerce(Any, inner, f"{where}.{key}")
@@ -391,7 +391,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
 
 
 def _finite(value: Any, where: str) -> Any:
-    """The value, unless it is a number that is none, or too large to compute with. Raises RecipeError."""
+    """The value. Raises RecipeError for NaN, infinities and integers beyond 64 bits."""
     if isinstance(value, float) and not math.isfinite(value):
         raise RecipeError(f"{where} is {value}; it must be a finite number")
     if isinstance(value, int) and abs(value) > _LARGEST:
@@ -424,6 +424,7 @@ def _toml_key(key: str) -> str:
 
 
 def toml_value(value: Any) -> str:
+    """A recipe's value in TOML."""
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{_toml_key(k)} = {toml_value(v)}" for k, v in value.items()) + " }" if value else "{}"
     if isinstance(value, (list, tuple)):

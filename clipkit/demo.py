@@ -30,7 +30,7 @@ _QUICK = ("run.steps=4", "run.batch_size=32", "optim.warmup=1", "run.log_every=2
 def run(out: Path, seed: int = 0, quick: bool = False) -> dict[str, Any]:
     """Pack, pretrain (twice: the second CLIP only judges), train denoiser and noise-aware CLIP, draw -> the metrics.
 
-    Everything lands in `out`; each part that is already there is not done again.
+    Everything is written into `out`; runs and packs that are there are not repeated.
     """
     began = time.perf_counter()
     packs = _pack(out, quick)
@@ -59,7 +59,7 @@ def _pack(out: Path, quick: bool) -> dict[str, Path]:
 
 
 def _score_clip(out: Path, heldout: Path) -> dict[str, float]:
-    """Zero-shot top-1 on drawings of pairs never seen in training, among all pairs."""
+    """Zero-shot top-1 on drawings of held-out pairs, among all pairs."""
     from clipkit.data.shards import Shards
     from clipkit.zeroshot import classify, heads
     from clipkit.zeroshot.datasets import from_shards
@@ -73,25 +73,29 @@ def _score_clip(out: Path, heldout: Path) -> dict[str, float]:
 
 
 def _draw(out: Path, seed: int, quick: bool) -> dict[str, float]:
-    """Draw every object and the four prompts, unguided and guided, and let the judge name what it sees."""
+    """Draw every object and the four prompts, unguided and guided; the judge classifies the objects."""
     from clipkit.guidance.pipeline import DEFAULT_SCALE, Steering, Studio
 
     studio, judge, steps = Studio.open(out), load(out / "judge"), 3 if quick else 25
     objects, each = list(drawings.OBJECTS), 1 if quick else 8
-    # The noise-aware CLIP's scale, and 1 if the denoiser is told the prompt.
-    kinds = {"unguided": (0.0, 0.0), "guided": (DEFAULT_SCALE, 0.0), "told": (DEFAULT_SCALE, 1.0)}
-    right = dict.fromkeys(kinds, 0)
-    strips: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
-    for kind, (scale, cfg_scale) in kinds.items():
+    # Metric -> scale of the noise-aware CLIP, and of classifier-free guidance.
+    scales = {
+        "judge_names_unguided": (0.0, 0.0),
+        "judge_names_guided": (DEFAULT_SCALE, 0.0),
+        "judge_names_told": (DEFAULT_SCALE, 1.0),
+    }
+    right = dict.fromkeys(scales, 0)
+    strips: dict[str, list[Tensor]] = {metric: [] for metric in scales}
+    for metric, (scale, cfg_scale) in scales.items():
         how = Steering(cfg_scale)
-        for i, name in enumerate(log.progress(objects, len(objects), kind)):
+        for i, name in enumerate(log.progress(objects, len(objects), metric)):
             drawn = studio.draw(f"a {name}", n=each, steps=steps, scale=scale, seed=seed + i, steering=how)
-            right[kind] += named(judge, drawn.images).count(name)
+            right[metric] += named(judge, drawn.images).count(name)
         for prompt in PROMPTS:
             drawn = studio.draw(prompt, n=3, steps=steps, scale=scale, seed=seed, steering=how)
-            strips[kind].append(drawn.images)
+            strips[metric].append(drawn.images)
     _comparison(strips).save(out / "grid.png")
-    return {f"judge_names_{kind}": round(n / (each * len(objects)), 4) for kind, n in right.items()}
+    return {metric: round(n / (each * len(objects)), 4) for metric, n in right.items()}
 
 
 @torch.no_grad()
@@ -111,14 +115,14 @@ def named(
 
 
 def _comparison(strips: dict[str, list[Tensor]]) -> Image.Image:
-    """One row per prompt: its words, and the pictures of each kind."""
+    """One row per prompt: its words, and its pictures at each scale."""
     from clipkit.guidance.image_grid import grid
 
     rows = [grid(torch.cat(of_prompt), columns=3 * len(strips)) for of_prompt in zip(*strips.values(), strict=True)]
     width, height, margin = rows[0].width, rows[0].height, 96
     sheet = Image.new("RGB", (margin + width, 18 + height * len(rows)), (255, 255, 255))
     pen = ImageDraw.Draw(sheet)
-    heads = ("unguided", "guided by the noise-aware CLIP", "and told the prompt")
+    heads = ("unguided", "guided by the noise-aware CLIP", "and conditional on the prompt")
     for i, head in enumerate(heads):
         pen.text((margin + (2 * i + 1) * width // (2 * len(heads)), 3), head, fill=(0, 0, 0), anchor="ma")
     for i, (prompt, row) in enumerate(zip(PROMPTS, rows, strict=True)):
@@ -128,7 +132,7 @@ def _comparison(strips: dict[str, list[Tensor]]) -> Image.Image:
 
 
 def _plot(out: Path) -> None:
-    """loss.png: the loss of each part over its steps, drawn with Pillow so that the demo needs no extra."""
+    """loss.png: the loss of each run over its steps, drawn with Pillow so that the demo needs no extra."""
     sheet = Image.new("RGB", (4 * 240, 180), (255, 255, 255))
     pen = ImageDraw.Draw(sheet)
     for k, name in enumerate(_RUNS):
@@ -148,9 +152,9 @@ def _report(out: Path, metrics: dict[str, Any]) -> None:
     device = distributed.choose_device()
     log.say(
         f"\nDone in {metrics['minutes']:.1f} minutes on {device}:\n"
-        f"  zero-shot on pairs never seen: {metrics['clip_heldout_top1']:.1%} (chance {1 / len(drawings.PAIRS):.1%})\n"
+        f"  zero-shot on held-out pairs: {metrics['clip_heldout_top1']:.1%} (chance {1 / len(drawings.PAIRS):.1%})\n"
         f"  the judge names the object in {metrics['judge_names_guided']:.1%} of what the noise-aware CLIP guided,\n"
-        f"  in {metrics['judge_names_told']:.1%} where the denoiser was told the prompt too, in "
+        f"  in {metrics['judge_names_told']:.1%} where the denoiser is conditional on the prompt too, in "
         f"{metrics['judge_names_unguided']:.1%} of unguided ones (chance {1 / len(drawings.OBJECTS):.1%})\n"
         f"  look at {out / 'grid.png'} and {out / 'loss.png'}; more with\n"
         f'  clipkit guided-sample "a green cat" --model {out}'

@@ -125,7 +125,7 @@ _PATIENCE = 3.0
 
 
 def _silent_ranks() -> list[int]:
-    """Ranks that do not say within `_PATIENCE` seconds that they have given up too."""
+    """Ranks that do not report within `_PATIENCE` seconds that they failed too."""
     others = [r for r in range(world_size()) if r != rank()]
     try:
         _Group.store.set(f"gave_up_{rank()}", "1")
@@ -216,8 +216,8 @@ def gather_rows(local: Tensor, sizes: list[int]) -> Tensor:
 def all_gather(local: Tensor) -> Tensor:
     """[b_r, ...] of each rank -> [sum b_r, ...] on every rank, with gradients.
 
-    For losses that compare a rank's samples with those of all. A row's gradient is the sum of what all ranks' losses
-    have for it, so that the mean over ranks of the parameters' gradients is that of the mean loss.
+    For losses that compare samples across ranks. A row's gradient is summed over the losses of all ranks, so that DDP's
+    mean of the parameters' gradients is the gradient of the mean loss.
     """
     return _Gather.apply(local, batch_sizes(len(local))) if active() else local
 
@@ -234,11 +234,11 @@ class _Gather(torch.autograd.Function):
 
 
 def blocks(held: Tensor, sizes: list[int], gathered: bool) -> Iterator[tuple[slice, Tensor, Callable[..., Tensor]]]:
-    """The rows of all ranks: at once, if `held` is what `gather_rows` gave, else one rank's after the other's.
+    """The rows of all ranks: in one block if `held` is the result of `gather_rows`, else one rank's rows at a time.
 
-    With each block come its place among all rows, and a function that takes what this rank has to add to the block's
-    rows and returns the sum of what others have for this rank's own. One rank's after the other's go round a ring:
-    rank r begins with its own, which it holds, and has those of r + 1 on the way while they are used.
+    Each block comes with its slice of all rows, and a function: it takes this rank's contribution to the block's rows
+    and returns other ranks' contributions to this rank's rows. Blocks are passed around a ring: rank r starts with its
+    own rows, and receives those of r + 1 while it uses them.
     """
     if gathered:
         yield slice(0, len(held)), held, lambda sums: torch.split(sum_over_ranks(sums), sizes)[rank()]
@@ -253,7 +253,7 @@ def blocks(held: Tensor, sizes: list[int], gathered: bool) -> Iterator[tuple[sli
 
 
 def _exchange(values: Tensor, by: int, rows: int) -> Callable[[], Tensor]:
-    """Send `values` to the rank `by` places back; what is returned waits for `rows` rows of that `by` places on."""
+    """Send `values` to rank - by -> a function that waits for `rows` rows from rank + by."""
     if by % world_size() == 0:
         return lambda: values
     found = values.new_empty(rows, *values.shape[1:])

@@ -38,7 +38,7 @@ def over_ranks(model: nn.Module) -> bool:
 
 
 def limits(model: nn.Module, run: RunConfig) -> list[str]:
-    """One line for each way in which the statistics of `model`, in training mode, are not those of the whole batch."""
+    """One line for each reason why training statistics of `model` are not those of the whole batch."""
     found: list[str] = []
     if not any(module.training for module in _batchnorms(model)):
         return found
@@ -72,7 +72,7 @@ def keep_running_stats(model: nn.Module) -> Iterator[None]:
 
 
 class _Synchronised(nn.Module):
-    """Mixin of a BatchNorm class: its own forward pass, activation and all, with `batch_norm` for torch's."""
+    """Mixin of a BatchNorm class: its forward pass, activation included, with `batch_norm` in place of torch's."""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Any:
@@ -112,8 +112,8 @@ def batch_norm(
 class _Normalise(torch.autograd.Function):
     """x [b, C, ...] of each rank -> the same normalised, and mean [C], biased variance [C] and count of all ranks' x.
 
-    torch's own kernels do what touches x: they give each rank's moments, which are added up in float64, where
-    E[x^2] - E[x]^2 does not cancel, and normalise with those of all.
+    torch's kernels read x: they compute each rank's moments, which are summed in float64, where E[x^2] - E[x]^2 does
+    not cancel, and they normalise with the moments of all ranks.
     """
 
     @staticmethod
@@ -125,7 +125,7 @@ class _Normalise(torch.autograd.Function):
         shift = torch.zeros_like(gain) if bias is None else bias
         if x.numel():
             _, mean, inverse = torch.native_batch_norm(x, gain, shift, None, None, True, 0.0, 0.0)
-        else:  # all of this rank's samples were skipped; the kernels take none
+        else:  # all of this rank's samples were skipped; the kernels need one
             mean, inverse = torch.zeros_like(gain), torch.zeros_like(gain)
         mean, var = mean.double(), torch.where(inverse > 0, inverse.double().pow(-2), 0.0)  # 0 stands for 1 / 0
         count = mean.new_full((1,), x.numel() // len(mean))

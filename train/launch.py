@@ -1,4 +1,4 @@
-"""From a recipe to a trained run: what the entries of the task registry have in common."""
+"""Start of a training run: recipe, process group, pack, task, data loader; and the entries of the task registry."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ R = TypeVar("R", bound=Recipe)
 
 @dataclass(frozen=True)
 class TaskSpec(Generic[R]):
-    """How a task is trained and its model loaded: what `clipkit.registry.TASKS` holds."""
+    """An entry of `clipkit.registry.TASKS`: recipe class, task and loader."""
 
     recipe: type[R]
     """Dataclass of the recipe."""
@@ -61,7 +61,7 @@ def train_recipe(recipe: R, make_task: Callable[[R, Shards], Task], device: torc
     shards = Shards(recipe.data.shards, verify=False, cache=cache_of(recipe.data))  # hashed while training
     seed_everything(recipe.run.seed, 0, 0)  # the same initial weights on every rank
     task = make_task(recipe, shards)
-    validation_of(recipe.data)  # a missing one is missed now, not after the last step
+    validation_of(recipe.data)  # so that a missing one is found now, not after the last step
     run = recipe.run
     if recipe.data.progressive_size and not task.progressive:
         raise RecipeError(f"data.progressive_size: the images of a {task.kind} have one size; omit it")

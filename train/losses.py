@@ -28,7 +28,7 @@ from clipkit.errors import RecipeError
 from clipkit.registry import LOSSES
 
 _STRIP = 128
-"""Images whose logits are held at a time: a strip of B = 2,048 takes 1 MiB, one of B = 32,768 16 MiB."""
+"""Rows of a strip: for B = 2,048 it takes 1 MiB, for B = 32,768 16 MiB."""
 
 GATHERED = 64 * 2**20
 """Bytes up to which the text features of all ranks are all-gathered; beyond, a rank holds its own and two others'."""
@@ -85,7 +85,7 @@ def info_nce(
     alike.
 
     Returns a scalar whose mean over ranks, and the mean of its gradients, are exactly those of one process holding the
-    whole batch; DDP takes that mean. Nothing needs to be chosen for that.
+    whole batch; DDP takes that mean. There is no option for that.
     """
     kind = partial(_InfoNCE, label_smoothing)
     return _contrast(kind, image, text, logit_scale, torch.zeros_like(logit_scale), groups)
@@ -121,7 +121,7 @@ class _Pairs:
     def __init__(self, rows: int, groups: Tensor | None, device: torch.device) -> None:
         self.sizes = distributed.batch_sizes(rows)
         start = sum(self.sizes[: distributed.rank()])
-        if groups is None:  # each pair is a group of its own
+        if groups is None:  # each pair is its own group
             groups = torch.arange(start, start + rows, device=device)
         self.own, self.everyone = groups, distributed.gather_rows(groups, self.sizes)
         self.mine = slice(start, start + rows)
@@ -149,11 +149,11 @@ class _Pairs:
 
 
 _Strip = tuple[slice, slice, Tensor]
-"""Rows, columns, and what is there [rows, columns]."""
+"""Rows, columns, and the logits [rows, columns]."""
 
 
 class _Objective(ABC):
-    """A loss over logits [b, B] that come in strips: what it must know of all of them first, its value, its slope."""
+    """A loss over logits [b, B] that are computed in strips: its value, and its derivative by the logits."""
 
     def __init__(self, pairs: _Pairs) -> None:
         self.pairs = pairs
@@ -191,7 +191,7 @@ class _InfoNCE(_Objective):
         return slope.div_(2).sub_(self._targets(rows, columns, logits.dtype))
 
     def _targets(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
-        """[rows, columns]: an equal share for each positive, on top of what all get; a group has as many
+        """Targets [rows, columns]: equal for all positives of a row, plus label smoothing; a group has as many
         images as texts."""
         everyone = self.smoothing / self.pairs.total
         positive = (1 - self.smoothing) / self.pairs.positives[rows, None].to(dtype) + everyone  # [rows, 1]
@@ -214,7 +214,7 @@ class _Sigmoid(_Objective):
 
 
 class _Strips(torch.autograd.Function):
-    """An objective of scale * image @ text.T + bias, without ever holding those logits."""
+    """An objective of scale * image @ text.T + bias, without holding all logits."""
 
     @staticmethod
     def forward(

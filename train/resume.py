@@ -48,10 +48,10 @@ def _filled(stored: Mapping[str, Any], config: Any) -> dict[str, Any]:
 
 
 def check_recipe(found: checkpoint.Checkpoint, recipe: Recipe) -> list[str]:
-    """Refuse to resume a run with a recipe that would have trained something else -> lines on what is new from here.
+    """Refuse to resume with a recipe that differs in what decides the weights -> messages on what changes from here.
 
-    A run may be of another length, as long as that has not been reached: what depends on `run.steps` (the learning
-    rate, early_size) is from here on that of the new length. Raises CheckpointError.
+    run.steps may differ if the run has not done that many: the learning-rate schedule and data.progressive_size follow
+    the new number. Raises CheckpointError naming the keys that differ.
     """
     ours = _flat(json.loads(json.dumps(dataclasses.asdict(recipe))))
     theirs = _flat(json.loads(json.dumps(_filled(found.state["recipe"], recipe))))

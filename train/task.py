@@ -36,7 +36,7 @@ class Task(nn.Module, ABC):
     def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to minimise, a function of features alone, and scalars to log.
 
-        Its mean over ranks is what is minimised: `distributed.mean_over_batch` gives the mean over all samples.
+        Its mean over ranks is minimised: `distributed.mean_over_batch` gives the mean over all samples.
         """
 
     def fsdp_units(self) -> Sequence[nn.Module]:

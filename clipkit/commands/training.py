@@ -81,17 +81,23 @@ def _print_keys(kinds: Sequence[str]) -> None:
 @click.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1)
-@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks in all.")
-@click.option("--gpu", default="cpu", show_default=True, help="h100, a100, v100, or cpu: this one.")
-@click.option("--per-node", type=click.IntRange(min=1), default=8, show_default=True, help="GPUs that share a node.")
-@click.option("--caption-tokens", type=click.IntRange(min=3), default=16, show_default=True, help="Usual length.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Number of ranks.")
+@click.option("--gpu", default="cpu", show_default=True, help="h100, a100, v100, or cpu for this machine's.")
+@click.option("--per-node", type=click.IntRange(min=1), default=8, show_default=True, help="GPUs of a node.")
+@click.option(
+    "--caption-tokens",
+    type=click.IntRange(min=3),
+    default=16,
+    show_default=True,
+    help="Tokens of a usual caption.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def plan(
     recipe: str, overrides: tuple[str, ...], gpus: int, gpu: str, per_node: int, caption_tokens: int, as_json: bool
 ) -> None:
     """Estimate time and memory of a pretraining step.
 
-    Operations and activations are counted; what a device makes of them is an estimate (docs/scaling.md says how good).
+    Operations and activations are counted; the time on a device is an estimate (docs/scaling.md says how good).
     With --gpu cpu, each rank is taken to have its share of this machine's threads. If the recipe's packs are here,
     loading them is timed on this machine too.
 
@@ -132,9 +138,9 @@ def plan(
     help="Folder of packs, runs and pictures.",
 )
 @click.option(
-    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of training and drawing."
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Seed of training and drawing."
 )
-@click.option("--quick", is_flag=True, help="A few steps of everything: shows that it runs, not that it works.")
+@click.option("--quick", is_flag=True, help="A few steps of everything, to see that it runs; the pictures are noise.")
 def demo(out: Path, seed: int, quick: bool) -> None:
     """Run the whole chain on embedded drawings.
 

@@ -20,8 +20,8 @@ def release(runs: Path, out: Path) -> list[Path]:
 
     `out` is new, or holds other releases; those of the same kinds are replaced.
 
-    They load by `out`'s name as the runs do by theirs, and cannot be trained on: the optimizer's state stays behind. So
-    do the folders in which absolute paths of its record lay.
+    They load as the runs do. Training cannot be resumed from them, as the optimizer's state is left out; so are the
+    folders of absolute paths in their recipes.
     Raises CheckpointError when there is no run, UsageError when `out` holds something else or cannot be written.
     """
     folders = [folder for folder in (runs, *(runs / kind for kind in TASKS)) if (folder / "checkpoints").is_dir()]
@@ -60,7 +60,7 @@ def _write(found: Checkpoint, out: Path) -> Path:
 
 
 def _without_folders(value: Any) -> Any:
-    """A checkpoint's state, or what is in it, with the names alone of absolute paths."""
+    """A checkpoint's state, or a value in it, with absolute paths reduced to their names."""
     if isinstance(value, dict):
         return {_without_folders(key): _without_folders(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -113,7 +113,7 @@ def test_runs_that_do_not_fit_each_other(packs, pair, tmp_path):
     found = pretrained.find(pair[0], "clip")
     texts = {"tokenizer.json": found.text("tokenizer.json").replace("red", "der")}
     checkpoint.save(tmp_path / "words", found.state, {"ema": weights(pair[0])}, texts, keep_last=1)
-    with pytest.raises(CheckpointError, match=r"has another tokenizer than .*; average runs that started alike"):
+    with pytest.raises(CheckpointError, match=r"has another tokenizer than .*; average runs that share one"):
         average([tmp_path / "words", pair[0]], tmp_path / "mean")
     assert not (tmp_path / "mean").exists()
 
