@@ -6,8 +6,7 @@ from clipkit.config import load_recipe
 from clipkit.data.shards import Shards
 from clipkit.errors import CheckpointError
 from clipkit.models.clip import CLIP, CLIPConfig
-from clipkit.train import finetune as tune
-from clipkit.train import optim, pretrain
+from clipkit.train import finetune, optim, pretrain
 from clipkit.train.finetune import FinetuneConfig
 
 VIT = {"patch_size": 8, "depth": 3, "embed_dim": 32, "num_heads": 2}
@@ -57,7 +56,7 @@ def test_a_run_that_begins_on_smaller_pictures_ends_on_those_of_the_model_s_size
 
 
 def test_depths_follow_the_order_of_execution():
-    image, text = tune.depths(vit())
+    image, text = finetune.depths(vit())
     assert image["image.trunk.pos_embed"] == image["image.trunk.patch_embed.proj.weight"] == 0
     assert image["image.trunk.blocks.0.norm1.weight"] == 1
     assert image["image.trunk.blocks.2.mlp.fc1.weight"] == 3
@@ -67,9 +66,9 @@ def test_depths_follow_the_order_of_execution():
     assert text["text.projection.weight"] == 3
 
 
-def test_layer_decay_slows_what_lies_deep():
+def test_layer_decay_slows_early_layers():
     model = vit()
-    scales = tune.lr_scales(model, FinetuneConfig(layer_decay=0.5))
+    scales = finetune.lr_scales(model, FinetuneConfig(layer_decay=0.5))
     assert scales["image.projection.weight"] == 1
     assert scales["image.trunk.blocks.2.mlp.fc1.weight"] == 0.5
     assert scales["image.trunk.pos_embed"] == 0.5**4
@@ -81,7 +80,7 @@ def test_layer_decay_slows_what_lies_deep():
 @pytest.mark.parametrize(("unlocked", "trained"), [(0, set()), (1, {"blocks.2", "norm"}), (3, {"blocks", "norm"})])
 def test_locking_the_image_tower(unlocked, trained):
     model = vit()
-    tune.lock(model, FinetuneConfig(lock="image", unlock_blocks=unlocked))
+    finetune.lock(model, FinetuneConfig(lock="image", unlock_blocks=unlocked))
     free = [n for n, p in model.image.named_parameters() if p.requires_grad]
     assert all(any(f"trunk.{part}" in n or "projection" in n for part in trained) for n in free)
     assert bool(free) == bool(unlocked)

@@ -178,7 +178,7 @@ def test_a_run_made_before_a_key_existed_resumes_with_its_default(packs, tmp_pat
 
 def test_the_refusal_points_to_fine_tuning(packs, uninterrupted, chain):
     with pytest.raises(
-        CheckpointError, match=rf"fine-tune from it, tune\.init_from={uninterrupted} and a new run\.out"
+        CheckpointError, match=rf"fine-tune from it, finetune\.init_from={uninterrupted} and a new run\.out"
     ):
         pretrain.run("drawings_clip", words(packs, uninterrupted, 6, "optim.lr=0.5"))
     with pytest.raises(CheckpointError, match=r"optim\.lr") as error:
