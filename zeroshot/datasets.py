@@ -23,10 +23,12 @@ from PIL import Image
 from clipkit.data.classes import Names, are_consecutive, checked_templates, class_name, fit_names, in_order, say_alike
 from clipkit.data.files import File, Files, members
 from clipkit.data.images import SUFFIXES, decode
+from clipkit.data.manifest import tar_files
 from clipkit.data.orientation import upright
-from clipkit.data.shards import Shards, is_hidden, split_key, tar_files
+from clipkit.data.shards import Shards
 from clipkit.data.sources import DEFAULT_TEMPLATES, RawSample, Source, class_layout, draw_captions, encode_png
 from clipkit.data.tables import decoded, read_table
+from clipkit.data.tar_scan import is_hidden, split_key
 from clipkit.errors import DataError, SampleError, UsageError, did_you_mean
 from clipkit.zeroshot.heads import ensembles
 

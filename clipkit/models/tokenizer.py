@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipkit.data.shards import MAX_CAPTION
+from clipkit.data.captions import MAX_CAPTION
 from clipkit.errors import CheckpointError, DataError, UsageError
 
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from clipkit.data.inspection import sheet, verify
-from clipkit.data.shards import Shards, write_index
+from clipkit.data.manifest import index_folder
+from clipkit.data.shards import Shards
 from clipkit.data.sources import encode_png
 from clipkit.errors import ShardError
 
@@ -62,11 +63,11 @@ def test_samples_that_lack_something_are_counted_in_all_of_a_shard(tmp_path, com
 
 def test_a_shard_that_is_not_in_the_index_is_damage(folder):
     shutil.copy(folder / "shard-000000.tar", folder / "shard-000007.tar")
-    assert verify(str(folder)).damaged == {"shard-000007.tar": "it is not in the index"}
+    assert verify(str(folder)).damaged == {"shard-000007.tar": "the manifest does not list it"}
 
 
 def test_shards_joined_by_cat_are_said_to_be_damaged(folder, command):
-    (folder / "index.json").unlink()
+    (folder / "pack.json").unlink()
     one, other = folder / "shard-000000.tar", folder / "shard-000001.tar"
     one.write_bytes(one.read_bytes() + other.read_bytes())
     code, _, err = command("verify", folder)
@@ -107,7 +108,7 @@ def test_a_sheet_of_what_cannot_be_shown_shows_why(tmp_path):
 
     with webdataset.TarWriter(str(tmp_path / "shard-000000.tar")) as writer:
         writer.write({"__key__": "0", "jpg": b"broken", "txt": b"a caption"})
-    write_index(tmp_path)
+    index_folder(tmp_path)
     assert sheet(Shards(tmp_path), 4, 0).size == (8 + 168, 8 + 160 + 4 * 13 + 8)
 
 

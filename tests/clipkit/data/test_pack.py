@@ -62,6 +62,21 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
     assert digest("a") == digest("b")
 
 
+def test_a_shard_has_the_bytes_that_webdataset_writes(tmp_path):
+    import webdataset
+
+    source = drawings_source("train", 7, 32, 5)
+    with webdataset.TarWriter(str(tmp_path / "theirs.tar"), user="", group="", mtime=0.0) as writer:
+        for i, sample in enumerate(source.samples):
+            record = {"captions": list(sample.captions), "label": sample.label}
+            writer.write(
+                {"__key__": f"{i:09d}", "png": sample.image, "txt": sample.captions[0].encode(), "json": record}
+                | {"json": json.dumps(record, ensure_ascii=False).encode()}
+            )
+    pack(drawings_source("train", 7, 32, 5), tmp_path / "ours")
+    assert (tmp_path / "ours" / "shard-000000.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
+
+
 def test_directory_names_serve_as_class_names(folder, tmp_path):
     pack(class_source(folder, None, ["a {}."], 0), tmp_path / "out")
     assert Shards(tmp_path / "out").classes == [["n01"], ["n02"]]
@@ -97,7 +112,7 @@ def test_unreadable_images_are_skipped_and_counted(folder, tmp_path):
     (folder / "n01" / "broken.png").write_bytes(b"not an image")
     index = pack(class_source(folder, CLASSES, ["a {}."], 0), tmp_path / "out")
     assert (index["samples"], index["skipped"]) == (12, {"not an image": 1})
-    assert json.loads((tmp_path / "out" / "index.json").read_text())["skipped"] == {"not an image": 1}
+    assert json.loads((tmp_path / "out" / "pack.json").read_text())["skipped"] == {"not an image": 1}
 
 
 def test_holdout_splits_without_overlap(tmp_path):
@@ -158,7 +173,7 @@ def test_interrupted_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch, at, hol
         patch.setattr(packing, "_checked", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pack(_drawings(), tmp_path / "parts", 10, holdout)
-    assert not (tmp_path / "parts" / "index.json").exists()
+    assert not (tmp_path / "parts" / "pack.json").exists()
     with pytest.raises(UsageError, match="another source or options"):
         pack(_drawings(), tmp_path / "parts", 11, holdout)
     assert pack(_drawings(), tmp_path / "parts", 10, holdout) == whole
@@ -309,14 +324,11 @@ def test_a_failure_leaves_no_folder_behind(folder, tmp_path, before):
 
 
 def test_a_full_disk_is_an_error_with_a_path(tmp_path, monkeypatch):
-    import webdataset
-
-    class Full(webdataset.TarWriter):
-        def write(self, sample):
-            raise OSError(28, "No space left on device")
+    def full(*_):
+        raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(webdataset, "TarWriter", Full)
+        patch.setattr(tarfile.TarFile, "addfile", full)
         with pytest.raises(OSError, match="No space left") as error:
             pack(_drawings(), tmp_path / "packs" / "out", 10)
     assert error.value.filename == str(tmp_path / "packs" / "out" / "shard-000000.tar")
