@@ -54,7 +54,9 @@ def train_recipe(recipe: R, make_task: MakeTask[R], device: torch.device) -> Pat
     validation_of(recipe.data)  # a missing one is missed now, not after the last step
     run = recipe.run
     early = (task.early_size or task.image_size, round(EARLY * run.steps))
-    stream = Stream(shards, recipe.data, task.image_size, run.batch_size, run.seed, rank, world_size, *early)
+    stream = Stream(
+        shards, recipe.data, task.image_size, run.batch_size, run.seed, rank, world_size, *early, task.tokenizers
+    )
     if stream.not_indexed:
         remark(f"clipkit: not taken into the index: {', '.join(f'{n} {why}' for why, n in stream.not_indexed.items())}")
     return train(task, stream, recipe, device)

@@ -73,11 +73,12 @@ class Pretraining(Task):
         tune.initialise(self.model, recipe.tune)
         tune.lock(self.model, recipe.tune)
         self.teachers = Teachers(recipe.distil, recipe.model.embed_dim) if recipe.distil.teachers else None
+        self.tokenizers = (self.tokenizer, *(self.teachers.tokenizers if self.teachers else ()))
 
     def forward(self, batch: Batch) -> Features:
         """Unit vectors of images and captions [b, D], each pair's logit scale and bias [b], and what teachers make."""
         image = self.model.encode_image(batch.images)
-        text = self.model.encode_text(self.tokenizer(batch.captions))
+        text = self.model.encode_text(batch.ids(self.tokenizer))
         # As rows beside the features, so that the loss is a function of features and nothing else; FSDP wants no views.
         scales = self.model.logit_scale.repeat(len(batch)), self.model.logit_bias.repeat(len(batch))
         return image, text, *scales, *self._taught(batch, image, text)
@@ -86,7 +87,7 @@ class Pretraining(Task):
         """Features [b, D] that the teachers make of images and captions; of a locked tower its own."""
         if self.teachers is None:
             return ()
-        taught = self.teachers(self.model, batch.images, batch.captions, self.recipe.data.flip)
+        taught = self.teachers(self.model, batch, self.recipe.data.flip)
         return tuple(own.detach() if made is None else made for made, own in zip(taught, (image, text), strict=True))
 
     def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from clipkit import distributed
 from clipkit.data.loader import Batch
+from clipkit.models.tokenizer import AnyTokenizer
 from clipkit.train.batchnorm import undisturbed
 
 Features = tuple[Tensor, ...]
@@ -33,6 +34,8 @@ class Task(nn.Module, ABC):
     kind: str
     model: nn.Module
     image_size: int
+    tokenizers: Sequence[AnyTokenizer] = ()
+    """Tokenizers that the loader runs on captions, for `Batch.ids`."""
     early_size: int = 0
     """Side of the pictures in the first EARLY of the steps, if not image_size."""
 
