@@ -1,6 +1,6 @@
-"""What can be added without touching the rest: tables of name -> object, which is imported when it is first used.
+"""Registries: tables of name -> object, imported when first used, to which other packages add by entry points.
 
-A package of somebody else's adds to a table by an entry point of the table's group, in its pyproject.toml:
+A package adds to a table by an entry point of the table's group, in its pyproject.toml:
 
     [project.entry-points."clipkit.samplers"]
     euler-maruyama = "my_package:euler_maruyama"
@@ -10,7 +10,7 @@ Importing this module is light: commands, choices and help texts are made from i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -20,6 +20,8 @@ from clipkit.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
+
+    from clipkit.data.sources import Source
 
 T = TypeVar("T")
 
@@ -97,3 +99,20 @@ class Registry(Mapping[str, T], Generic[T]):
 
 def _package(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else point.value.partition(":")[0]
+
+
+SOURCES: Registry[Callable[..., Source]] = Registry(
+    "source",
+    {
+        "folder": Entry("clipkit.data.sources:class_source", "FOLDER or tar laid out <class>/<image>"),
+        "csv": Entry("clipkit.data.sources:csv_source", "FOLDER or tar of images, with --csv"),
+        "dataset": Entry("clipkit.zeroshot.datasets:dataset_source", "NAME of a data set for zeroshot"),
+        "pictograms": Entry("clipkit.data.pictograms:pictograms_source", "FOLDER of captions.csv and pictograms"),
+        "drawings": Entry("clipkit.data.sources:drawings_source", "drawings of one object, rendered"),
+        "scenes": Entry("clipkit.data.sources:scenes_source", "scenes of one to three objects, rendered"),
+    },
+)
+"""Sources of `clipkit pack`: functions -> `clipkit.data.sources.Source`.
+
+A source's parameters are the options of `clipkit pack` that have an effect on it; the others are refused. One with a
+parameter `source` is named NAME:PLACE on the command line, one without it NAME."""

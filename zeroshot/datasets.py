@@ -132,6 +132,16 @@ def as_source(images: ImageSet, seed: int) -> Source:
     return Source(samples(), lambda: len(images), identity, classes, templates, lambda: images.skipped)
 
 
+def dataset_source(source: str | Path, split: str, seed: int, data_dir: Path, download: bool) -> Source:
+    """A split, "train" or "test", of a data set that `open_set` knows, to be packed.
+
+    Raises UsageError for another split, and as `as_source` does.
+    """
+    if split not in ("train", "test"):
+        raise UsageError(f"--split is {split!r}; {source} has train and test")
+    return as_source(open_set(str(source), data_dir, download, training=split == "train"), seed)
+
+
 def _from_files(name: str, source: Path, kind: str, folders: Collection[str]) -> ImageSet:
     if not (source.is_dir() if kind == "folder" else source.is_file()):
         raise DataError(f"no {kind} at {source}")

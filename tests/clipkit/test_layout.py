@@ -93,8 +93,8 @@ def test_an_install_adds_one_name_and_types(installed):
     assert {n for n in names if not n.endswith(".dist-info")} == {"clipkit"}
     assert (target / "clipkit" / "py.typed").is_file()
     assert (target / "clipkit" / "train" / "recipes").is_dir()
-    assert list((target / "clipkit" / "data" / "clipkit-tiny").rglob("*.safetensors"))
-    assert (target / "clipkit" / "data" / "app" / "index.html").is_file()
+    assert list((target / "clipkit" / "assets" / "clipkit-tiny").rglob("*.safetensors"))
+    assert (target / "clipkit" / "assets" / "app" / "index.html").is_file()
 
 
 USER_SCRIPT = """\
@@ -110,23 +110,10 @@ wrong: int = (load(), load_denoiser, samplers.ddim, Task, backward, Scores, clas
 def test_type_checkers_find_what_a_user_imports(installed, how, tmp_path):
     """An editable install is a plain path to ROOT. Other packages are skipped, which makes this fast."""
     (tmp_path / "script.py").write_text(USER_SCRIPT)
-    others = [
-        "torch",
-        "torchvision",
-        "timm",
-        "numpy",
-        "PIL",
-        "tqdm",
-        "safetensors",
-        "huggingface_hub",
-        "click",
-        "tokenizers",
-    ]
-    skipped = ",".join(f"{name}.*" for name in others)
-    config = (
-        f"[mypy]\nstrict = true\n[mypy-clipkit.*]\nfollow_imports = silent\n[mypy-{skipped}]\nfollow_imports = skip\n"
-    )
-    (tmp_path / "mypy.ini").write_text(config)
+    skipped = ["click", "huggingface_hub", "numpy", "PIL", "safetensors", "timm", "tokenizers", "torch", "torchvision"]
+    config = ["[mypy]", "strict = true", "[mypy-clipkit.*]", "follow_imports = silent"]
+    config += [f"[mypy-{','.join(f'{name}.*' for name in (*skipped, 'tqdm'))}]", "follow_imports = skip"]
+    (tmp_path / "mypy.ini").write_text("\n".join(config))
     path = ROOT if how == "editable" else installed[1]
     environment = {**os.environ, "MYPYPATH": str(path), "PYTHONPATH": ""}
     words = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "script.py"]

@@ -56,7 +56,7 @@ def test_samples_that_lack_something_are_counted_in_all_of_a_shard(tmp_path, com
     assert (report.incomplete, report.bad, report.decoded) == ({"no image": 4, "no caption": 4}, {}, 3)
     code, out, _ = command("verify", tmp_path)
     assert code == 1
-    for line in ("not taken into the index: 1 pickle", "4 of 40 samples: no image", "no caption", "not sound"):
+    for line in ("skipped when it was made: 1 pickle", "4 of 40 samples: no image", "no caption", "not sound"):
         assert line in out
     assert json.loads(command("verify", tmp_path, "--json")[1])["incomplete"] == report.incomplete
 
@@ -87,12 +87,12 @@ def test_no_pack(tmp_path):
 def test_the_command_says_what_is_wrong(folder, command):
     code, out, _ = command("verify", folder, "--json")
     assert (code, json.loads(out)["damaged"]) == (0, {})
-    assert "sound: every hash is right" in command("verify", folder)[1]
+    assert "sound: every checksum is right" in command("verify", folder)[1]
     (folder / "shard-000001.tar").write_bytes(b"")
     code, out, _ = command("verify", folder)
     assert code == 1
     assert "shard-000001.tar" in out
-    assert "1 damaged shards" in out
+    assert "1 damaged shard" in out
 
 
 def test_a_sheet_shows_samples_and_captions(folder):
