@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clipkit import distributed, log
 from clipkit.data import drawings
+from clipkit.data.manifest import is_pack
 from clipkit.data.pack import pack
 from clipkit.data.sources import drawings_source
 from clipkit.models.pretrained import Pretrained, load
@@ -52,7 +53,7 @@ def _pack(out: Path, quick: bool) -> dict[str, Path]:
     counts = {"train": 400 if quick else 12_000, "heldout": 64 if quick else 1600}
     packs = {split: out / "packs" / split for split in counts}
     for split, count in counts.items():
-        if not (packs[split] / "index.json").is_file():
+        if not is_pack(packs[split]):
             log.say(f"drawing and packing {count} {split} pictures")
             pack(drawings_source(split, count, drawings.SIZE, seed=0), packs[split])
     return packs

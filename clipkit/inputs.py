@@ -132,6 +132,11 @@ def check_file(path: Path, suffixes: Sequence[str]) -> None:
     check_writable(path.parent)
 
 
+def plural(count: int, noun: str) -> str:
+    """ "1 sample", "2 samples"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def print_json(found: Any) -> None:
     """One JSON object, or list, on stdout. NaN and infinities, which JSON does not have, become null."""
     click.echo(json.dumps(_finite(found), allow_nan=False))

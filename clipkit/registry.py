@@ -1,6 +1,6 @@
-"""What can be added without touching the rest: tables of name -> object, which is imported when it is first used.
+"""Registries: tables of name -> object, imported when first used, to which other packages add by entry points.
 
-A package of somebody else's adds to a table by an entry point of the table's group, in its pyproject.toml:
+A package adds to a table by an entry point of the table's group, in its pyproject.toml:
 
     [project.entry-points."clipkit.samplers"]
     euler-maruyama = "my_package:euler_maruyama"
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from clipkit.data.sources import Source
     from clipkit.train.launch import TaskSpec
 
 T = TypeVar("T")
@@ -168,3 +169,20 @@ def task_entry(kind: str) -> TaskEntry:
     if isinstance(entry, TaskEntry):
         return entry
     return TaskEntry(entry.target, f"Train a {kind} ({entry.help}).", kind.replace("_", "-"), "RECIPE.toml")
+
+
+SOURCES: Registry[Callable[..., Source]] = Registry(
+    "source",
+    {
+        "folder": Entry("clipkit.data.sources:class_source", "FOLDER or tar laid out <class>/<image>"),
+        "csv": Entry("clipkit.data.sources:csv_source", "FOLDER or tar of images, with --csv"),
+        "dataset": Entry("clipkit.zeroshot.datasets:dataset_source", "NAME of a data set for zeroshot"),
+        "pictograms": Entry("clipkit.data.pictograms:pictograms_source", "FOLDER of captions.csv and pictograms"),
+        "drawings": Entry("clipkit.data.sources:drawings_source", "drawings of one object, rendered"),
+        "scenes": Entry("clipkit.data.sources:scenes_source", "scenes of one to three objects, rendered"),
+    },
+)
+"""Sources of `clipkit pack`: functions -> `clipkit.data.sources.Source`.
+
+A source's parameters are the options of `clipkit pack` that have an effect on it; the others are refused. One with a
+parameter `source` is named NAME:PLACE on the command line, one without it NAME."""

@@ -97,6 +97,8 @@ class Denoising(Task):
             self.trained_with["latent.autoencoder"] = identity(self.autoencoder)
         if isinstance(conditioner, TextCondition):
             self.trained_with["condition.clip"] = identity(conditioner.tower)
+            self.tokenizers = (conditioner.tokenizer,)
+            (self.no_caption,) = conditioner.tokenizer.encode([""])
 
     def forward(self, batch: Batch) -> Features:
         """Each image's loss [b], at noise levels stratified over the batch."""
@@ -123,9 +125,9 @@ class Denoising(Task):
         dropped = torch.rand(len(batch)) < self.condition.dropout
         if isinstance(conditioner, ClassCondition):
             return conditioner.of_labels(batch.groups, dropped.to(batch.groups.device))
-        kept = ["" if gone else c for c, gone in zip(batch.captions, dropped.tolist(), strict=True)]
-        condition: Condition = conditioner(kept)
-        return condition
+        captions = batch.token_ids(conditioner.tokenizer)
+        kept = [self.no_caption if gone else ids for ids, gone in zip(captions, dropped.tolist(), strict=True)]
+        return conditioner.of_tokens(conditioner.tokenizer.pad(kept))
 
     def compile_targets(self) -> Sequence[nn.Module]:
         """The network."""

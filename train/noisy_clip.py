@@ -59,6 +59,7 @@ class NoisyPretraining(Task):
         super().__init__()
         clean = load(recipe.model.clip, "cpu")
         self.recipe, self.tokenizer, self.image_size = recipe, clean.tokenizer, clean.model.config.image_size
+        self.tokenizers = (clean.tokenizer,)
         clip, where = clean.model, recipe.model.autoencoder
         self.autoencoder = load_autoencoder(where) if where else None
         self.trained_with = {"model.clip": identity(clip)}
@@ -82,7 +83,7 @@ class NoisyPretraining(Task):
         clean = torch.rand(len(x0), device=x0.device) < self.recipe.model.clean_fraction
         x, lam = noised(x0, lam, torch.randn_like(x0), clean)
         image, tau = self.model.encode_image(x, lam)
-        text = self.model.encode_text(self.tokenizer(batch.captions))
+        text = self.model.encode_text(batch.ids(self.tokenizer))
         return image, text, tau
 
     def _clean_input(self, images: Tensor) -> Tensor:

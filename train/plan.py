@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipkit.data.loader import Stream
+from clipkit.data.loader import Batch, Stream
 from clipkit.data.shards import Shards
 from clipkit.distributed import computes_in_bf16
 from clipkit.errors import ClipkitError, UsageError
@@ -263,8 +263,10 @@ def _count(recipe: PretrainRecipe, caption_tokens: int, size: int) -> _Counted:
             features = [model.encode_image(images), model.encode_text(ids)]
         torch.autograd.backward([f.sum() for f in features if f.requires_grad])
         if recipe.distil.teachers:
-            seen, caption = torch.zeros(samples, 3, size, size, dtype=torch.uint8), "a " * (ids.shape[1] - 2)
-            Teachers(recipe.distil, config.embed_dim)(model, seen, [caption] * samples, recipe.data.flip)
+            pixels = torch.zeros(samples, 3, size, size, dtype=torch.uint8)
+            captions = ["a " * (ids.shape[1] - 2)] * samples
+            batch = Batch(pixels, captions, torch.zeros(samples, dtype=torch.int64), [""] * samples)
+            Teachers(recipe.distil, config.embed_dim)(model, batch, recipe.data.flip)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return _Counted(
         flops=counter.get_total_flops() / samples,

@@ -79,11 +79,12 @@ class Pretraining(Task):
         finetune.initialise(self.model, recipe.finetune)
         finetune.lock(self.model, recipe.finetune)
         self.teachers = Teachers(recipe.distil, recipe.model.embed_dim) if recipe.distil.teachers else None
+        self.tokenizers = (self.tokenizer, *(self.teachers.tokenizers if self.teachers else ()))
 
     def forward(self, batch: Batch) -> Features:
         """Unit vectors of images and captions [b, D], logit scale and bias [b], and the teachers' features [b, D]."""
         image = self.model.encode_image(batch.images)
-        text = self.model.encode_text(self.tokenizer(batch.captions))
+        text = self.model.encode_text(batch.ids(self.tokenizer))
         # As rows beside the features, so that the loss is a function of features and nothing else; FSDP wants no views.
         scales = self.model.logit_scale.repeat(len(batch)), self.model.logit_bias.repeat(len(batch))
         return image, text, *scales, *self._teach(batch, image, text)
@@ -92,10 +93,8 @@ class Pretraining(Task):
         """The teachers' features [b, D] of images and captions; for a locked tower its own."""
         if self.teachers is None:
             return ()
-        taught = self.teachers(self.model, batch.images, batch.captions, self.recipe.data.flip)
-        return tuple(
-            own.detach() if theirs is None else theirs for theirs, own in zip(taught, (image, text), strict=True)
-        )
+        taught = self.teachers(self.model, batch, self.recipe.data.flip)
+        return tuple(own.detach() if made is None else made for made, own in zip(taught, (image, text), strict=True))
 
     def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The recipe's contrastive loss over all ranks, and the distance to the teachers; logs the logit scale."""

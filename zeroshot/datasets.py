@@ -23,10 +23,12 @@ from PIL import Image
 from clipkit.data.classes import Names, are_consecutive, checked_templates, class_name, fit_names, in_order, say_alike
 from clipkit.data.files import File, Files, members
 from clipkit.data.images import SUFFIXES, decode
+from clipkit.data.manifest import tar_files
 from clipkit.data.orientation import upright
-from clipkit.data.shards import Shards, is_hidden, split_key, tar_files
+from clipkit.data.shards import Shards
 from clipkit.data.sources import DEFAULT_TEMPLATES, RawSample, Source, class_layout, draw_captions, encode_png
 from clipkit.data.tables import decoded, read_table
+from clipkit.data.tar_scan import is_hidden, split_key
 from clipkit.errors import DataError, SampleError, UsageError, did_you_mean
 from clipkit.zeroshot.heads import ensembles
 
@@ -128,6 +130,16 @@ def as_source(images: ImageSet, seed: int) -> Source:
     identity = repr((images.name, len(images), [list(c) for c in images.classes], list(images.templates), seed))
     classes, templates = [list(c) for c in images.classes], list(images.templates)
     return Source(samples(), lambda: len(images), identity, classes, templates, lambda: images.skipped)
+
+
+def dataset_source(source: str | Path, split: str, seed: int, data_dir: Path, download: bool) -> Source:
+    """A split, "train" or "test", of a data set that `open_set` knows, to be packed.
+
+    Raises UsageError for another split, and as `as_source` does.
+    """
+    if split not in ("train", "test"):
+        raise UsageError(f"--split is {split!r}; {source} has train and test")
+    return as_source(open_set(str(source), data_dir, download, training=split == "train"), seed)
 
 
 def _from_files(name: str, source: Path, kind: str, folders: Collection[str]) -> ImageSet:

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from clipkit.data.files import Files, say_counts
 from clipkit.data.images import decode, preprocessing
-from clipkit.data.shards import Shards, tar_files
+from clipkit.data.manifest import is_pack, tar_files
+from clipkit.data.shards import Shards
 from clipkit.errors import DataError, SampleError
 from clipkit.log import progress
 from clipkit.models.pretrained import Pretrained
@@ -105,7 +106,7 @@ def open_gallery(source: str, quietly: bool = False) -> Gallery:
     Unless `quietly`, a line on stderr counts what is not taken.
     """
     folder = Path(source)
-    if "://" in source or (folder / "index.json").is_file():
+    if is_pack(source):
         return Pack(source)
     if not folder.is_dir():
         raise DataError(f"no folder at {source}")

@@ -14,6 +14,7 @@ import re
 import string
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipkit.data.shards import MAX_CAPTION
+from clipkit.data.captions import MAX_CAPTION
 from clipkit.errors import CheckpointError, DataError, UsageError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -41,6 +42,7 @@ class AnyTokenizer(ABC):
     """Captions -> token ids [B, L], L being the longest caption of the batch, never more than `context_length`."""
 
     end_id: int
+    pad_id: int = 0
 
     def __init__(self, encoder: Any, context_length: int) -> None:
         self._encoder, self.context_length = encoder, context_length
@@ -59,9 +61,27 @@ class AnyTokenizer(ABC):
         """The tokenizer.json of the `tokenizers` library."""
         return str(self._encoder.to_str())
 
+    @cached_property
+    def key(self) -> str:
+        """Equal for tokenizers that give the same ids for every caption."""
+        cleaning = getattr(self, "_clean", clean).__name__
+        return f"{self.fingerprint} {type(self).__name__} {self.context_length} {self.pad_id} {cleaning}"
+
     @abstractmethod
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each caption, special tokens included, at most `context_length` of them."""
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """What `encode` returns -> int64 [B, L], filled with `pad_id`."""
+        lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+        ids = np.full((len(rows), max(lengths, default=2)), self.pad_id, dtype=np.int64)
+        inside = np.arange(ids.shape[1]) < lengths[:, None]  # [B, L]
+        ids[inside] = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=lengths.sum())
+        return torch.from_numpy(ids)
+
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         """One caption or several -> int64 [B, L]."""
+        return self.pad(self.encode([texts] if isinstance(texts, str) else texts))
 
 
 def read_encoder(text: str) -> Any:
@@ -102,14 +122,9 @@ class ForeignTokenizer(AnyTokenizer):
         self._clean, self.pad_id = _CLEANINGS[cleaning], pad_id
         self.end_id = int(encoder.encode("").ids[-1]) if encoder.encode("").ids else pad_id
 
-    def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        """One caption or several -> int64 [B, L]."""
-        cleaned = [self._clean(t) for t in ([texts] if isinstance(texts, str) else texts)]
-        rows = [e.ids for e in self._encoder.encode_batch(cleaned)]
-        ids = np.full((len(rows), max(map(len, rows), default=0)), self.pad_id, dtype=np.int64)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = row
-        return torch.from_numpy(ids)
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each caption, with the special tokens of its own template."""
+        return [e.ids for e in self._encoder.encode_batch([self._clean(text) for text in texts])]
 
 
 class Tokenizer(AnyTokenizer):
@@ -183,17 +198,10 @@ class Tokenizer(AnyTokenizer):
         except Exception as error:  # the Rust side raises bare Exception
             raise CheckpointError(f"damaged tokenizer.json: {str(error)[:80]}") from None
 
-    def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        """One caption or several -> int64 [B, L]."""
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """START, the caption's tokens, END of each caption."""
         room = self.context_length - 2
-        rows = [row[:room] for row in self._encode([texts] if isinstance(texts, str) else texts)]
-        lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-        ids = np.zeros((len(rows), lengths.max(initial=0) + 2), dtype=np.int64)
-        ids[:, 0] = self.start_id
-        inside = np.arange(ids.shape[1] - 1) < lengths[:, None]  # [B, L - 1]
-        ids[:, 1:][inside] = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=lengths.sum())
-        ids[np.arange(len(rows)), lengths + 1] = self.end_id
-        return torch.from_numpy(ids)
+        return [[self.start_id, *row[:room], self.end_id] for row in self._encode(texts)]
 
     def fitting(self, text: str) -> str:
         """The words of `text` that fit into the context whole; what comes after them is cut."""

@@ -99,9 +99,13 @@ class TextCondition(nn.Module):
         self.width = self.words_width = clip.config.text_width
 
     def forward(self, descriptions: Sequence[str]) -> Condition:
-        """Captions; those that are empty are read as such, which is what the network knows as "none"."""
+        """Captions; the empty one means that there is no condition."""
+        return self.of_tokens(self.tokenizer(list(descriptions)))
+
+    def of_tokens(self, ids: Tensor) -> Condition:
+        """Captions as token ids [B, L]."""
         with torch.no_grad():
-            tokens, mask = self.tower.sequence(self.tokenizer(list(descriptions)))
+            tokens, mask = self.tower.sequence(ids)
         last = mask.sum(dim=1) - 1
         return Condition(tokens[torch.arange(len(tokens)), last], tokens, mask)
 

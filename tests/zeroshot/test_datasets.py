@@ -279,12 +279,12 @@ def test_splits_are_refused(folder, tmp_path):
 
 def test_a_pack_with_samples_of_no_use(folder, tmp_path):
     pack(class_source(folder, None, ["a {}"], 0), tmp_path / "p")
-    index = json.loads((tmp_path / "p" / "index.json").read_text())
+    index = json.loads((tmp_path / "p" / "pack.json").read_text())
     index["classes"] = [["boat"]]
-    (tmp_path / "p" / "index.json").write_text(json.dumps(index))
+    (tmp_path / "p" / "pack.json").write_text(json.dumps(index))
     assert read(open_set(f"shards:{tmp_path / 'p'}", tmp_path)) == ([(0,)] * 3, {"bad metadata": 3})
     index["templates"] = ["{} or {}"]
-    (tmp_path / "p" / "index.json").write_text(json.dumps(index))
+    (tmp_path / "p" / "pack.json").write_text(json.dumps(index))
     with pytest.raises(UsageError, match=r"/p: template '\{\} or \{\}' must hold exactly one"):
         open_set(f"shards:{tmp_path / 'p'}", tmp_path)
 

@@ -247,7 +247,7 @@ def test_an_index_of_a_pack_follows_it(clip, chain, tmp_path, monkeypatch):
     texts = np.concatenate([np.load(p) for p in sorted((tmp_path / "index").glob("*.texts.npy"))])
     pack(drawings_source("heldout", 3, 24, 1), tmp_path / "other", shard_size=4)
     (source / "shard-000001.tar").write_bytes((tmp_path / "other" / "shard-000000.tar").read_bytes())
-    (source / "index.json").unlink()  # made again when it is opened
+    (source / "pack.json").unlink()  # made again when it is opened
     keys = counted(monkeypatch)
     done = update(clip, chain, source, tmp_path / "index", **how)
     assert (done.pictures, done.changed, done.dropped, done.kept, len(keys)) == (11, 3, 1, 8, 3)
@@ -399,7 +399,7 @@ def test_what_makes_no_sense_is_one_line(clip, chain, photographs, packs, tmp_pa
         index.open_gallery(str(tmp_path / "empty"))
     with pytest.raises(UsageError, match="is the folder of the pictures; give another"):
         built(clip, chain, photographs, photographs / ".")
-    with pytest.raises(CheckpointError, match=r"is not an index \(its index\.json has no source\)"):
+    with pytest.raises(CheckpointError, match="is not an index; clipkit index makes one"):
         index.Index(packs / "heldout")
     (tmp_path / "index" / "part-00001.npy").write_bytes(b"\x93NUMPY cut")
     with pytest.raises(CheckpointError, match=r"part-00001\.npy is damaged"):
