@@ -5,22 +5,18 @@ Radford et al. 2021 (arXiv 2103.00020), section 3.1.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from clipkit import distributed
 from clipkit.data.files import counted
-from clipkit.data.images import preprocessing
-from clipkit.errors import DataError, SampleError, UsageError
-from clipkit.log import progress
-from clipkit.models.clip import CLIP, CLIPConfig
+from clipkit.errors import DataError, UsageError
+from clipkit.models.clip import CLIP
 from clipkit.zeroshot.datasets import ImageSet
+from clipkit.zeroshot.embedding import Encoder, embed
 
 _BINS = 15
 
@@ -60,27 +56,6 @@ class Scores:
     """Expected calibration error: 15 bins of confidence (Guo et al. 2017, arXiv 1706.04599, equation 3)."""
 
 
-class _Share(Dataset[tuple[int, Tensor, Tensor, str]]):
-    """This rank's share of an image set: index, pixels, which classes it is of, and why it cannot be read."""
-
-    def __init__(self, images: ImageSet, config: CLIPConfig) -> None:
-        self.images, self.preprocess, self.size = images, preprocessing(config), config.image_size
-        self.rank, self.ranks = distributed.rank(), distributed.world_size()
-
-    def __len__(self) -> int:
-        return -(-len(self.images) // self.ranks)  # the same on all ranks: a cut model needs them all
-
-    def __getitem__(self, i: int) -> tuple[int, Tensor, Tensor, str]:
-        index = self.rank + i * self.ranks
-        targets = torch.zeros(len(self.images.classes), dtype=torch.bool)
-        try:
-            image, labels = self.images[min(index, len(self.images) - 1)]
-        except SampleError as error:
-            return index, torch.zeros(3, self.size, self.size, dtype=torch.uint8), targets, error.reason
-        targets[list(labels)] = True
-        return index, self.preprocess(image), targets, ""
-
-
 @torch.no_grad()
 def predict(model: CLIP, head: Tensor, images: ImageSet, batch_size: int = 256, workers: int = 0) -> Predictions:
     """Compare every image with every row of `head` [C, D]; all ranks share the work and get all of it.
@@ -92,38 +67,29 @@ def predict(model: CLIP, head: Tensor, images: ImageSet, batch_size: int = 256, 
         raise UsageError(f"data set {images.name!r} holds no image")
     if len(head) != len(images.classes):
         raise UsageError(f"the head has {len(head)} classes, data set {images.name!r} {len(images.classes)}")
-    n, classes, device = len(images), len(head), head.device
-    k = min(5, classes)
-    found = torch.zeros(n, k + 1, dtype=torch.float64)  # ranking and confidence, filled by one rank each
-    targets = torch.zeros(n, classes, dtype=torch.uint8)
-    similarities = torch.zeros(n if images.multilabel else 0, classes)
-    is_read, skipped = torch.zeros(n, dtype=torch.uint8), Counter[str]()
-    loader = DataLoader(_Share(images, model.config), batch_size=batch_size, num_workers=workers)
-    for index, pixels, labels, reasons in progress(loader, len(loader), "zero-shot"):
-        similar = model.encode_image(pixels.to(device)) @ head.T  # [b, C]
+    found = embed(Encoder.of(model), images.__getitem__, range(len(images)), batch_size, workers, "zero-shot")
+    if not found.rows:
+        raise DataError(f"none of the {len(images)} images of {images.name} can be read: {counted(found.reasons)}")
+    targets = torch.zeros(len(found.rows), len(head), dtype=torch.bool)
+    for row, labels in zip(targets, found.notes, strict=True):
+        row[list(labels)] = True
+    rankings, confidences, similarities = list[Tensor](), list[Tensor](), list[Tensor]()
+    for features in torch.split(found.features, batch_size):
+        similar = features.to(head) @ head.T  # [b, C]
+        ranking = similar.topk(min(5, len(head)), dim=1).indices
         probability = (model.logit_scale * similar).softmax(dim=1)
-        ranking = similar.topk(k, dim=1).indices
-        best = probability.gather(1, ranking[:, :1])
-        skipped.update(why for i, why in zip(index.tolist(), reasons, strict=True) if why and i < n)
-        inside = (index < n) & torch.tensor([not why for why in reasons])
-        rows = index[inside]
-        is_read[rows] = 1
-        found[rows] = torch.cat([ranking.double(), best.double()], dim=1).cpu()[inside]
-        targets[rows] = labels[inside].to(torch.uint8)
+        rankings.append(ranking.cpu())
+        confidences.append(probability.gather(1, ranking[:, :1])[:, 0].double().cpu())
         if images.multilabel:
-            similarities[rows] = similar.float().cpu()[inside]
-    if distributed.active():
-        found, targets, similarities, is_read = (
-            distributed.sum_over_ranks(t.to(device)).cpu() for t in (found, targets, similarities, is_read)
-        )
-        skipped = distributed.sum_counts(skipped)
-    kept = is_read.bool()
-    if not kept.any():
-        raise DataError(f"none of the {n} images of {images.name} can be read: {counted(skipped)}")
-    found, targets = found[kept], targets[kept].bool()
-    similar_to_all = similarities[kept] if images.multilabel else None
-    rows = kept.nonzero()[:, 0].tolist()
-    return Predictions(targets, found[:, :k].long(), found[:, k], similar_to_all, rows, skipped)
+            similarities.append(similar.float().cpu())
+    return Predictions(
+        targets,
+        torch.cat(rankings),
+        torch.cat(confidences),
+        torch.cat(similarities) if images.multilabel else None,
+        found.rows,
+        found.reasons,
+    )
 
 
 def evaluate(model: CLIP, head: Tensor, images: ImageSet, batch_size: int = 256, workers: int = 0) -> Scores:

@@ -40,17 +40,24 @@ def ensembles() -> dict[str, list[str]]:
 
 
 @torch.no_grad()
-def embed_texts(model: CLIP, tokenizer: AnyTokenizer, texts: Sequence[str]) -> Tensor:
+def embed_texts(model: CLIP, tokenizer: AnyTokenizer, texts: Sequence[str], shared: bool = False) -> Tensor:
     """Texts -> unit vectors [len(texts), D] on the model's device.
 
-    Each distinct text is encoded once, and texts of like length share a batch.
+    Each distinct text is encoded once, and texts of similar length share a batch. With `shared` the ranks, which must
+    all ask for the same texts, share the batches.
     """
     distinct = sorted(set(texts), key=lambda t: (len(t), t))
-    starts = range(0, len(distinct), _TEXT_BATCH)
-    bar = progress(starts, len(starts), "prompts") if len(starts) > 4 else starts
-    features = [model.encode_text(tokenizer(distinct[i : i + _TEXT_BATCH])) for i in bar]
-    place = {text: i for i, text in enumerate(distinct)}
-    return torch.cat(features)[[place[t] for t in texts]]
+    batches = [distinct[i : i + _TEXT_BATCH] for i in range(0, len(distinct), _TEXT_BATCH)]
+    ranks = distributed.world_size() if shared else 1
+    # Every n-th batch on n ranks; who has one fewer repeats the last, since an FSDP model needs all ranks each time.
+    parts = [[batches[min(i + r, len(batches) - 1)] for i in range(0, len(batches), ranks)] for r in range(ranks)]
+    own = parts[distributed.rank()] if shared else parts[0]
+    bar = progress(own, len(own), "prompts") if len(own) > 4 else own
+    features = torch.cat([model.encode_text(tokenizer(batch)) for batch in bar])
+    if ranks > 1:
+        features = distributed.gather_rows(features, distributed.batch_sizes(len(features)))
+    place = {text: i for i, text in enumerate(text for part in parts for batch in part for text in batch)}
+    return features[[place[t] for t in texts]]
 
 
 def class_head(

@@ -197,20 +197,20 @@ def _write_part(
     """Vectors and labels of some rows: those whose places are known are copied, the others embedded."""
     marked = {row: (gallery.key(row), gallery.mark(row)) for row in rows}
     known = {row: places[label] for row, label in marked.items() if label in places}
-    found = galleries.embed(clip, gallery, [row for row in rows if row not in known], batch_size, workers)
+    found = galleries.embed_pictures(clip, gallery, [row for row in rows if row not in known], batch_size, workers)
     kept = sorted([*known, *found.rows])
     if texts:
         assert isinstance(gallery, Pack)
         captions = [gallery.shards.read(row).captions[0] for row in found.rows]
-        described = embed_texts(clip.model, clip.tokenizer, captions) if captions else found.vectors
+        described = embed_texts(clip.model, clip.tokenizer, captions) if captions else found.features
         _write_array(part.with_suffix(".texts.npy"), _merged(kept, known, found.rows, described, ".texts.npy"))
-    _write_array(part.with_suffix(".npy"), _merged(kept, known, found.rows, found.vectors, ".npy"))
+    _write_array(part.with_suffix(".npy"), _merged(kept, known, found.rows, found.features, ".npy"))
     about = {
         "rows": kept,
         "keys": [marked[row][0] for row in kept],
         "marks": [marked[row][1] for row in kept],
-        "skipped": Counter(found.unread.values()),
-        "unread": [marked[row] for row in found.unread],
+        "skipped": found.reasons,
+        "unread": [marked[row] for row in found.skipped],
     }
     write_atomically(part, json.dumps(about))
 

@@ -6,7 +6,6 @@ chosen on a part of the training images.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +13,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from clipkit.data.files import counted
-from clipkit.data.images import preprocessing
-from clipkit.errors import DataError, SampleError, UsageError
+from clipkit.errors import DataError, UsageError
 from clipkit.log import progress
 from clipkit.models.clip import CLIP
-from clipkit.models.pretrained import fingerprint
 from clipkit.zeroshot.datasets import ImageSet
-from clipkit.zeroshot.heads import remembered
+from clipkit.zeroshot.embedding import Encoder, embed
 
 STRENGTHS = tuple(10.0 ** (e / 2) for e in range(-6, 13))
 """Values of C that are tried, 0.001 to 1,000,000; more is weaker regularisation."""
@@ -43,54 +39,22 @@ class Probe:
     accuracy: float
 
 
-class _Labelled(Dataset[tuple[Tensor, int, str]]):
-    """Pixels, label, and why there are none."""
-
-    def __init__(self, images: ImageSet, model: CLIP) -> None:
-        self.images, self.preprocess, self.size = images, preprocessing(model.config), model.config.image_size
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int, str]:
-        try:
-            image, labels = self.images[i]
-        except SampleError as error:
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1, error.reason
-        return self.preprocess(image), labels[0], ""
-
-
-@torch.no_grad()
 def features(
     model: CLIP, images: ImageSet, batch_size: int = 256, workers: int = 0, cache: Path | None = None
 ) -> tuple[Tensor, Tensor, Counter[str]]:
-    """Unit image features [N, D] in float64 and labels [N], on the CPU, and what of the set is skipped, by reason.
+    """Unit image features [N, D] in float64 and labels [N], on the CPU, and the counts of skipped images, by reason.
 
-    With `cache` (a folder) each batch is encoded once for the same weights and pixels, whatever its files are called.
+    The ranks share the work. With `cache` (a folder) each batch is encoded once for the same weights and pixels,
+    whatever its files are called.
     Raises UsageError for a multi-label or an empty set, DataError when no image can be read.
     """
     if images.multilabel or not len(images):
         raise UsageError(f"a probe needs images with one label each; {images.name} has none, or several")
-    folder = cache / fingerprint(model) if cache is not None else None
-    loader = DataLoader(_Labelled(images, model), batch_size=batch_size, num_workers=workers)
-    found, unread = [], Counter[str]()
-    for x, y, reasons in progress(loader, len(loader), "features"):
-        unread.update(filter(None, reasons))
-        if (y >= 0).any():
-            found.append((_encoded(model, x[y >= 0], folder), y[y >= 0]))
-    if not found:
-        raise DataError(f"none of the {len(images)} images of {images.name} can be read: {counted(unread)}")
-    skipped = unread + Counter(images.skipped)
-    return torch.cat([x for x, _ in found]).double(), torch.cat([y for _, y in found]), skipped
-
-
-def _encoded(model: CLIP, pixels: Tensor, folder: Path | None) -> Tensor:
-    def encode() -> Tensor:
-        return model.encode_image(pixels.to(model.log_logit_scale.device)).cpu()
-
-    if folder is None:
-        return encode()
-    return remembered(folder / f"{hashlib.sha256(pixels.numpy().tobytes()).hexdigest()}.safetensors", encode)
+    found = embed(Encoder.of(model, cache), images.__getitem__, range(len(images)), batch_size, workers, "features")
+    if not found.rows:
+        raise DataError(f"none of the {len(images)} images of {images.name} can be read: {counted(found.reasons)}")
+    labels = torch.tensor([labels[0] for labels in found.notes])
+    return found.features.double(), labels, found.reasons + Counter(images.skipped)
 
 
 class LogisticRegression:

@@ -15,6 +15,7 @@ from clipkit.data.images import decode
 from clipkit.errors import DataError, UsageError
 from clipkit.models.pretrained import Pretrained
 from clipkit.models.words import unknown
+from clipkit.zeroshot.embedding import Encoder, embed
 from clipkit.zeroshot.heads import class_head, embed_texts
 
 if TYPE_CHECKING:
@@ -47,14 +48,10 @@ def read_images(paths: Sequence[str | Path]) -> list[Image.Image]:
     return found
 
 
-@torch.no_grad()
 def embed_images(clip: Pretrained, images: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
     """Images -> unit vectors [len(images), D] on the model's device."""
-    device = clip.model.log_logit_scale.device
-    batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
-    return torch.cat(
-        [clip.model.encode_image(torch.stack([clip.preprocess(i) for i in b]).to(device)) for b in batches]
-    )
+    found = embed(Encoder.of(clip.model), lambda i: (images[i], None), range(len(images)), batch_size, shared=False)
+    return found.features.to(clip.model.logit_scale.device)
 
 
 def similarities(clip: Pretrained, images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:

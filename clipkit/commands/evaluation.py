@@ -113,30 +113,41 @@ def _show(results: Sequence[Result], due: int, as_json: bool) -> None:
 @click.command()
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help=MODEL_HELP)
 @click.option("--shards", required=True, help="A pack with captions (clipkit pack).")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=256, show_default=True, help="Images encoded at once."
+)
+@click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that decode.")
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-def retrieval(model: str, shards: str, device: str, as_json: bool) -> None:
-    """Find a pack's captions by its images, and back.
+def retrieval(model: str, shards: str, batch_size: int, workers: int, device: str, as_json: bool) -> None:
+    """Score image-text retrieval on a pack.
 
-    Recall@1, 5 and 10 both ways.
+    Recall@1, 5 and 10, image to text and text to image. Samples that cannot be read are skipped and counted. Under
+    torchrun the ranks share the images and captions.
 
     \b
     Example:
       clipkit retrieval --model runs/clip --shards packs/emoji-val
     """
+    from clipkit import distributed
+    from clipkit.data.files import counted
     from clipkit.data.shards import Shards
     from clipkit.models.pretrained import load
-    from clipkit.zeroshot import retrieval as room
+    from clipkit.zeroshot.retrieval import evaluate
 
-    clip = load(model, device)
-    found = {"shards": shards, "model": model, **room.evaluate(clip.model, clip.tokenizer, Shards(shards))}
+    with distributed.process_group(distributed.choose_device(device)):
+        clip = load(model, device)
+        found = evaluate(clip.model, clip.tokenizer, Shards(shards), batch_size, workers)
+        if distributed.rank():
+            return
     if as_json:
-        print_json(found)
+        counts = {"n": found.n, "texts": found.texts, "skipped": found.skipped}
+        print_json({"shards": shards, "model": model, **counts, **found.recalls})
         return
-    unread = f"; {found['unread']} samples could not be read" if found["unread"] else ""
-    click.echo(f"{shards}: {found['n']} images, {found['texts']} captions{unread}")
+    skipped = f"; skipped: {counted(found.skipped)}" if found.skipped else ""
+    click.echo(f"{shards}: {found.n} images, {found.texts} captions{skipped}")
     for way in ("image_to_text", "text_to_image"):
-        scores = "   ".join(f"recall@{k} {found[f'{way}_recall@{k}']:.2%}" for k in (1, 5, 10))
+        scores = "   ".join(f"recall@{k} {found.recalls[f'{way}_recall@{k}']:.2%}" for k in (1, 5, 10))
         click.echo(f"{way.replace('_', ' ')}   {scores}")
 
 

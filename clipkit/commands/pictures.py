@@ -18,7 +18,8 @@ from clipkit.inputs import check_file, check_writable, items_of, print_json
 
 if TYPE_CHECKING:
     from clipkit.models.pretrained import Pretrained
-    from clipkit.zeroshot.galleries import Embedded, Gallery, Pictures
+    from clipkit.zeroshot.embedding import Embedded
+    from clipkit.zeroshot.galleries import Gallery, Pictures
     from clipkit.zeroshot.index import Hit, Index
 
 _NAMED = 5
@@ -59,7 +60,7 @@ def similarity(
         _check_figure(out, pictures, words)
     clip = load(model, device)
     found = _embedded(clip, pictures)
-    names, cosines = [pictures.key(row) for row in found.rows], room.cosines(clip, found.vectors, words)
+    names, cosines = [pictures.key(row) for row in found.rows], room.cosines(clip, found.features, words)
     say_unknown(room.unknown_words(clip, words))
     if as_json:
         print_json({"images": names, "texts": words, "cosines": cosines.tolist()})
@@ -106,7 +107,7 @@ def classify(
     clip = load(model, device)
     head = class_head(clip.model, clip.tokenizer, names, lines)
     found = _embedded(clip, pictures)
-    guesses = dict(zip(map(pictures.key, found.rows), room.guesses(clip, found.vectors, names, head), strict=True))
+    guesses = dict(zip(map(pictures.key, found.rows), room.guesses(clip, found.features, names, head), strict=True))
     say_unknown(room.unknown_words(clip, names))
     if as_json:
         print_json({image: {g.label: g.probability for g in guess} for image, guess in guesses.items()})
@@ -122,15 +123,15 @@ def _embedded(clip: Pretrained, pictures: Pictures) -> Embedded:
 
     Raises DataError naming all files that were given and cannot be read, and when nothing is left.
     """
-    from clipkit.zeroshot.galleries import embed
+    from clipkit.zeroshot.galleries import embed_pictures
 
-    found = embed(clip, pictures, range(len(pictures)))
-    if bad := {pictures.key(row): why for row, why in found.unread.items() if pictures.named(row)}:
+    found = embed_pictures(clip, pictures, range(len(pictures)))
+    if bad := {pictures.key(row): why for row, why in found.skipped.items() if pictures.named(row)}:
         raise DataError(f"cannot read {_list([f'{name} ({why})' for name, why in bad.items()])}")
     if not found.rows:
-        raise DataError(f"no picture can be read; skipped: {_counts(Counter(found.unread.values()))}")
-    if found.unread:
-        names = [f"{pictures.key(row)} ({why})" for row, why in found.unread.items()]
+        raise DataError(f"no picture can be read; skipped: {_counts(found.reasons)}")
+    if found.skipped:
+        names = [f"{pictures.key(row)} ({why})" for row, why in found.skipped.items()]
         click.echo(f"clipkit: skipped {_list(names)}", err=True)
     return found
 

@@ -150,13 +150,13 @@ def change(photographs):
 
 def counted(monkeypatch):
     """The keys that are embedded from now on, in a list."""
-    keys, embed = [], galleries.embed
+    keys, embed = [], galleries.embed_pictures
 
     def counting(clip, gallery, rows, *rest):
         keys.extend(gallery.key(row) for row in rows)
         return embed(clip, gallery, rows, *rest)
 
-    monkeypatch.setattr(galleries, "embed", counting)
+    monkeypatch.setattr(galleries, "embed_pictures", counting)
     return keys
 
 
