@@ -10,16 +10,20 @@ Importing this module is light: commands, choices and help texts are made from i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from clipkit.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
+
+    from clipkit.zeroshot.datasets import OpenDataset
 
 T = TypeVar("T")
 
@@ -97,3 +101,17 @@ class Registry(Mapping[str, T], Generic[T]):
 
 def _package(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else point.value.partition(":")[0]
+
+
+def _described_datasets() -> dict[str, Entry]:
+    """The data sets that zeroshot/data/datasets.json describes."""
+    file = Path(__file__).with_name("zeroshot") / "data" / "datasets.json"
+    described = json.loads(file.read_text(encoding="utf-8"))
+    return {
+        name: Entry(f"clipkit.zeroshot.named:{name}", "; ".join(about["source"].split("; ")[:2]))
+        for name, about in described.items()
+    }
+
+
+DATASETS: Registry[OpenDataset] = Registry("dataset", _described_datasets())
+"""Labelled images by name, for zero-shot evaluation, linear probes and packs."""

@@ -1,4 +1,4 @@
-"""Zero-shot classification of a data set against a class head, and what is counted: accuracy, calibration, confusions.
+"""Zero-shot classifier: predictions of a class head on a data set, accuracy, calibration (ECE), confusion matrix.
 
 Radford et al. 2021 (arXiv 2103.00020), section 3.1.
 """
@@ -23,14 +23,14 @@ _BINS = 15
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says about each of N images of C classes, in their order, on the CPU."""
+    """Predictions for each of N images of C classes, in their order, on the CPU."""
 
     targets: Tensor
-    """bool [N, C]: the classes that an image is of; several in a multi-label set."""
+    """bool [N, C]: the true classes of an image; several in a multi-label set."""
     ranking: Tensor
-    """int64 [N, k]: the most similar classes, best first; k is 5, or C where that is less."""
+    """int64 [N, k]: the most similar classes, best first; k is the smaller of 5 and C."""
     confidence: Tensor
-    """float64 [N]: the probability of the first, under the model's own logit scale."""
+    """float64 [N]: the probability of the first, under the model's learned logit scale."""
     similarities: Tensor | None
     """float32 [N, C], kept for multi-label sets only."""
     rows: Sequence[int] | None = None
@@ -46,9 +46,9 @@ class Scores:
     n: int
     top1: float
     top5: float
-    """Of five guesses one is right; of all, where there are fewer classes."""
+    """One of five predictions is correct; of all C where there are fewer classes."""
     mean_per_class: float
-    """Mean recall of those classes that have images."""
+    """Mean recall over the classes that have images."""
     top1_low: float
     top1_high: float
     """Ends of the bootstrap's 95 % interval of top1."""
@@ -58,7 +58,7 @@ class Scores:
 
 @torch.no_grad()
 def predict(model: CLIP, head: Tensor, images: ImageSet, batch_size: int = 256, workers: int = 0) -> Predictions:
-    """Compare every image with every row of `head` [C, D]; all ranks share the work and get all of it.
+    """Cosines of every image with every row of `head` [C, D], as predictions; the ranks share the work, each gets all.
 
     Images that cannot be read are skipped and counted. Raises UsageError for an empty set, or a head with another
     number of classes, DataError when no image can be read.
@@ -93,12 +93,12 @@ def predict(model: CLIP, head: Tensor, images: ImageSet, batch_size: int = 256, 
 
 
 def evaluate(model: CLIP, head: Tensor, images: ImageSet, batch_size: int = 256, workers: int = 0) -> Scores:
-    """Classify every image by its nearest row of `head` [C, D]; all ranks share the work and get the same scores."""
+    """Scores of the zero-shot classifier `head` [C, D]; the ranks share the work and get the same scores."""
     return score(predict(model, head, images, batch_size, workers))
 
 
 def score(predictions: Predictions) -> Scores:
-    """Count. In a multi-label set a guess is right when it is one of the image's classes."""
+    """Scores of predictions. In a multi-label set a prediction is correct if it is one of the image's classes."""
     targets, ranking = predictions.targets, predictions.ranking
     hits = targets.gather(1, ranking)  # [N, k]
     top1 = hits[:, 0].double()
@@ -106,7 +106,7 @@ def score(predictions: Predictions) -> Scores:
     right = (targets & (ranking[:, :1] == torch.arange(targets.shape[1]))).double().sum(dim=0)
     recall = (right / per_class)[per_class > 0].mean()
     n, share = len(top1), float(top1.mean())
-    # A bootstrap sample of n hits and misses is n draws with this share of hits: a binomial number.
+    # A bootstrap sample of n hits and misses is n draws with this fraction of hits: binomial.
     low, high = np.quantile(np.random.default_rng(0).binomial(n, share, 10_000) / n, [0.025, 0.975])
     return Scores(
         n=n,
@@ -120,14 +120,14 @@ def score(predictions: Predictions) -> Scores:
 
 
 def calibration_error(confidence: Tensor, right: Tensor, bins: int = _BINS) -> float:
-    """Mean over images of |accuracy - confidence| of the bin that they fall in; bins are equally wide, (low, high]."""
+    """ECE: mean over images of |accuracy - confidence| of their bin; bins are equally wide, (low, high]."""
     place = (confidence * bins).ceil().long().clamp(1, bins) - 1
     gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, right.double() - confidence.double())
     return float(gaps.abs().sum() / len(confidence))
 
 
 def confusions(predictions: Predictions) -> Tensor:
-    """int64 [C, C]: how many images of the row's class were taken for the column's."""
+    """Confusion matrix, int64 [C, C]: images of the row's class that were classified as the column's."""
     classes = predictions.targets.shape[1]
     matrix = torch.zeros(classes, classes, dtype=torch.int64)
     image, target = predictions.targets.nonzero().T
@@ -139,7 +139,7 @@ def mean_average_precision(similarities: Tensor, targets: Tensor) -> float:
     """Mean over classes of the average precision of [N, C] scores against bool [N, C].
 
     The area under the precision-recall steps, as in scikit-learn: equal scores count together. Classes without images
-    are left out.
+    are omitted.
     """
     present = [c for c in range(targets.shape[1]) if targets[:, c].any()]
     return float(torch.stack([_average_precision(similarities[:, c], targets[:, c]) for c in present]).mean())

@@ -62,7 +62,7 @@ class Embedded:
     features: Tensor
     rows: list[int]
     notes: list[Any]
-    """What was read beside each of these images."""
+    """The note of each of these images."""
     skipped: dict[int, str]
     """Why other rows were skipped."""
 
@@ -113,7 +113,7 @@ def embed(
     """Read and embed these rows, holding one batch of pixels at a time; `what` names them in the progress bar.
 
     The ranks share the rows, and each gets all embeddings; without `shared` each embeds the rows that it asks for.
-    Rows whose image raises SampleError are skipped and reported. Raises what else `read` raises.
+    Rows whose image raises SampleError are skipped and reported. Other errors of `read` end the loop.
     """
     own = _of_this_rank(rows) if shared else rows
     loader = DataLoader(
@@ -143,7 +143,7 @@ def _of_this_rank(rows: Sequence[int]) -> list[int]:
 
 
 def _gathered(own: Embedded) -> Embedded:
-    """What all ranks have found, on every rank, in the order of the rows."""
+    """The embeddings of all ranks, on every rank, in the order of the rows."""
     features = distributed.gather_rows(own.features, distributed.batch_sizes(len(own.rows)))
     parts = distributed.gather_json([own.rows, own.notes, list(own.skipped.items())])
     rows = [row for part in parts for row in part[0]]

@@ -32,17 +32,17 @@ class Gallery(Protocol):
         """Hash of all keys and marks."""
 
     def key(self, i: int) -> str:
-        """What the picture is called."""
+        """The picture's name."""
 
     def mark(self, i: int) -> str:
-        """What changes when the picture does: of a file its size and time, of a pack's sample its shard's sha256."""
+        """A mark that changes with the picture: a file's size and time, or the sha256 of a sample's shard."""
 
     def image(self, i: int) -> bytes:
         """Its bytes, encoded. Raises SampleError or ShardError."""
 
 
 class Folder:
-    """Every image file below a folder; a key is its path in it. Unless `quietly`, what is not taken is said."""
+    """Every image file below a folder; a key is the path in it. Unless `quietly`, stderr counts other files."""
 
     def __init__(self, folder: Path, quietly: bool = False) -> None:
         found = Files(folder)
@@ -101,7 +101,7 @@ class Pack:
 def open_gallery(source: str, quietly: bool = False) -> Gallery:
     """A folder of images, or a pack (folder or URL). Raises DataError for a folder with neither images nor shards.
 
-    Unless `quietly`, a line on stderr counts what is not taken.
+    Unless `quietly`, a line on stderr counts the files that are not taken.
     """
     folder = Path(source)
     if "://" in source or (folder / "index.json").is_file():
@@ -126,7 +126,7 @@ class _Picture:
 
 
 class Pictures:
-    """Files, and what is in folders and packs, in the order given, each once: a key is the path, or folder and path."""
+    """Files, and the pictures of folders and packs, in the order given, each once. Keys are paths."""
 
     def __init__(self, sources: Sequence[str]) -> None:
         """Raises DataError naming all files that do not exist, and for a folder without images."""
@@ -148,7 +148,7 @@ class Pictures:
         return self._pictures[i].name
 
     def named(self, i: int) -> bool:
-        """Whether it was given itself, not found in a folder or pack."""
+        """Whether it was given by its own path, not by a folder or pack."""
         return self._pictures[i].path is not None
 
     def image(self, i: int) -> bytes:

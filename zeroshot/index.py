@@ -1,10 +1,10 @@
-"""Embeddings of many pictures on disk, and search in them by text or by picture.
+"""Embedding indexes on disk, and nearest-neighbour search in them by text or by image.
 
 An index is a folder: `part-00000.npy` (float16 unit vectors), `part-00000.json` (their keys and marks, and what was
-skipped) and so on, each part written when it is whole, so that an interrupted run goes on and several ranks share the
-work; and `index.json`, which says what the parts are of. When pictures have changed, parts of another series
-(`part-1a2b3c4d-00000.npy`) are written beside them, with the vectors of what has not changed; `index.json` names the
-series that counts, so that until it is written the index is the one before.
+skipped) and so on, each part written when it is complete, so that an interrupted run resumes and several ranks share
+the work; and `embeddings.json` (`index.json` in version 0.1), which names the source and the model. When pictures have
+changed, parts of another series (`part-1a2b3c4d-00000.npy`) are written beside them, with the vectors of unchanged
+pictures; `embeddings.json` names the series in use, so that until it is written the former index stays in use.
 """
 
 from __future__ import annotations
@@ -36,10 +36,13 @@ from clipkit.zeroshot.heads import embed_texts
 from clipkit.zeroshot.similarity import embed_images, read_images
 
 FORMAT = 1
+_FILE, _FORMER_FILE = "embeddings.json", "index.json"
+"""Name of an index's description, and its name in version 0.1."""
+_KEYS = ("source", "model", "weights", "dim", "count", "part_size")
 PART = 10_000
 """Pictures in a part."""
 FAISS_ABOVE = 1_000_000
-"""Vectors beyond which an approximate index is made (the [search] extra)."""
+"""Vectors beyond which approximate search is used (faiss, the [search] extra)."""
 _CHUNK = 1024
 _FIRST = "part"
 """Series of the parts of an index that was never updated."""
@@ -52,7 +55,7 @@ Places = Mapping[tuple[str, str], tuple[Path, int]]
 
 @dataclass(frozen=True)
 class Built:
-    """What an index holds now, and how it came to that from what it held before (nothing, for one that is new)."""
+    """Counts of an index, and of its changes since the run before (a new index had nothing)."""
 
     pictures: int
     skipped: Counter[str]
@@ -83,9 +86,9 @@ def build(
 ) -> Built:
     """Embed every picture of `gallery` into `out`, with `texts` also the first captions of a pack.
 
-    All ranks share the parts; parts that are there are kept. Of an index whose pictures have changed, the vectors of
-    those that have not are taken over. Unreadable pictures are skipped and counted.
-    Raises UsageError if `out` holds an index of another source or model, or texts are wanted of a folder.
+    The ranks share the parts; existing parts are kept. When pictures have changed, the vectors of unchanged ones are
+    reused. Unreadable pictures are skipped and counted.
+    Raises UsageError if `out` holds an index of another source or model, or `texts` is asked of a folder.
     """
     if texts and not isinstance(gallery, Pack):
         raise UsageError(f"{gallery.source} has no captions to embed; they come with packs (clipkit pack)")
@@ -124,13 +127,15 @@ def _part(folder: Path, series: str, number: int, kind: str) -> Path:
 
 
 def _begin(out: Path, about: dict[str, Any]) -> tuple[str, dict[str, str]]:
-    """The series of parts to write, and what the index in `out` held before an update: marks by key."""
-    file = out / "index.json"
-    if distributed.rank() == 0 and not file.is_file():
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(about, indent=1))
+    """The series of parts to write, and the marks by key of the index in `out` before an update."""
+    if _description(out) is None and _is_pack(out):
+        raise UsageError(f"{out} is a pack; give another folder for the index")
     distributed.barrier()
-    found = read_object(file)
+    if distributed.rank() == 0 and _description(out) is None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / _FILE, json.dumps(about, indent=1))
+    distributed.barrier()
+    found = read_object(_described(out))
     for k in about:
         same = found.get(k) == about[k] or (k == "source" and _same_place(str(found.get(k)), about[k]))
         if not same and k not in ("model", "pictures", "count"):
@@ -142,7 +147,7 @@ def _begin(out: Path, about: dict[str, Any]) -> tuple[str, dict[str, str]]:
     before = _held(out, str(found.get("series", _FIRST)))
     if distributed.rank() == 0:
         if any(not mark for mark in before.values()):
-            say(f"clipkit: {out} is of an older version, which did not note when pictures change; embedding all")
+            say(f"clipkit: {out} is of an older version, which did not record changes of pictures; embedding all")
         else:
             say(f"clipkit: {out}: its pictures have changed; updating")
     return f"{_FIRST}-{about['pictures'][:8]}", before
@@ -153,7 +158,7 @@ def _same_place(one: str, other: str) -> bool:
 
 
 def _held(folder: Path, series: str) -> dict[str, str]:
-    """Mark by key of what the parts of a series hold; no marks in those of older versions."""
+    """Marks by key of the pictures in the parts of a series; parts of older versions have no marks."""
     found: dict[str, str] = {}
     for path in sorted(folder.glob(f"{series}-[0-9][0-9][0-9][0-9][0-9].json")):
         labels = _Labels.read(path)
@@ -162,7 +167,7 @@ def _held(folder: Path, series: str) -> dict[str, str]:
 
 
 def _places(folder: Path) -> Places:
-    """Where the vector of each picture is, in the parts of any series: interrupted updates are not lost either."""
+    """Where the vector of each picture is, in the parts of any series, those of interrupted updates included."""
     found: dict[tuple[str, str], tuple[Path, int]] = {}
     for path in sorted(folder.glob("part-*.json")):
         labels = _Labels.read(path)
@@ -171,9 +176,9 @@ def _places(folder: Path) -> Places:
 
 
 def _finish(out: Path, series: str, about: dict[str, Any]) -> None:
-    """Let the parts of this series be the index, remove those of others, and make faiss's index if it is large."""
-    if str(read_object(out / "index.json").get("series", _FIRST)) != series:
-        write_atomically(out / "index.json", json.dumps({**about, "series": series}, indent=1))
+    """Put this series into use, remove the parts of others, and build faiss's index for a large one."""
+    if str(read_object(_described(out)).get("series", _FIRST)) != series:
+        write_atomically(_described(out), json.dumps({**about, "series": series}, indent=1))
     index = Index(out)
     for path in out.iterdir():
         part = _PART_FILE.fullmatch(path.name)
@@ -194,7 +199,7 @@ def _write_part(
     workers: int,
     places: Places,
 ) -> None:
-    """Vectors and labels of some rows: those whose places are known are copied, the others embedded."""
+    """Write vectors and labels of some rows; vectors whose places are known are copied."""
     marked = {row: (gallery.key(row), gallery.mark(row)) for row in rows}
     known = {row: places[label] for row, label in marked.items() if label in places}
     found = galleries.embed_pictures(clip, gallery, [row for row in rows if row not in known], batch_size, workers)
@@ -218,7 +223,7 @@ def _write_part(
 def _merged(
     kept: Sequence[int], known: Mapping[int, tuple[Path, int]], rows: Sequence[int], vectors: Tensor, suffix: str
 ) -> Tensor:
-    """Vectors of `kept` rows [len(kept), D], float16: out of the parts where they are known, or else of `rows`."""
+    """Vectors of `kept` rows [len(kept), D], float16: from the parts where they are known, else from `vectors`."""
     new = dict(zip(rows, vectors.half().cpu(), strict=True))
     merged = torch.zeros(len(kept), vectors.shape[1], dtype=torch.half)
     opened = lru_cache(_array)
@@ -244,7 +249,7 @@ def _array(path: Path) -> Array:
 
 @dataclass(frozen=True)
 class _Labels:
-    """What a part's file says: rows in the gallery, keys, marks (of older versions none), and what was skipped."""
+    """Labels of a part: rows in the gallery, keys, marks (none in older versions), and the skipped pictures."""
 
     rows: list[int]
     keys: list[str]
@@ -254,7 +259,7 @@ class _Labels:
 
     @classmethod
     def read(cls, path: Path) -> _Labels:
-        """Raises CheckpointError for another file."""
+        """Read the JSON file of a part. Raises CheckpointError for any other file."""
         found = read_object(path)
         try:
             labels = cls(
@@ -273,25 +278,43 @@ class _Labels:
 
 @dataclass(frozen=True)
 class Hit:
-    """A picture that was found: its key, its row in the gallery, and its cosine with the query."""
+    """A nearest neighbour of a query: its key, its row in the gallery, and its cosine with the query."""
 
     key: str
     row: int
     score: float
 
 
+def _description(folder: Path) -> Path | None:
+    """The file that describes the index in a folder, if there is one."""
+    former = folder / _FORMER_FILE
+    if (folder / _FILE).is_file():
+        return folder / _FILE
+    return former if former.is_file() and "weights" in read_object(former) else None
+
+
+def _described(folder: Path) -> Path:
+    """The same. Raises CheckpointError, which names a pack as such, where there is none."""
+    if (found := _description(folder)) is not None:
+        return found
+    if _is_pack(folder):
+        raise CheckpointError(f"{folder} is a pack, not an embedding index; `clipkit index {folder} OUT` embeds it")
+    raise CheckpointError(f"{folder} is not an embedding index; `clipkit index IMAGES {folder}` makes one")
+
+
+def _is_pack(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("pack.json", _FORMER_FILE)) or any(folder.glob("*.tar"))
+
+
 class Index:
-    """An index on disk. Raises CheckpointError for a folder that is none, or is not whole."""
+    """An embedding index on disk. Raises CheckpointError for any other folder, and for an incomplete index."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if not (self.folder / "index.json").is_file():
-            raise CheckpointError(f"{folder} is not an index; clipkit index makes one")
-        self.about = read_object(self.folder / "index.json")
-        if missing := [k for k in ("source", "model", "weights", "dim", "count", "part_size") if k not in self.about]:
-            raise CheckpointError(
-                f"{folder} is not an index (its index.json has no {missing[0]}); clipkit index makes one"
-            )
+        description = _described(self.folder)
+        self.about = read_object(description)
+        if missing := [key for key in _KEYS if key not in self.about]:
+            raise CheckpointError(f"{description} is damaged: it has no {missing[0]}; `clipkit index` makes indexes")
         if self.about.get("format") != FORMAT:
             raise CheckpointError(f"{folder} is an index of format {self.about.get('format')!r}; {FORMAT} is known")
         series = str(self.about.get("series", _FIRST))
@@ -301,7 +324,7 @@ class Index:
             for p in range(-(-int(self.about["count"]) // int(self.about["part_size"])))
         ]
         if lacking := [p for p, part in enumerate(parts) if not part.is_file()]:
-            raise CheckpointError(f"{folder} is not whole: part {lacking[0]} is missing; run the same command again")
+            raise CheckpointError(f"{folder} is incomplete: part {lacking[0]} is missing; run the same command again")
         self._labels = [_Labels.read(part) for part in parts]
         self._vectors = [
             self._map(part.with_suffix(".npy"), len(labels.keys))
@@ -309,9 +332,10 @@ class Index:
         ]
 
     def _map(self, path: Path, rows: int) -> Array:
-        found, due = _array(path), (rows, self.about["dim"])
-        if found.shape != due or found.dtype != np.float16:
-            raise CheckpointError(f"{path} is damaged: {found.dtype} {found.shape}, float16 {due} due")
+        found = _array(path)
+        expected = (rows, self.about["dim"])
+        if found.shape != expected or found.dtype != np.float16:
+            raise CheckpointError(f"{path} is damaged: it is {found.dtype} {found.shape}, not float16 {expected}")
         return found
 
     def __len__(self) -> int:
@@ -329,7 +353,7 @@ class Index:
 
     @cached_property
     def marks(self) -> dict[str, str]:
-        """Each picture's mark, by its key; "" where an older version wrote the part."""
+        """Marks by key; "" where an older version wrote the part."""
         pairs = (zip(labels.keys, labels.marks or [""] * len(labels.keys), strict=True) for labels in self._labels)
         return {key: mark for each in pairs for key, mark in each}
 
@@ -339,7 +363,7 @@ class Index:
         return sum((labels.skipped for labels in self._labels), Counter[str]())
 
     def differences(self, gallery: Gallery) -> str:
-        """How the pictures in `gallery` differ from those that were embedded, in words; "" when they do not."""
+        """Differences between the pictures in `gallery` and the embedded ones, in words; "" if there are none."""
         if gallery.identity() == self.about.get("pictures"):
             return ""
         before = self.marks | {key: mark for labels in self._labels for key, mark in labels.unread}
@@ -352,9 +376,9 @@ class Index:
         return ", ".join(f"{n} {what}" for what, n in counts.items() if n) or "some changed"
 
     def search(self, queries: Tensor, k: int = 12) -> list[list[Hit]]:
-        """Unit vectors [Q, D] -> for each the k pictures most like it, best first.
+        """Unit vectors [Q, D] -> the k nearest neighbours of each by cosine, best first.
 
-        Exact; beyond a million pictures through faiss's index. Raises UsageError for queries of another model's width.
+        Exact; approximate beyond a million pictures (faiss). Raises UsageError for queries of another model's width.
         """
         if queries.ndim != 2 or queries.shape[1] != self.about["dim"]:
             raise UsageError(f"queries are {list(queries.shape)}; this index needs [Q, {self.about['dim']}]")
@@ -369,7 +393,7 @@ class Index:
         scores = torch.empty(len(queries), len(self))
         start = 0
         for vectors in self._vectors:
-            for i in range(0, len(vectors), _CHUNK):  # as float32 only as much as the cache holds
+            for i in range(0, len(vectors), _CHUNK):  # in chunks, whose float32 copy fits the processor's cache
                 chunk = torch.from_numpy(vectors[i : i + _CHUNK]).float()
                 scores[:, start : start + len(chunk)] = queries @ chunk.T
                 start += len(chunk)
@@ -377,7 +401,7 @@ class Index:
         return best.values, best.indices
 
     def make_approximate(self) -> None:
-        """Write faiss's index beside the vectors: cells of a coarse quantiser, 16-bit vectors in them."""
+        """Write faiss's inverted-file index for approximate search: cells of a coarse quantiser, 16-bit vectors."""
         faiss = _faiss()
         dim, cells = int(self.about["dim"]), max(1, int(4 * len(self) ** 0.5))
         quantiser = faiss.IndexFlatIP(dim)
@@ -408,24 +432,21 @@ def _faiss() -> Any:
     try:
         import faiss
     except ModuleNotFoundError:
-        raise UsageError('beyond a million vectors the search uses faiss: pip install "clipkit[search]"') from None
+        raise UsageError('beyond a million vectors the search needs faiss: pip install "clipkit[search]"') from None
     return faiss
 
 
 def load_model(index: Index, model: str | None = None, device: str = "auto") -> Pretrained:
-    """The model that an index was made with, or `model` in its place.
-
-    Raises CheckpointError when its weights are not those that the index was made with.
-    """
+    """Load the model of an index, or `model` instead. Raises CheckpointError when its weights are others."""
     name = model or str(index.about["model"])
     clip = load(name, device)
     if fingerprint(clip.model) != index.about["weights"]:
-        raise CheckpointError(f"{index.folder} was made with other weights than those of {name}")
+        raise CheckpointError(f"{index.folder} was made with other weights than those of {name}; give that model")
     return clip
 
 
 def read_query(query: str) -> str | Image.Image:
-    """A description as it is, or the picture in the file that `query` names.
+    """The picture in the file that `query` names, or `query` itself, a description.
 
     Raises UsageError for an empty query and a missing file, DataError for a file that is no picture.
     """
@@ -441,15 +462,15 @@ def embed_asked(clip: Pretrained, asked: str | Image.Image) -> Tensor:
 
 
 def embed_query(index: Index, query: str, model: str | None = None, device: str = "auto") -> Tensor:
-    """The same of what `read_query` takes, by the model that `load_model` loads; raises what they raise."""
+    """A query, as `read_query` reads it -> a unit vector [1, D] of the index's model; raises what both raise."""
     asked = read_query(query)
     return embed_asked(load_model(index, model, device), asked)
 
 
 def show(index: Index, hits: Sequence[Hit], gallery: Gallery | None = None) -> list[tuple[bytes | str, str]]:
-    """For a contact sheet: each picture's bytes, or what is wrong with it now, and its key and score.
+    """For a contact sheet: each picture's bytes, or why it cannot be read now, and its key and score.
 
-    Pictures are found by their keys: in a folder that has changed, other pictures have their rows.
+    Pictures are looked up by their keys, since their rows change when files are added to a folder.
     """
     gallery = gallery or open_gallery(index.about["source"], quietly=True)
     rows = {hit.key: hit.row for hit in hits}
@@ -458,7 +479,7 @@ def show(index: Index, hits: Sequence[Hit], gallery: Gallery | None = None) -> l
     found: list[tuple[bytes | str, str]] = []
     for hit in hits:
         try:
-            image: bytes | str = gallery.image(rows[hit.key]) if hit.key in rows else "it is not there any more"
+            image: bytes | str = gallery.image(rows[hit.key]) if hit.key in rows else "it is gone"
         except (SampleError, ShardError) as error:
             image = str(error)
         found.append((image, f"{hit.score:.3f} {hit.key}"))

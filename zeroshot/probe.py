@@ -1,13 +1,14 @@
-"""Linear probe: how well a linear classifier does on frozen image features, with all training images or a few a class.
+"""Linear probes, also few-shot: logistic regression on frozen image features.
 
-Radford et al. 2021 (arXiv 2103.00020), section 3.2 and appendix A.3: logistic regression by L-BFGS, its regularisation
-chosen on a part of the training images.
+Radford et al. 2021 (arXiv 2103.00020), section 3.2 and appendix A.3: fitted by L-BFGS, the strength of regularisation
+chosen on a validation part of the training images.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -22,13 +23,13 @@ from clipkit.zeroshot.datasets import ImageSet
 from clipkit.zeroshot.embedding import Encoder, embed
 
 STRENGTHS = tuple(10.0 ** (e / 2) for e in range(-6, 13))
-"""Values of C that are tried, 0.001 to 1,000,000; more is weaker regularisation."""
+"""Candidates for C, 0.001 to 1,000,000; larger is weaker regularisation."""
 _VALIDATION = 0.2
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a probe reached. shots: training images a class, 0 for all; accuracy: on the test images."""
+    """Scores of a linear probe. shots: training images a class, 0 for all; accuracy: on the test images."""
 
     train: int
     test: int
@@ -37,6 +38,20 @@ class Probe:
     C: float
     validation_accuracy: float
     accuracy: float
+
+
+def check_same_classes(train: ImageSet, test: ImageSet) -> None:
+    """Check that two data sets have the same classes, by their first names. Raises UsageError naming the first other.
+
+    Further names of a class are for prompts, and may differ.
+    """
+    known, tested = ([names[0] for names in images.classes] for images in (train, test))
+    if known != tested:
+        differ = next(f"{a!r} and {b!r}" for a, b in zip_longest(known, tested) if a != b)
+        raise UsageError(
+            f"{train.name} and {test.name} must have the same classes in the same order; they have {len(known)} and "
+            f"{len(tested)}, and differ first in {differ}"
+        )
 
 
 def features(
@@ -81,7 +96,9 @@ class LogisticRegression:
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            penalty = self.weight.square().sum() / (2 * self.C * len(x))  # all over C N: gradients of one size
+            penalty = self.weight.square().sum() / (
+                2 * self.C * len(x)
+            )  # divided by C N, so that gradients do not grow with N
             loss = F.cross_entropy(F.linear(x, self.weight, self.bias), y) + penalty
             loss.backward()  # type: ignore[no-untyped-call]
             return loss
@@ -91,12 +108,12 @@ class LogisticRegression:
 
     @torch.no_grad()
     def accuracy(self, x: Tensor, y: Tensor) -> float:
-        """Share of [N] that is classified right."""
+        """Fraction of [N] classified correctly."""
         return float((F.linear(x, self.weight, self.bias).argmax(dim=1) == y).double().mean())
 
 
 def few(y: Tensor, shots: int, seed: int) -> Tensor:
-    """Rows with `shots` images of each class, drawn by `seed`. Raises UsageError for a class with fewer."""
+    """Rows of a few-shot training set: `shots` images of each class, drawn by `seed`. Raises UsageError for too few."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(y), generator=generator)
     chosen = []
@@ -111,7 +128,7 @@ def few(y: Tensor, shots: int, seed: int) -> Tensor:
 def probe(
     train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: int, shots: int = 0, seed: int = 0
 ) -> Probe:
-    """Choose C on a fifth of the training images (of each class), fit on all of them, count on the test images."""
+    """Choose C on a fifth of the training images of each class, fit on all of them, evaluate on the test images."""
     x, y = train
     if shots:
         rows = few(y, shots, seed)
@@ -128,7 +145,7 @@ def probe(
 
 
 def _held_out(y: Tensor, seed: int) -> Tensor:
-    """bool [N]: a fifth of each class's images, of a class with one image none."""
+    """bool [N]: the validation part, a fifth of the images of each class; none of a class with one image."""
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed + 1))
     held = torch.zeros(len(y), dtype=torch.bool)
     for c in sorted(set(y.tolist())):

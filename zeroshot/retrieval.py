@@ -1,4 +1,4 @@
-"""Image-text retrieval: how often a right text is the nearest of all to an image, and the other way round."""
+"""Image-text retrieval: recall@k from images to texts and from texts to images."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ _CHUNK = 1024
 def ranks(queries: Tensor, targets: Tensor, relevant: Sequence[Sequence[int]]) -> Tensor:
     """For each row of `queries` [N, D] the rank, from 0, of the best of its relevant rows of `targets` [M, D] -> [N].
 
-    Ties count against it. In chunks: of the similarities there are never N x M in memory, but 1,024 x M.
+    Ties count against it. Computed in chunks: 1,024 x M similarities are in memory at a time, never N x M.
     """
     found = []
     for start in range(0, len(queries), _CHUNK):
         similarity = queries[start : start + _CHUNK] @ targets.T  # [chunk, M]
         for row, own in zip(similarity, relevant[start : start + _CHUNK], strict=True):
             best = row[list(own)].max()
-            row[list(own)] = -torch.inf  # the others of its own do not stand in its way
+            row[list(own)] = -torch.inf  # its other relevant targets do not count against it
             found.append(int((row >= best).sum()))
     return torch.tensor(found)
 
 
 def recall(rank: Tensor, k: int) -> float:
-    """Share of ranks [N] below k."""
+    """Recall@k: the fraction of ranks [N] below k."""
     return float((rank < k).double().mean())
 
 
 def recalls(images: Tensor, texts: Tensor, owner: Sequence[int]) -> dict[str, float]:
     """Recall@1, 5 and 10 both ways, of image rows [N, D] and text rows [M, D], text j being of image `owner[j]`.
 
-    An image is found right when any of its texts is among the k nearest. Raises UsageError for an image without text.
+    For an image it is enough that one of its texts is among the k nearest. Raises UsageError for an image without text.
     """
     own: list[list[int]] = [[] for _ in range(len(images))]
     for j, i in enumerate(owner):

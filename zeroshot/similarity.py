@@ -1,4 +1,4 @@
-"""A few pictures and a few texts: how similar they are, and which label fits best; as numbers and as figures."""
+"""Cosine similarity and zero-shot classification of a few pictures, as numbers and as figures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MOST_SHOWN = 100
 
 @dataclass(frozen=True)
 class Guess:
-    """A label and its probability among all labels, under the model's own logit scale."""
+    """A label and its probability among all labels, under the model's learned logit scale."""
 
     label: str
     probability: float
@@ -62,7 +62,7 @@ def similarities(clip: Pretrained, images: Sequence[Image.Image], texts: Sequenc
 
 
 def cosines(clip: Pretrained, vectors: Tensor, texts: Sequence[str]) -> Tensor:
-    """The same of images that were embedded, [N, D] -> [len(texts), N]."""
+    """Cosines [len(texts), N] of every text with image embeddings [N, D]. Raises UsageError as `similarities` does."""
     if not texts or not all(t.strip() for t in texts):
         raise UsageError("similarity needs at least one image and one text, none of them empty")
     described = embed_texts(clip.model, clip.tokenizer, texts)
@@ -82,7 +82,7 @@ def classify(
 
 @torch.no_grad()
 def guesses(clip: Pretrained, vectors: Tensor, labels: Sequence[str], head: Tensor) -> list[list[Guess]]:
-    """The same of images that were embedded, [N, D], under a head [len(labels), D]."""
+    """The five most probable labels of image embeddings [N, D] under a class head [len(labels), D], best first."""
     probabilities = (clip.model.logit_scale * vectors.to(head) @ head.T).softmax(dim=1).cpu()
     best = probabilities.topk(min(_TOP, len(labels)), dim=1)
     return [
@@ -92,9 +92,9 @@ def guesses(clip: Pretrained, vectors: Tensor, labels: Sequence[str], head: Tens
 
 
 def unknown_words(clip: Pretrained, texts: Sequence[str]) -> list[str]:
-    """Words of `texts` that no caption had from which the model learned; none where its captions' words are not known.
+    """Words of `texts` that are in no caption of the training set; none if the words of its captions are unknown.
 
-    Numbers are left out: they are read digit by digit.
+    Numbers are omitted: the tokenizer splits them into digits.
     """
     found = unknown([text.replace("_", " ") for text in texts], clip.words)
     return [word for word in found if not any(character.isdigit() for character in word)]

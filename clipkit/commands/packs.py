@@ -85,15 +85,16 @@ def pack(
     from clipkit.data.pack import pack as write
     from clipkit.data.pictograms import pictograms_source
     from clipkit.inputs import check_writable
-    from clipkit.zeroshot.datasets import as_source, known, open_set
+    from clipkit.registry import DATASETS
+    from clipkit.zeroshot.datasets import as_source, open_set
     from clipkit.zeroshot.heads import ensembles
 
-    is_named = source in known() and not Path(source).exists()
+    is_named = source in DATASETS and not Path(source).exists()
     kind, colon, place = source.partition(":")
     pictograms = Path(place) if colon and kind == "pictograms" else None
     if source not in _RENDERED and pictograms is None and not is_named and not Path(source).exists():
         raise UsageError(
-            f"no folder or tar at {source}, nor a data set; {did_you_mean(source, [*_RENDERED, *known()])}"
+            f"no folder or tar at {source}, nor a data set; {did_you_mean(source, [*_RENDERED, *DATASETS])}"
         )
     if Path(source).suffix.lower() in (".csv", ".tsv") and Path(source).is_file():
         raise UsageError(f"{source} is a table; give the folder or tar of its pictures, and --csv {source}")
