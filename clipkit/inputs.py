@@ -19,9 +19,9 @@ TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv")
 def file_of(argument: str, what: str) -> Path | None:
     """The file that `argument` names, or None when it is text.
 
-    What exists is a file, pipes such as `<(...)` included. What looks like a path and does not exist is a mistake, not
-    text: it begins with `/`, `./`, `../` or `~/`, or is one item with the suffix of a text file or an image. The name
-    of a folder is text when it is a single word. `what` names the argument in the error.
+    Anything that exists is a file, pipes such as `<(...)` included. A path that does not exist is a mistake, not text:
+    it begins with `/`, `./`, `../` or `~/`, or is one item with the suffix of a text file or an image. The name of a
+    folder is text when it is a single word. `what` names the argument in the error.
 
     Raises UsageError for a path that does not exist, and for the path of a folder.
     """
@@ -41,10 +41,10 @@ def file_of(argument: str, what: str) -> Path | None:
 
 
 def items_of(argument: str, what: str, separator: str | None = None) -> list[str]:
-    """The texts that `argument` gives: the lines of a file, or the text itself, cut at `separator` where one is given.
+    """A list of texts: the lines of a file, or the argument itself, split at `separator` if there is one.
 
-    A JSON list is taken as such, in a file and as text. Raises UsageError as `file_of` does, for a file that holds no
-    text, and for items that are empty or are there twice: of two equal ones each would get half of the probability.
+    A JSON list is read as such, in a file and as text. Raises UsageError as `file_of` does, for a file without text,
+    and for items that are empty or repeated: two equal labels would each get half of the probability.
     """
     file = file_of(argument, what)
     if file is not None and file.suffix.lower() in (".csv", ".tsv", ".jsonl"):

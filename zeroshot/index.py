@@ -9,9 +9,7 @@ pictures; `embeddings.json` names the series in use, so that until it is written
 
 from __future__ import annotations
 
-import io
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,24 +31,31 @@ from clipkit.models.pretrained import Pretrained, fingerprint, load
 from clipkit.zeroshot import galleries
 from clipkit.zeroshot.galleries import Gallery, Pack, open_gallery
 from clipkit.zeroshot.heads import embed_texts
+from clipkit.zeroshot.index_files import (
+    FILE,
+    FIRST,
+    FORMAT,
+    PART_FILE,
+    Array,
+    Labels,
+    Places,
+    description_file,
+    description_of,
+    is_pack,
+    marks_of,
+    part_file,
+    places_of,
+    read_array,
+    write_array,
+)
 from clipkit.zeroshot.similarity import embed_images, read_images
 
-FORMAT = 1
-_FILE, _FORMER_FILE = "embeddings.json", "index.json"
-"""Name of an index's description, and its name in version 0.1."""
 _KEYS = ("source", "model", "weights", "dim", "count", "part_size")
 PART = 10_000
 """Pictures in a part."""
 FAISS_ABOVE = 1_000_000
 """Vectors beyond which approximate search is used (faiss, the [search] extra)."""
 _CHUNK = 1024
-_FIRST = "part"
-"""Series of the parts of an index that was never updated."""
-_PART_FILE = re.compile(r"(part(?:-[0-9a-f]{8})?)-\d{5}\.(?:json|npy|texts\.npy)")
-
-Array = np.ndarray[Any, np.dtype[np.float16]]
-Places = Mapping[tuple[str, str], tuple[Path, int]]
-"""(key, mark) of a picture -> a part, and the row of its vector in it."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +113,13 @@ def build(
     series, before = _begin(out, about)
     parts = range(-(-len(gallery) // part_size))
     mine = [p for p in parts if p % distributed.world_size() == distributed.rank()]
-    todo = [p for p in mine if not _part(out, series, p, "json").is_file()]
+    todo = [p for p in mine if not part_file(out, series, p, "json").is_file()]
     if len(todo) < len(mine):
         say(f"{len(mine) - len(todo)} of {len(mine)} parts are there already")
-    places = _places(out) if todo else {}
+    places = places_of(out) if todo else {}
     for p in progress(todo, len(todo), "parts"):
         rows = range(p * part_size, min((p + 1) * part_size, len(gallery)))
-        _write_part(clip, gallery, _part(out, series, p, "json"), rows, texts, batch_size, workers, places)
+        _write_part(clip, gallery, part_file(out, series, p, "json"), rows, texts, batch_size, workers, places)
     distributed.barrier()
     if distributed.rank() == 0:
         _finish(out, series, about)
@@ -122,20 +127,16 @@ def build(
     return Built.between(before, Index(out))
 
 
-def _part(folder: Path, series: str, number: int, kind: str) -> Path:
-    return folder / f"{series}-{number:05d}.{kind}"
-
-
 def _begin(out: Path, about: dict[str, Any]) -> tuple[str, dict[str, str]]:
     """The series of parts to write, and the marks by key of the index in `out` before an update."""
-    if _description(out) is None and _is_pack(out):
+    if description_of(out) is None and is_pack(out):
         raise UsageError(f"{out} is a pack; give another folder for the index")
     distributed.barrier()
-    if distributed.rank() == 0 and _description(out) is None:
+    if distributed.rank() == 0 and description_of(out) is None:
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / _FILE, json.dumps(about, indent=1))
+        write_atomically(out / FILE, json.dumps(about, indent=1))
     distributed.barrier()
-    found = read_object(_described(out))
+    found = read_object(description_file(out))
     for k in about:
         same = found.get(k) == about[k] or (k == "source" and _same_place(str(found.get(k)), about[k]))
         if not same and k not in ("model", "pictures", "count"):
@@ -143,45 +144,27 @@ def _begin(out: Path, about: dict[str, Any]) -> tuple[str, dict[str, str]]:
                 f"{out} holds another index: {k} is {found.get(k)!r}, not {about[k]!r}; give another folder"
             )
     if (found.get("pictures"), found.get("count")) == (about["pictures"], about["count"]):
-        return str(found.get("series", _FIRST)), {}
-    before = _held(out, str(found.get("series", _FIRST)))
+        return str(found.get("series", FIRST)), {}
+    before = marks_of(out, str(found.get("series", FIRST)))
     if distributed.rank() == 0:
         if any(not mark for mark in before.values()):
             say(f"clipkit: {out} is of an older version, which did not record changes of pictures; embedding all")
         else:
             say(f"clipkit: {out}: its pictures have changed; updating")
-    return f"{_FIRST}-{about['pictures'][:8]}", before
+    return f"{FIRST}-{about['pictures'][:8]}", before
 
 
 def _same_place(one: str, other: str) -> bool:
     return "://" not in one + other and Path(one).resolve() == Path(other).resolve()
 
 
-def _held(folder: Path, series: str) -> dict[str, str]:
-    """Marks by key of the pictures in the parts of a series; parts of older versions have no marks."""
-    found: dict[str, str] = {}
-    for path in sorted(folder.glob(f"{series}-[0-9][0-9][0-9][0-9][0-9].json")):
-        labels = _Labels.read(path)
-        found |= dict(zip(labels.keys, labels.marks or [""] * len(labels.keys), strict=True))
-    return found
-
-
-def _places(folder: Path) -> Places:
-    """Where the vector of each picture is, in the parts of any series, those of interrupted updates included."""
-    found: dict[tuple[str, str], tuple[Path, int]] = {}
-    for path in sorted(folder.glob("part-*.json")):
-        labels = _Labels.read(path)
-        found |= {place: (path, i) for i, place in enumerate(zip(labels.keys, labels.marks, strict=False))}
-    return found
-
-
 def _finish(out: Path, series: str, about: dict[str, Any]) -> None:
     """Put this series into use, remove the parts of others, and build faiss's index for a large one."""
-    if str(read_object(_described(out)).get("series", _FIRST)) != series:
-        write_atomically(_described(out), json.dumps({**about, "series": series}, indent=1))
+    if str(read_object(description_file(out)).get("series", FIRST)) != series:
+        write_atomically(description_file(out), json.dumps({**about, "series": series}, indent=1))
     index = Index(out)
     for path in out.iterdir():
-        part = _PART_FILE.fullmatch(path.name)
+        part = PART_FILE.fullmatch(path.name)
         faiss = path.name.startswith("index") and path.suffix == ".faiss" and path != index.approximate
         if (part and part[1] != series) or faiss or (path.name.startswith(".part-") and path.suffix == ".tmp"):
             path.unlink()
@@ -207,9 +190,9 @@ def _write_part(
     if texts:
         assert isinstance(gallery, Pack)
         captions = [gallery.shards.read(row).captions[0] for row in found.rows]
-        described = embed_texts(clip.model, clip.tokenizer, captions) if captions else found.features
-        _write_array(part.with_suffix(".texts.npy"), _merged(kept, known, found.rows, described, ".texts.npy"))
-    _write_array(part.with_suffix(".npy"), _merged(kept, known, found.rows, found.features, ".npy"))
+        text_features = embed_texts(clip.model, clip.tokenizer, captions) if captions else found.features
+        write_array(part.with_suffix(".texts.npy"), _merged(kept, known, found.rows, text_features, ".texts.npy"))
+    write_array(part.with_suffix(".npy"), _merged(kept, known, found.rows, found.features, ".npy"))
     about = {
         "rows": kept,
         "keys": [marked[row][0] for row in kept],
@@ -226,54 +209,11 @@ def _merged(
     """Vectors of `kept` rows [len(kept), D], float16: from the parts where they are known, else from `vectors`."""
     new = dict(zip(rows, vectors.half().cpu(), strict=True))
     merged = torch.zeros(len(kept), vectors.shape[1], dtype=torch.half)
-    opened = lru_cache(_array)
+    opened = lru_cache(read_array)
     for i, row in enumerate(kept):
         part, place = known.get(row, (None, 0))
         merged[i] = new[row] if part is None else torch.from_numpy(opened(part.with_suffix(suffix))[place])
     return merged
-
-
-def _write_array(path: Path, values: Tensor) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, values.numpy())
-    write_atomically(path, buffer.getvalue())
-
-
-def _array(path: Path) -> Array:
-    try:
-        found: Array = np.load(path, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
-    return found
-
-
-@dataclass(frozen=True)
-class _Labels:
-    """Labels of a part: rows in the gallery, keys, marks (none in older versions), and the skipped pictures."""
-
-    rows: list[int]
-    keys: list[str]
-    marks: list[str]
-    skipped: Counter[str]
-    unread: list[tuple[str, str]]
-
-    @classmethod
-    def read(cls, path: Path) -> _Labels:
-        """Read the JSON file of a part. Raises CheckpointError for any other file."""
-        found = read_object(path)
-        try:
-            labels = cls(
-                [int(row) for row in found["rows"]],
-                [str(key) for key in found["keys"]],
-                [str(mark) for mark in found.get("marks", ())],
-                Counter({str(k): int(n) for k, n in found["skipped"].items()}),
-                [(str(key), str(mark)) for key, mark in found.get("unread", ())],
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path} is damaged: {type(error).__name__} {error}") from None
-        if len(labels.rows) != len(labels.keys) or len(labels.marks) not in (0, len(labels.keys)):
-            raise CheckpointError(f"{path} is damaged: {len(labels.rows)} rows and {len(labels.keys)} keys")
-        return labels
 
 
 @dataclass(frozen=True)
@@ -285,54 +225,33 @@ class Hit:
     score: float
 
 
-def _description(folder: Path) -> Path | None:
-    """The file that describes the index in a folder, if there is one."""
-    former = folder / _FORMER_FILE
-    if (folder / _FILE).is_file():
-        return folder / _FILE
-    return former if former.is_file() and "weights" in read_object(former) else None
-
-
-def _described(folder: Path) -> Path:
-    """The same. Raises CheckpointError, which names a pack as such, where there is none."""
-    if (found := _description(folder)) is not None:
-        return found
-    if _is_pack(folder):
-        raise CheckpointError(f"{folder} is a pack, not an embedding index; `clipkit index {folder} OUT` embeds it")
-    raise CheckpointError(f"{folder} is not an embedding index; `clipkit index IMAGES {folder}` makes one")
-
-
-def _is_pack(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("pack.json", _FORMER_FILE)) or any(folder.glob("*.tar"))
-
-
 class Index:
     """An embedding index on disk. Raises CheckpointError for any other folder, and for an incomplete index."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        description = _described(self.folder)
+        description = description_file(self.folder)
         self.about = read_object(description)
         if missing := [key for key in _KEYS if key not in self.about]:
             raise CheckpointError(f"{description} is damaged: it has no {missing[0]}; `clipkit index` makes indexes")
         if self.about.get("format") != FORMAT:
             raise CheckpointError(f"{folder} is an index of format {self.about.get('format')!r}; {FORMAT} is known")
-        series = str(self.about.get("series", _FIRST))
-        self.approximate = self.folder / f"index{series.removeprefix(_FIRST)}.faiss"
+        series = str(self.about.get("series", FIRST))
+        self.approximate = self.folder / f"index{series.removeprefix(FIRST)}.faiss"
         parts = [
-            _part(self.folder, series, p, "json")
+            part_file(self.folder, series, p, "json")
             for p in range(-(-int(self.about["count"]) // int(self.about["part_size"])))
         ]
         if lacking := [p for p, part in enumerate(parts) if not part.is_file()]:
             raise CheckpointError(f"{folder} is incomplete: part {lacking[0]} is missing; run the same command again")
-        self._labels = [_Labels.read(part) for part in parts]
+        self._labels = [Labels.read(part) for part in parts]
         self._vectors = [
             self._map(part.with_suffix(".npy"), len(labels.keys))
             for part, labels in zip(parts, self._labels, strict=True)
         ]
 
     def _map(self, path: Path, rows: int) -> Array:
-        found = _array(path)
+        found = read_array(path)
         expected = (rows, self.about["dim"])
         if found.shape != expected or found.dtype != np.float16:
             raise CheckpointError(f"{path} is damaged: it is {found.dtype} {found.shape}, not float16 {expected}")

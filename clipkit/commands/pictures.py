@@ -100,7 +100,7 @@ def classify(
 
     names = items_of(labels, "--labels", separator=",")
     if len(names) < 2:
-        raise UsageError(f"--labels has {names[0]!r} alone, which fits everything at 100 %; give two or more")
+        raise UsageError(f"--labels has {names[0]!r} alone, whose probability is always 100 %; give two or more")
     lines, pictures = read_templates(templates, ensembles()), Pictures(images)
     if out is not None:
         _check_figure(out, pictures)

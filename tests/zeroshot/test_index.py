@@ -355,6 +355,8 @@ def test_a_query_is_text_or_a_picture_that_is_there(command, clip, chain, photog
         found, text, err = command("search", out, query, *words)
         assert (found, text) == (code, "")
         assert message in err
+    code, _, err = command("search", out, "a", "red", "house", *words)
+    assert (code, err) == (2, "clipkit: the query has 3 parts; put it in quotes: 'a red house'\n")
     for name in ("sheet.xyz", "sheet", "year/../sheet.svg"):
         code, _, err = command("search", out, "a boat", *words, "--out", tmp_path / name)
         assert code == 2
