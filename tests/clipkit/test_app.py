@@ -560,7 +560,8 @@ def test_the_command_needs_its_extra(command, monkeypatch):
     import clipkit
 
     monkeypatch.delattr(clipkit, "app", raising=False)
-    monkeypatch.delitem(sys.modules, "clipkit.app")
+    for name in [name for name in sys.modules if name.startswith("clipkit.app")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     code, _, err = command("app")
     assert (code, err) == (2, 'clipkit: the page needs uvicorn: pip install "clipkit[app]"\n')
