@@ -10,10 +10,12 @@ Importing this module is light: commands, choices and help texts are made from i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from clipkit.errors import UsageError, did_you_mean
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
     from clipkit.data.sources import Source
     from clipkit.train.launch import TaskSpec
+    from clipkit.zeroshot.datasets import OpenDataset
 
 T = TypeVar("T")
 
@@ -186,3 +189,17 @@ SOURCES: Registry[Callable[..., Source]] = Registry(
 
 A source's parameters are the options of `clipkit pack` that have an effect on it; the others are refused. One with a
 parameter `source` is named NAME:PLACE on the command line, one without it NAME."""
+
+
+def _described_datasets() -> dict[str, Entry]:
+    """The data sets that zeroshot/data/datasets.json describes."""
+    file = Path(__file__).with_name("zeroshot") / "data" / "datasets.json"
+    described = json.loads(file.read_text(encoding="utf-8"))
+    return {
+        name: Entry(f"clipkit.zeroshot.named:{name}", "; ".join(about["source"].split("; ")[:2]))
+        for name, about in described.items()
+    }
+
+
+DATASETS: Registry[OpenDataset] = Registry("dataset", _described_datasets())
+"""Labelled images by name, for zero-shot evaluation, linear probes and packs."""

@@ -145,7 +145,8 @@ class Pretraining(Task):
         if self.validation is None:
             return {}
         if not self.validation.classes:
-            return retrieval.evaluate(self.model, self.tokenizer, self.validation)
+            found = retrieval.evaluate(self.model, self.tokenizer, self.validation)
+            return {"n": found.n, "texts": found.texts, "skipped": found.skipped.total(), **found.recalls}
         images = from_shards("validation", self.validation)
         head = heads.class_head(self.model, self.tokenizer, images.classes, images.templates)
         scores = classify.evaluate(self.model, head, images)
