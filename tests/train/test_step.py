@@ -72,7 +72,7 @@ def test_smoothing_is_what_the_recipe_says(kind):
     image, text = torch.nn.functional.normalize(torch.randn(2, 8, 4), dim=-1)
     features = [image, text, torch.full((8,), 9.0), torch.zeros(8)][: 4 if kind is Pretraining else 3]
     task = SimpleNamespace(recipe=SimpleNamespace(loss=LossConfig(label_smoothing=0.3)))
-    loss, _ = kind.loss(task, features, batch=None)
+    loss, _ = kind.loss(task, features, batch=SimpleNamespace(groups=None))
     torch.testing.assert_close(loss, info_nce(image, text, torch.tensor(9.0), label_smoothing=0.3))
     assert loss != info_nce(image, text, torch.tensor(9.0))
 
