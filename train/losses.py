@@ -5,8 +5,8 @@ InfoNCE (van den Oord et al. 2018, arXiv 1807.03748, eq. 4), symmetric over imag
 positives per row (UniCL, Yang et al. 2022, arXiv 2204.03610, eq. 3-5).
 
 The B x B logits are computed in chunks ("strips") of a few rows, in the forward pass and once more in the backward
-pass. Every rank computes the strips of its own images against the texts of all ranks, which are all-gathered while they
-are small, and else passed around a ring. Gradients of the texts are summed over ranks.
+pass. Every rank computes the strips of the images it holds against the texts of all ranks, which are all-gathered while
+they are small, and else passed around a ring. Gradients of the texts are summed over ranks.
 """
 
 from __future__ import annotations
