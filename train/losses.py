@@ -60,17 +60,13 @@ class LossConfig:
 
 
 def contrastive_loss(
-    config: LossConfig, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, groups: Tensor
+    config: LossConfig, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, groups: Tensor | None
 ) -> Tensor:
     """The loss that a recipe names, of this rank's pairs: unit vectors [b, D]; scale, bias and groups are [b].
 
     Returns a scalar whose mean over ranks is minimised.
     """
-    options = {
-        "logit_bias": logit_bias,
-        "groups": groups if config.positives == "group" else None,
-        "label_smoothing": config.label_smoothing,
-    }
+    options = {"logit_bias": logit_bias, "groups": groups, "label_smoothing": config.label_smoothing}
     return LOSSES[config.kind](image, text, logit_scale, **{n: v for n, v in options.items() if config.takes(n)})
 
 

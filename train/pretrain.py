@@ -101,7 +101,8 @@ class Pretraining(Task):
         """The recipe's contrastive loss over all ranks, and the distance to the teachers; logs the logit scale."""
         image, text, scale, bias, *taught = features
         config = self.recipe.loss
-        value = contrastive_loss(config, image, text, scale, bias, batch.groups)
+        groups = batch.groups if config.positives == "group" else None
+        value = contrastive_loss(config, image, text, scale, bias, groups)
         logged = {"logit_scale": scale.detach().mean()}
         if config.takes("logit_bias"):
             logged["logit_bias"] = bias.detach().mean()
