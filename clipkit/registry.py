@@ -54,7 +54,8 @@ class Registry(Mapping[str, T], Generic[T]):
     """
 
     def __init__(self, noun: str, own: Mapping[str, Entry]) -> None:
-        self.noun, self.own = noun, dict(own)
+        self.noun = noun
+        self.own = dict(own)
 
     @property
     def group(self) -> str:

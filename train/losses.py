@@ -119,7 +119,8 @@ class _Pairs:
         start = sum(self.sizes[: distributed.rank()])
         if groups is None:  # each pair is its own group
             groups = torch.arange(start, start + rows, device=device)
-        self.own, self.everyone = groups, distributed.gather_rows(groups, self.sizes)
+        self.own = groups
+        self.everyone = distributed.gather_rows(groups, self.sizes)
         self.mine = slice(start, start + rows)
 
     @property

@@ -108,7 +108,8 @@ class Pretraining(Task):
             logged["logit_bias"] = bias.detach().mean()
         if taught:
             distance = squared_distance(torch.cat([image, text], dim=1), torch.cat(taught, dim=1))
-            value, logged = value + self.recipe.distil.weight * distance, {**logged, "distance": distance.detach()}
+            value = value + self.recipe.distil.weight * distance
+            logged = {**logged, "distance": distance.detach()}
         return value, logged
 
     def train(self, mode: bool = True) -> Pretraining:
@@ -166,7 +167,8 @@ def make_tokenizer(recipe: PretrainRecipe, shards: Shards) -> Tokenizer:
     Rank 0 trains it on captions of all packs once and writes it into the run's folder, with the captions' words if it
     has read all captions.
     """
-    config, source = recipe.model, recipe.finetune.source
+    config = recipe.model
+    source = recipe.finetune.source
     if source is not None and recipe.finetune.init != "image":
         return Tokenizer.from_json(source.text("tokenizer.json"), config.context_length)
     if config.merges:

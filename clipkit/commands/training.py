@@ -12,8 +12,8 @@ from clipkit.inputs import print_json
 from clipkit.registry import TASKS, task_entry
 
 _RECIPE_HELP = """
-    RECIPE is a TOML file or the name of a shipped recipe; OVERRIDES are section.key=value words. The same command
-    resumes an interrupted run."""
+    RECIPE is a TOML file or the name of a shipped recipe; OVERRIDES are section.key=value words, and `clipkit recipe`
+    explains the keys. The same command resumes an interrupted run."""
 
 
 def training_command(kind: str) -> click.Command:
