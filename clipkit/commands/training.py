@@ -146,7 +146,7 @@ def demo(out: Path, seed: int, quick: bool) -> None:
 
     Nothing is downloaded.
 
-    Trains a small CLIP and scores it on (object, colour) pairs it never saw, trains a denoiser and a noise-aware CLIP,
+    Trains a small CLIP and scores it on held-out (object, colour) pairs, trains a denoiser and a noise-aware CLIP,
     and draws four prompts unguided and guided. Writes grid.png, loss.png and metrics.json into OUT. Some 15 minutes
     on 2 CPU cores; interrupted, the same command resumes.
 

@@ -144,6 +144,12 @@ def test_a_loss_of_another_package_trains(foreign, packs, command):
     assert '("info_nce" | "sigmoid" | "hinge", default "info_nce")' in command("recipe", "--keys")[1]
 
 
+def test_a_task_with_the_name_of_a_command_is_refused(foreign, command):
+    (foreign / "meanings-1.0.dist-info" / "entry_points.txt").write_text("[clipkit.tasks]\npack = meanings:SPEC\n")
+    code, _, err = command("--help")
+    assert (code, err) == (2, "clipkit: task 'pack' (from meanings) has the name of a command; rename it\n")
+
+
 def test_an_unknown_command_is_still_unknown(foreign, command):
     code, _, err = command("meen")
     assert (code, err.count("\n")) == (2, 1)
