@@ -127,7 +127,8 @@ def save(
     from safetensors import SafetensorError
 
     step, shard = int(state["step"]), shard or Shard()
-    folder, aside = run / "checkpoints", _aside(run, step)
+    folder = run / "checkpoints"
+    aside = _aside(run, step)
     final = folder / f"{_STEP}{step:08d}"
     try:
         if shard.of == 1:

@@ -138,7 +138,8 @@ def _plot(out: Path) -> None:
     pen = ImageDraw.Draw(sheet)
     for k, name in enumerate(_RUNS):
         lines = [line for line in log.read(out / name / "log.jsonl") if "loss" in line]
-        steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+        steps = [line["step"] for line in lines]
+        losses = [line["loss"] for line in lines]
         low, high = min(losses), max(losses)
         x = [k * 240 + 20 + 200 * (s - steps[0]) / max(1, steps[-1] - steps[0]) for s in steps]
         y = [160 - 120 * (v - low) / max(1e-9, high - low) for v in losses]

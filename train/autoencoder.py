@@ -102,7 +102,8 @@ class Reconstruction(Task):
 
     def __init__(self, recipe: AutoencoderRecipe, shards: Shards) -> None:
         super().__init__()
-        self.recipe, self.image_size = recipe, recipe.autoencoder.image_size
+        self.recipe = recipe
+        self.image_size = recipe.autoencoder.image_size
         self.weights = recipe.reconstruction
         self.model: Adversaries = Adversaries(recipe.autoencoder)
         clip = load(self.weights.features, "cpu").model if self.weights.perceptual else None

@@ -79,12 +79,15 @@ class Denoising(Task):
 
     def __init__(self, recipe: DenoiserRecipe, shards: Shards) -> None:
         super().__init__()
-        self.condition, where = recipe.condition, recipe.latent.autoencoder
+        self.condition = recipe.condition
+        where = recipe.latent.autoencoder
         self.autoencoder = load_autoencoder(where) if where else None
-        self.image_size, channels = recipe.network.image_size, 0
+        self.image_size = recipe.network.image_size
+        channels = 0  # pixels
         if self.autoencoder is not None:
             shape = self.autoencoder.config
-            self.image_size, channels = shape.image_size, shape.latent_channels
+            self.image_size = shape.image_size
+            channels = shape.latent_channels
             if recipe.network.image_size != shape.latent_size:
                 raise RecipeError(
                     f"the network's image_size is {recipe.network.image_size}; the latents of {where} have a side of "

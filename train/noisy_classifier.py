@@ -71,7 +71,9 @@ class Classification(Task):
         self.trained_with = {"model.clip": identity(clip)}
         if recipe.model.image_size not in (0, clip.config.image_size):
             clip = resized(clip, recipe.model.image_size)
-        self.config, self.shape, self.image_size = recipe.model, clip.config, clip.config.image_size
+        self.config = recipe.model
+        self.shape = clip.config
+        self.image_size = clip.config.image_size
         self.names = shards.classes
         clip.text.requires_grad_(False)
         self.model: NoisyClassifier = NoisyClassifier(NoisyCLIP(clip, recipe.model.width), len(shards.classes))

@@ -58,9 +58,12 @@ class NoisyPretraining(Task):
     def __init__(self, recipe: NoisyCLIPRecipe, shards: Shards) -> None:
         super().__init__()
         clean = load(recipe.model.clip, "cpu")
-        self.recipe, self.tokenizer, self.image_size = recipe, clean.tokenizer, clean.model.config.image_size
+        self.recipe = recipe
+        self.tokenizer = clean.tokenizer
         self.tokenizers = (clean.tokenizer,)
-        clip, where = clean.model, recipe.model.autoencoder
+        self.image_size = clean.model.config.image_size
+        clip = clean.model
+        where = recipe.model.autoencoder
         self.autoencoder = load_autoencoder(where) if where else None
         self.trained_with = {"model.clip": identity(clip)}
         if self.autoencoder is not None:

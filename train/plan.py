@@ -95,7 +95,8 @@ def loading_time(recipe: PretrainRecipe, samples: int = 64) -> float | None:
 
 def _timed_loading(stream: Stream, step: int) -> float:
     """Seconds per sample, the best of three; the first finds the files on the disk."""
-    times, positions = [], stream.positions(step)
+    times = []
+    positions = stream.positions(step)
     for _ in range(3):
         began = time.perf_counter()
         stream.samples.__getitems__(positions)
@@ -242,7 +243,8 @@ def _count_training(recipe: PretrainRecipe, caption_tokens: int) -> _Counted:
 
 
 def _count(recipe: PretrainRecipe, caption_tokens: int, size: int) -> _Counted:
-    config, samples = recipe.model, 4
+    config = recipe.model
+    samples = 4
     vocabulary = CLIP_VOCABULARY if config.merges else config.vocab_size
     with torch.device("meta"):
         model = CLIP(config, vocabulary, end_id=2)

@@ -100,13 +100,15 @@ class Pretraining(Task):
         """The recipe's contrastive loss over all ranks, and the distance to the teachers; logs the logit scale."""
         image, text, scale, bias, *taught = features
         config = self.recipe.loss
-        value = contrastive_loss(config, image, text, scale, bias, batch.groups)
+        groups = batch.groups if config.positives == "group" else None
+        value = contrastive_loss(config, image, text, scale, bias, groups)
         logged = {"logit_scale": scale.detach().mean()}
         if config.takes("logit_bias"):
             logged["logit_bias"] = bias.detach().mean()
         if taught:
             distance = squared_distance(torch.cat([image, text], dim=1), torch.cat(taught, dim=1))
-            value, logged = value + self.recipe.distil.weight * distance, {**logged, "distance": distance.detach()}
+            value = value + self.recipe.distil.weight * distance
+            logged = {**logged, "distance": distance.detach()}
         return value, logged
 
     def train(self, mode: bool = True) -> Pretraining:
@@ -165,7 +167,8 @@ def make_tokenizer(recipe: PretrainRecipe, shards: Shards) -> Tokenizer:
     Rank 0 trains it on captions of all packs once and writes it into the run's folder, with the captions' words if it
     has read all captions.
     """
-    config, source = recipe.model, recipe.finetune.source
+    config = recipe.model
+    source = recipe.finetune.source
     if source is not None and recipe.finetune.init != "image":
         return Tokenizer.from_json(source.text("tokenizer.json"), config.context_length)
     if config.merges:

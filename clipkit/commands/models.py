@@ -105,7 +105,8 @@ def release(runs: Path, out: Path) -> None:
 
     Those of RUNS into OUT: averaged, in half precision, without the optimizer's state.
 
-    RUNS is a run, or a folder of the runs clip, denoiser and noisy_clip. --model takes OUT as it takes RUNS.
+    RUNS is a run, or a folder of runs that are named after their tasks: clip, denoiser, noisy_clip, ... --model takes
+    OUT as it takes RUNS.
 
     \b
     Example:
