@@ -45,7 +45,7 @@ from clipkit.data.images import decode
 from clipkit.errors import CheckpointError, ClipkitError, DataError, UsageError
 from clipkit.guidance.config import SEEDS
 from clipkit.guidance.image_grid import grid
-from clipkit.guidance.pipeline import Steering, Studio
+from clipkit.guidance.pipeline import GuidanceConfig, Pipeline
 from clipkit.log import say
 from clipkit.models.pretrained import Pretrained, fingerprint, load
 from clipkit.train.malloc import give_back_large_blocks
@@ -87,7 +87,7 @@ Picture = Annotated[bytes, File()]
 
 @dataclass(frozen=True)
 class Rooms:
-    """What the page can do: a CLIP, an indexed gallery, and a studio (or why there is none)."""
+    """What the page can do: a CLIP, an indexed gallery, and a pipeline (or why there is none)."""
 
     model: str
     clip: Pretrained
@@ -95,7 +95,7 @@ class Rooms:
     """Where the gallery's pictures are from, in words."""
     gallery: Gallery
     index: Index
-    studio: Studio | str
+    pipeline: Pipeline | str
 
     @classmethod
     def open(cls, model: str, images: str | None = None, device: str = "auto") -> Rooms:
@@ -105,10 +105,10 @@ class Rooms:
         """
         gallery = open_gallery(images or str(_drawings()))
         try:
-            studio: Studio | str = Studio.open(model, device)
+            pipeline: Pipeline | str = Pipeline.open(model, device)
         except CheckpointError as error:
-            studio = f"this model cannot draw: {error}"
-        clip = load(model, device) if isinstance(studio, str) else studio.clip
+            pipeline = f"this model cannot draw: {error}"
+        clip = load(model, device) if isinstance(pipeline, str) else pipeline.clip
         mark = hashlib.sha256(f"{gallery.source} {gallery.identity()} {fingerprint(clip.model)}".encode()).hexdigest()
         folder = CACHE / "indexes" / mark[:16]
         build(clip, model, gallery, folder)
@@ -118,9 +118,9 @@ class Rooms:
             if not len(index):
                 raise DataError(f"none of the {len(gallery)} pictures of {gallery.source} can be read ({reasons})")
             say(f"{skipped.total()} of {len(gallery)} pictures of {gallery.source} are left out ({reasons})")
-        if isinstance(studio, str):
-            say(studio)
-        return cls(model, clip, images or "drawings of our own", gallery, index, studio)
+        if isinstance(pipeline, str):
+            say(pipeline)
+        return cls(model, clip, images or "drawings of our own", gallery, index, pipeline)
 
 
 def _drawings() -> Path:
@@ -257,28 +257,28 @@ class Wanted(BaseModel):
 class Easel:
     """Draws one wish at a time; further ones wait, but not many."""
 
-    def __init__(self, studio: Studio | str) -> None:
-        self.studio, self._turn, self._present = studio, threading.Lock(), 0
+    def __init__(self, pipeline: Pipeline | str) -> None:
+        self.pipeline, self._turn, self._present = pipeline, threading.Lock(), 0
 
     def draw(self, wanted: Wanted) -> AsyncIterator[str]:
         """Each step's pictures, and at last the pictures with their scores, a line of JSON each.
 
         Ends early when nobody listens. Raises UsageError when this model cannot draw, HTTPException if too many wait.
         """
-        if isinstance(self.studio, str):
-            raise UsageError(self.studio)
+        if isinstance(self.pipeline, str):
+            raise UsageError(self.pipeline)
         if self._present > MAX_WAITING:
             raise HTTPException(429, f"{MAX_WAITING} drawings are waiting already; try again later")
-        return self._events(self.studio, wanted)
+        return self._events(self.pipeline, wanted)
 
-    async def _events(self, studio: Studio, wanted: Wanted) -> AsyncIterator[str]:
+    async def _events(self, pipeline: Pipeline, wanted: Wanted) -> AsyncIterator[str]:
         loop, heard, left = asyncio.get_running_loop(), asyncio.Queue[dict[str, Any]](), threading.Event()
         self._present += 1
 
         def tell(event: dict[str, Any]) -> None:
             loop.call_soon_threadsafe(heard.put_nowait, event)
 
-        work = loop.run_in_executor(None, self._work, studio, wanted, tell, left)
+        work = loop.run_in_executor(None, self._work, pipeline, wanted, tell, left)
         work.add_done_callback(lambda _: self._gone())
         try:
             while True:
@@ -293,7 +293,7 @@ class Easel:
         self._present -= 1
 
     def _work(
-        self, studio: Studio, wanted: Wanted, tell: Callable[[dict[str, Any]], None], left: threading.Event
+        self, pipeline: Pipeline, wanted: Wanted, tell: Callable[[dict[str, Any]], None], left: threading.Event
     ) -> None:
         done = 0
 
@@ -306,14 +306,14 @@ class Easel:
 
         try:
             with self._turn:
-                drawn = studio.draw(
+                drawn = pipeline.draw(
                     wanted.prompt,
                     n=wanted.n,
                     steps=wanted.steps,
                     scale=wanted.scale,
                     negative=[wanted.negative] if wanted.negative else [],
                     seed=wanted.seed,
-                    steering=Steering(wanted.cfg_scale),
+                    guidance=GuidanceConfig(wanted.cfg_scale),
                     watch=watch,
                 )
             tell({"picture": _data_url(drawn.images), "scores": drawn.scores, "about": drawn.about})
@@ -465,15 +465,15 @@ def _finding(rooms: Rooms, eyes: Eyes) -> APIRouter:
 
 def _drawing(rooms: Rooms) -> APIRouter:
     """Whether and how the model draws, and its drawing."""
-    tab, easel = APIRouter(), Easel(rooms.studio)
+    tab, easel = APIRouter(), Easel(rooms.pipeline)
 
     @tab.get("/about")
     def about() -> dict[str, Any]:
         found = {"version": __version__, "model": rooms.model, "pictures": len(rooms.index), "source": rooms.source}
-        if isinstance(rooms.studio, str):
-            return {**found, "cannot_draw": rooms.studio}
-        scale, cfg_scale = rooms.studio.scales
-        has_guide, is_told = rooms.studio.guide is not None, rooms.studio.denoiser.conditioner is not None
+        if isinstance(rooms.pipeline, str):
+            return {**found, "cannot_draw": rooms.pipeline}
+        scale, cfg_scale = rooms.pipeline.scales
+        has_guide, is_told = rooms.pipeline.guide is not None, rooms.pipeline.denoiser.conditioner is not None
         return {**found, "scale": scale if has_guide else None, "cfg_scale": cfg_scale if is_told else None}
 
     @tab.post("/draw")

@@ -79,21 +79,21 @@ def _score_clip(out: Path, heldout: Path) -> dict[str, float]:
 
 def _draw(out: Path, seed: int, quick: bool) -> dict[str, float]:
     """Draw every object and the four prompts, unguided and guided, and let the judge name what it sees."""
-    from clipkit.guidance.pipeline import DEFAULT_SCALE, Steering, Studio
+    from clipkit.guidance.pipeline import DEFAULT_SCALE, GuidanceConfig, Pipeline
 
-    studio, judge, steps = Studio.open(out), load(out / "judge"), 3 if quick else 25
+    pipeline, judge, steps = Pipeline.open(out), load(out / "judge"), 3 if quick else 25
     objects, each = list(drawings.OBJECTS), 1 if quick else 8
     # The noise-aware CLIP's scale, and 1 if the denoiser is told the prompt.
     kinds = {"unguided": (0.0, 0.0), "guided": (DEFAULT_SCALE, 0.0), "told": (DEFAULT_SCALE, 1.0)}
     right = dict.fromkeys(kinds, 0)
     strips: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
     for kind, (scale, cfg_scale) in kinds.items():
-        how = Steering(cfg_scale)
+        how = GuidanceConfig(cfg_scale)
         for i, name in enumerate(log.progress(objects, len(objects), kind)):
-            drawn = studio.draw(f"a {name}", n=each, steps=steps, scale=scale, seed=seed + i, steering=how)
+            drawn = pipeline.draw(f"a {name}", n=each, steps=steps, scale=scale, seed=seed + i, guidance=how)
             right[kind] += named(judge, drawn.images).count(name)
         for prompt in PROMPTS:
-            drawn = studio.draw(prompt, n=3, steps=steps, scale=scale, seed=seed, steering=how)
+            drawn = pipeline.draw(prompt, n=3, steps=steps, scale=scale, seed=seed, guidance=how)
             strips[kind].append(drawn.images)
     _comparison(strips).save(out / "grid.png")
     return {f"judge_names_{kind}": round(n / (each * len(objects)), 4) for kind, n in right.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clipkit.errors import UsageError
-from clipkit.guidance.guiders import between
+from clipkit.guidance.guiders import guidance_interval
 
 DEFAULT_STRENGTH = 0.6
 SEEDS = 2**32
@@ -53,7 +53,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Steering:
+class GuidanceConfig:
     """How pictures are led to their prompts, beyond the scale of the noise-aware CLIP.
 
     All but the first are about that CLIP, and refused where its scale is 0.
@@ -94,7 +94,7 @@ class Steering:
                 raise UsageError(
                     f"{' and '.join(unused)} {have} no effect at the noise-aware scale 0; give another scale"
                 )
-        if self.interval is not None and not any(map(between(*self.interval, 1.0), levels)):
+        if self.interval is not None and not any(map(guidance_interval(*self.interval, 1.0), levels)):
             low, high = self.interval
             raise UsageError(
                 f"no step lies in the interval {low:g} to {high:g}; they go from {levels[0]:.3g} to {levels[-1]:.3g}"

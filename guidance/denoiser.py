@@ -30,7 +30,7 @@ class Prediction(NamedTuple):
 
     x0: Tensor
     eps: Tensor
-    fraction: Tensor | None = None
+    v: Tensor | None = None
 
 
 Denoise = Callable[[Tensor, Tensor], Prediction]
@@ -132,16 +132,16 @@ def loss_of(config: DiffusionConfig, output: Tensor, wanted: Tensor, lam: Tensor
 
 def moved(prediction: Prediction, x: Tensor, x0: Tensor, lam: Tensor) -> Prediction:
     """The prediction with another x0, and the eps that goes with it."""
-    return from_x0(x, x0, lam)._replace(fraction=prediction.fraction)
+    return from_x0(x, x0, lam)._replace(v=prediction.v)
 
 
-def variational_loss(x0: Tensor, said: Tensor, fraction: Tensor, lam: Tensor, later: Tensor) -> Tensor:
+def variational_loss(x0: Tensor, said: Tensor, v: Tensor, lam: Tensor, later: Tensor) -> Tensor:
     """Each image's KL of a DDPM step's true posterior to the one drawn from, [B], in nats for each number.
 
     The step goes from `lam` to `later` [B], finite and not below it; its mean is that of `said`, the x0 that was
     predicted, and has no gradient. Nichol & Dhariwal 2021 (arXiv 2102.09672, equations 15 and 16): log variance =
-    fraction log(most) + (1 - fraction) log(least), where most = share s^2, least = share s_later^2, and share =
-    1 - SNR / SNR_later is what of the noise the step takes away. With d = log(most / least) and u = fraction d,
+    v log(most) + (1 - v) log(least), where most = share s^2, least = share s_later^2, and share =
+    1 - SNR / SNR_later is what of the noise the step takes away. With d = log(most / least) and u = v d,
 
         KL = (u + exp(-u) - 1 + share SNR_later (x0 - said)^2 exp(-u)) / 2
 
@@ -150,7 +150,7 @@ def variational_loss(x0: Tensor, said: Tensor, fraction: Tensor, lam: Tensor, la
     lam, later = lam.double(), later.double()
     share = -torch.expm1(torch.where(lam < later, lam - later, 0.0))
     d = (F.logsigmoid(-lam) - F.logsigmoid(-later)).clamp(min=0)  # log s^2 - log s_later^2
-    u = fraction * expand(d.to(fraction), x0)
+    u = v * expand(d.to(v), x0)
     apart = expand((share * later.exp()).to(x0), x0) * (x0 - said.detach()).square()
     kl = (u + torch.expm1(-u) + apart * (-u).exp()) / 2
     return kl.flatten(1).mean(dim=1)
@@ -169,25 +169,25 @@ class Denoiser(nn.Module):
         super().__init__()
         self.diffusion, self.image_size, self.conditioner = diffusion, network.image_size, conditioner
         self.latent_channels, self.channels = latent_channels, latent_channels or 3
-        widths = (conditioner.width, conditioner.words_width) if conditioner is not None else (0, 0)
+        widths = (conditioner.width, conditioner.cross_attention_dim) if conditioner is not None else (0, 0)
         kind = UNet if isinstance(network, UNetConfig) else DiT
         made = kind(network, self.channels, *widths, learns_variance=diffusion.variance == "learned")  # type: ignore[arg-type]
         self.network: nn.Module = made.to(memory_format=torch.channels_last)
 
     def output(self, x: Tensor, lam: Tensor, condition: Condition | None = None) -> tuple[Tensor, Tensor | None]:
-        """The raw network: x [B, C, S, S], lam [B] -> [B, C, S, S], and the variance's fraction, if it learns that."""
+        """The raw network: x [B, C, S, S], lam [B] -> [B, C, S, S], and v, if it learns the variance."""
         if self.diffusion.prediction == "edm":  # c_in of equation 7, for x / a: unit variance at every lambda
             x = x / expand(_edm_norm(alpha(lam), sigma(lam)), x)
         raw: Tensor = self.network(x, lam) if condition is None else self.network(x, lam, condition)
         if self.diffusion.variance == "fixed":
             return raw, None
-        output, fraction = raw.chunk(2, dim=1)
-        return output, (fraction + 1) / 2
+        output, v = raw.chunk(2, dim=1)
+        return output, (v + 1) / 2
 
     def forward(self, x: Tensor, lam: Tensor) -> Prediction:
         return self._predict(x, lam, self._described(""))
 
-    def given(self, description: str) -> Denoise:
+    def conditioned_on(self, description: str) -> Denoise:
         """This denoiser for pictures of a caption or class; "" is itself. Raises UsageError if it takes none."""
         if self.conditioner is None:
             raise UsageError("this denoiser was trained without descriptions; train one with condition.kind")
@@ -201,10 +201,10 @@ class Denoiser(nn.Module):
         lam = lam.to(x).expand(len(x))
         if condition is not None:  # one row, for all pictures
             condition = condition.expand(len(x))
-        output, fraction = self.output(x, lam, condition)
-        return from_output(self.diffusion.prediction, output, x, lam)._replace(fraction=fraction)
+        output, v = self.output(x, lam, condition)
+        return from_output(self.diffusion.prediction, output, x, lam)._replace(v=v)
 
-    def range(self) -> tuple[float, float]:
+    def lambda_range(self) -> tuple[float, float]:
         """(lowest, highest) lambda of its schedule, the highest limited to 10: noise below 1/150 of the signal is
         under the images' own 8-bit steps."""
         table = log_snr(self.diffusion.schedule, TIMESTEPS)
@@ -219,6 +219,6 @@ def clipped(denoise: Denoise) -> Denoise:
         x0 = prediction.x0.clamp(-1, 1)
         lam = lam.to(x).expand(len(x))
         eps = prediction.eps + expand(alpha(lam) / sigma(lam), x) * (prediction.x0 - x0)
-        return Prediction(x0, eps, prediction.fraction)
+        return Prediction(x0, eps, prediction.v)
 
     return wrapped

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipkit._renamed import former_name
 from clipkit.errors import UsageError
 from clipkit.guidance.denoiser import Denoise, Prediction, moved
 from clipkit.guidance.schedule import alpha, expand, sigma
@@ -27,6 +29,10 @@ Guider = Callable[[Denoise], Denoise]
 
 Scale = float | Callable[[float], float]
 """A guidance scale, or one for each lambda; where it is 0, nothing is guided and nothing computed."""
+
+
+def __getattr__(name: str) -> Any:  # PEP 562: names of version 0.1
+    return former_name(__name__, name)
 
 
 def _at(scale: Scale, lam: Tensor) -> float:
@@ -42,7 +48,7 @@ def _shift_at(scale: Scale, lam: Tensor) -> float:
     return 0.0 if float(lam.reshape(-1)[0]) == -math.inf else _at(scale, lam)
 
 
-def between(low: float, high: float, scale: float, outside: float = 0.0) -> Callable[[float], float]:
+def guidance_interval(low: float, high: float, scale: float, outside: float = 0.0) -> Callable[[float], float]:
     """`scale` for lambdas in [low, high], `outside` beyond (Kynkaanniemi et al. 2024, arXiv 2404.07724).
 
     Raises UsageError for an interval that is empty.
@@ -137,7 +143,7 @@ def _cutout(images: Tensor, generator: torch.Generator) -> Tensor:
     return F.interpolate(crop, size=(size, size), mode="bilinear", align_corners=False)
 
 
-def contrast(other: Denoise, scale: Scale, rescale: float = 0.0, renoise: bool = False) -> Guider:
+def classifier_free(other: Denoise, scale: Scale, rescale: float = 0.0, renoise: bool = False) -> Guider:
     """Away from what `other` says: x0' = other + scale (x0 - other); scale 1 is the denoiser itself, scale 0 `other`.
 
     Classifier-free guidance when `other` is the same network without its condition (Ho & Salimans 2022, arXiv
@@ -164,14 +170,14 @@ def contrast(other: Denoise, scale: Scale, rescale: float = 0.0, renoise: bool =
             if rescale:
                 spread = plain.x0.flatten(1).std(dim=1) / x0.flatten(1).std(dim=1)
                 x0 = x0 * expand(rescale * spread + 1 - rescale, x)
-            return Prediction(x0, away.eps, plain.fraction) if renoise else moved(plain, x, x0, lam)
+            return Prediction(x0, away.eps, plain.v) if renoise else moved(plain, x, x0, lam)
 
         return guided
 
     return guider
 
 
-def mixed(denoisers: Mapping[Denoise, float]) -> Denoise:
+def compose(denoisers: Mapping[Denoise, float]) -> Denoise:
     """The mean of what several denoisers say, by their weights (Liu et al. 2022, arXiv 2206.01714, equation 11).
 
     Where they have learned a variance, it is the first one's. Raises UsageError for weights whose sum is not above 0:
@@ -189,7 +195,7 @@ def mixed(denoisers: Mapping[Denoise, float]) -> Denoise:
     return next(iter(denoisers)) if len(denoisers) == 1 else said
 
 
-def like(reference: Tensor, factor: int, until: float = torch.inf) -> Guider:
+def ilvr(reference: Tensor, factor: int, until: float = torch.inf) -> Guider:
     """Keep the coarse shape of `reference` [B or 1, C, H, W]: x0 + LP(reference) - LP(x0), as long as lambda < `until`.
 
     Choi et al. 2021 (ILVR, arXiv 2108.02938, equation 8), on x0: there the reference needs no noise. LP averages blocks

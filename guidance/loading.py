@@ -31,7 +31,7 @@ class Guide:
 
     model: NoisyCLIP
     tokenizer: Tokenizer
-    bank: list[str]
+    negative_captions: list[str]
     words: Sequence[str] = ()
 
     @torch.no_grad()

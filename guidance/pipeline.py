@@ -19,15 +19,15 @@ from clipkit.data.images import preprocess, to_image
 from clipkit.errors import UsageError, did_you_mean
 from clipkit.guidance import samplers
 from clipkit.guidance.components import load_parts
+from clipkit.guidance.config import GuidanceConfig as GuidanceConfig
 from clipkit.guidance.config import Start as Start
-from clipkit.guidance.config import Steering as Steering
 from clipkit.guidance.config import check_counts, check_effect, check_prompts
 from clipkit.guidance.denoiser import Denoise, Denoiser, clipped
-from clipkit.guidance.guiders import between, contrast, inpaint, like, mean_shift, mixed, score_shift
+from clipkit.guidance.guiders import classifier_free, compose, guidance_interval, ilvr, inpaint, mean_shift, score_shift
 from clipkit.guidance.loading import Guide
 from clipkit.guidance.networks.autoencoder import Autoencoder
 from clipkit.guidance.networks.condition import TextCondition
-from clipkit.guidance.networks.noisy_clip import Wish
+from clipkit.guidance.networks.noisy_clip import GuidanceTarget
 from clipkit.guidance.samplers import first_noise, generators
 from clipkit.guidance.schedule import Spacing, add_noise, karras, log_snr, spaced, until
 from clipkit.log import progress
@@ -69,7 +69,7 @@ class Drawn:
         return [self.show(x0) for x0 in self.x0]
 
 
-class Studio:
+class Pipeline:
     """A denoiser, a noise-aware CLIP (or none, if the denoiser takes descriptions) and a clean CLIP.
 
     With an autoencoder the first two see latents; pictures come in and go out as pixels all the same.
@@ -87,7 +87,7 @@ class Studio:
         self.image_size = denoiser.image_size if autoencoder is None else autoencoder.config.image_size
 
     @classmethod
-    def open(cls, path: str | Path, device: str = "auto") -> Studio:
+    def open(cls, path: str | Path, device: str = "auto") -> Pipeline:
         """Load a denoiser with what belongs to it, as `load_parts` finds them. Raises CheckpointError."""
         parts = load_parts(path, device)
         return cls(parts.denoiser, parts.guide, parts.clip, parts.autoencoder, str(path))
@@ -109,7 +109,7 @@ class Studio:
         spacing: str = "",
         start: Start | None = None,
         reference: Tensor | None = None,
-        steering: Steering | None = None,
+        guidance: GuidanceConfig | None = None,
         watch: Callable[[Tensor], None] | None = None,
     ) -> Drawn:
         """Draw `n` pictures of `prompt`, a text or several with their weights, in `steps` steps.
@@ -124,7 +124,7 @@ class Studio:
         sampler or spacing, guidance that this model does not have, numbers that are not finite, and whatever would have
         no effect, or draw what it should avoid.
         """
-        prompts, steering = {prompt: 1.0} if isinstance(prompt, str) else dict(prompt), steering or Steering()
+        prompts, guidance = {prompt: 1.0} if isinstance(prompt, str) else dict(prompt), guidance or GuidanceConfig()
         check_prompts(prompts, negative)
         check_counts(n, steps, seed)
         if sampler not in SAMPLERS:
@@ -133,19 +133,19 @@ class Studio:
         usual, usual_cfg = self.scales
         scale = usual if scale is None else scale
         is_told = self.denoiser.conditioner is not None
-        cfg_scale = usual_cfg if steering.cfg_scale is None and is_told else steering.cfg_scale
+        cfg_scale = usual_cfg if guidance.cfg_scale is None and is_told else guidance.cfg_scale
         lambdas = self._lambdas(steps, spacing, start.strength if start is not None else 1.0)
-        steering.check(scale, lambdas.tolist())
-        denoise = self.told(prompts, negative, cfg_scale)
+        guidance.check(scale, lambdas.tolist())
+        denoise = self.conditional(prompts, negative, cfg_scale)
         check_effect(prompts, negative, scale, cfg_scale if is_told else None)
-        denoise = self.guided(denoise, prompts, negative, scale, steering, lambdas)
+        denoise = self.guided(denoise, prompts, negative, scale, guidance, lambdas)
         if reference is not None:
             if lambdas[0] >= _REFERENCE_UNTIL:
                 raise UsageError(
                     "a reference has no effect at this strength, which keeps the picture's own coarse shape"
                 )
             coarse = _coarse(self.denoiser.image_size)
-            denoise = like(self._seen(reference), factor=coarse, until=_REFERENCE_UNTIL)(denoise)
+            denoise = ilvr(self._seen(reference), factor=coarse, until=_REFERENCE_UNTIL)(denoise)
         if self.autoencoder is None:
             denoise = clipped(denoise)
         x = first_noise((n, self.denoiser.channels, *[self.denoiser.image_size] * 2), seed).to(self._device)
@@ -164,7 +164,7 @@ class Studio:
         about |= {"negative": list(negative), "seed": seed, "n": n, "steps": steps, "steps_taken": len(lambdas)}
         about |= {"sampler": sampler, "spacing": spacing, "scale": scale}
         about |= {"cfg_scale": cfg_scale} if is_told else {}
-        about |= steering.about if scale else {}
+        about |= guidance.about if scale else {}
         about |= {"strength": start.strength} if start is not None else {}
         about |= {"model": self.name, "weights": self.fingerprints, "clipkit": __version__}
         texts = [*prompts, *negative]
@@ -202,7 +202,9 @@ class Studio:
                 found[text] = read[-1] if read else ""
         return found
 
-    def told(self, prompts: Mapping[str, float], negative: Sequence[str], cfg_scale: float | None = None) -> Denoise:
+    def conditional(
+        self, prompts: Mapping[str, float], negative: Sequence[str], cfg_scale: float | None = None
+    ) -> Denoise:
         """The denoiser by classifier-free guidance, above scale 1 away from `negative`, or from what it draws untold.
 
         At scale 0 it is the untold denoiser itself, and up to 1 a mixture of told and untold: there a negative prompt
@@ -214,11 +216,11 @@ class Studio:
             return self.denoiser
         cfg_scale = self.scales[1] if cfg_scale is None else cfg_scale
         if cfg_scale == 0:
-            return self.denoiser.given("")
-        wanted = mixed({self.denoiser.given(text): weight for text, weight in prompts.items()})
+            return self.denoiser.conditioned_on("")
+        wanted = compose({self.denoiser.conditioned_on(text): weight for text, weight in prompts.items()})
         avoided = negative if cfg_scale > 1 else ()
-        away = mixed({self.denoiser.given(text): 1.0 for text in avoided or [""]})
-        return contrast(away, cfg_scale)(wanted)
+        away = compose({self.denoiser.conditioned_on(text): 1.0 for text in avoided or [""]})
+        return classifier_free(away, cfg_scale)(wanted)
 
     @torch.no_grad()
     def guided(
@@ -227,7 +229,7 @@ class Studio:
         prompts: Mapping[str, float],
         negative: Sequence[str],
         scale: float,
-        steering: Steering,
+        guidance: GuidanceConfig,
         lambdas: Tensor,
     ) -> Denoise:
         """`denoise` under the noise-aware CLIP: towards `prompts` and a picture, away from each of `negative`."""
@@ -235,34 +237,36 @@ class Studio:
             return denoise
         if self.guide is None:
             raise UsageError("there is no noisy_clip run beside this denoiser to guide it; omit the noise-aware scale")
-        log_prob = self.guide.model.log_prob(self.wishes(prompts, negative, steering))
-        strength = scale if steering.interval is None else between(*steering.interval, scale)
-        if steering.shift == "mean":
+        log_prob = self.guide.model.log_prob(self.targets(prompts, negative, guidance))
+        strength = scale if guidance.interval is None else guidance_interval(*guidance.interval, scale)
+        if guidance.shift == "mean":
             return mean_shift(log_prob, strength, lambdas)(denoise)
         return score_shift(log_prob, strength)(denoise)
 
-    def wishes(self, prompts: Mapping[str, float], negative: Sequence[str], steering: Steering) -> list[Wish]:
+    def targets(
+        self, prompts: Mapping[str, float], negative: Sequence[str], guidance: GuidanceConfig
+    ) -> list[GuidanceTarget]:
         """What the noise-aware CLIP is to look for."""
         assert self.guide is not None
         guide, found = self.guide, []
         for text, weight in prompts.items():
-            wanted, others = guide.embed([text]), guide.embed([*alternatives(text, guide.bank), *negative])
-            found.append(Wish(wanted, None if steering.objective == "dot" else others, weight))
-            if negative and steering.objective != "dot":
+            wanted, others = guide.embed([text]), guide.embed([*alternatives(text, guide.negative_captions), *negative])
+            found.append(GuidanceTarget(wanted, None if guidance.objective == "dot" else others, weight))
+            if negative and guidance.objective != "dot":
                 welcome = torch.cat([wanted, others[: -len(negative)]])
-                found.append(Wish(welcome, guide.embed(negative), weight))
-        if negative and steering.objective == "dot":
-            found += [Wish(guide.embed([text]), None, -1.0) for text in negative]
-        if steering.picture is not None:
+                found.append(GuidanceTarget(welcome, guide.embed(negative), weight))
+        if negative and guidance.objective == "dot":
+            found += [GuidanceTarget(guide.embed([text]), None, -1.0) for text in negative]
+        if guidance.picture is not None:
             device = next(guide.model.parameters()).device
             clean = torch.full((1,), math.inf, device=device)
-            likeness, _ = guide.model.encode_image(self._seen(steering.picture), clean)
-            found.append(Wish(likeness))
+            likeness, _ = guide.model.encode_image(self._seen(guidance.picture), clean)
+            found.append(GuidanceTarget(likeness))
         return found
 
     def _lambdas(self, steps: int, spacing: str, strength: float) -> Tensor:
         """The levels of the steps, noisiest first, each once: a schedule's that are clamped to a range may be equal."""
-        low, high = self.denoiser.range()
+        low, high = self.denoiser.lambda_range()
         table = log_snr(self.denoiser.diffusion.schedule).clamp(low, high)
         if strength < 1:
             table, steps = until(table, strength), max(1, math.ceil(round(steps * strength, 6)))

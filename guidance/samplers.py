@@ -158,8 +158,8 @@ def ddpm(denoise: Denoise, lambdas: Tensor, noise: _Noise) -> _Step:
         # The share of x_t's noise that this step takes away: beta_t / s_t^2 in the notation of the paper.
         share = max(0.0, 1 - (here.a / here.s * there.s / there.a) ** 2)
         mean = here.a / there.a * (there.s / here.s) ** 2 * x + there.a * share * prediction.x0
-        if prediction.fraction is not None:
-            deviation = math.sqrt(share) * here.s**prediction.fraction * there.s ** (1 - prediction.fraction)
+        if prediction.v is not None:
+            deviation = math.sqrt(share) * here.s**prediction.v * there.s ** (1 - prediction.v)
             return mean + deviation * noise(x)
         variance = share * (here.s if len(lambdas) >= 800 else there.s) ** 2
         return mean + math.sqrt(max(0.0, variance)) * noise(x)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from clipkit.data.shards import Sample, Shards
-    from clipkit.guidance.pipeline import Start, Studio
+    from clipkit.guidance.pipeline import Pipeline, Start
 
 _SAMPLERS = ["dpmpp-2m", "dpmpp-2m-sde", "dpmpp-2s", "heun", "unipc", "ddim", "ddpm"]
 _SPACINGS = ["karras", "linspace", "leading", "trailing"]
@@ -97,7 +97,7 @@ def guided_sample(
       clipkit guided-sample "a cat" "something red:0.5" --negative "a dog"
     """
     from clipkit.guidance.image_grid import check_places, is_folder, save_gif, save_grid, save_pictures
-    from clipkit.guidance.pipeline import Steering, Studio
+    from clipkit.guidance.pipeline import GuidanceConfig, Pipeline
 
     wanted = _weighted(prompts, negative)
     check_places(out, gif, n)
@@ -105,11 +105,11 @@ def guided_sample(
         raise UsageError("--mask selects the part of --init to redraw; give --init too")
     if strength is not None and init is None:
         raise UsageError("--strength is the share of noise added to --init; give --init too")
-    studio = Studio.open(model, device)
+    pipeline = Pipeline.open(model, device)
     files = {"init": init, "mask": mask, "reference": reference, "image_prompt": image_prompt}
-    seen, about = _pictures({name: path for name, path in files.items() if path is not None}, studio.image_size)
-    _warn(studio, [*wanted, *negative], scale)
-    drawn = studio.draw(
+    seen, about = _pictures({name: path for name, path in files.items() if path is not None}, pipeline.image_size)
+    _warn(pipeline, [*wanted, *negative], scale)
+    drawn = pipeline.draw(
         wanted,
         n=n,
         steps=steps,
@@ -120,7 +120,7 @@ def guided_sample(
         spacing=spacing or "",
         start=_start(seen, strength),
         reference=seen.get("reference"),
-        steering=Steering(cfg_scale, objective, shift, interval, seen.get("image_prompt")),
+        guidance=GuidanceConfig(cfg_scale, objective, shift, interval, seen.get("image_prompt")),
     )
     about = drawn.about | about
     if is_folder(out):
@@ -167,12 +167,12 @@ def _start(seen: dict[str, Tensor], strength: float | None) -> Start | None:
     return Start(seen["init"], DEFAULT_STRENGTH if strength is None else strength, mask)
 
 
-def _warn(studio: Studio, texts: list[str], scale: float | None) -> None:
+def _warn(pipeline: Pipeline, texts: list[str], scale: float | None) -> None:
     """Name what the model does not know of these texts, and what it does not read, before it draws."""
     from clipkit.commands.pictures import say_unknown
 
-    say_unknown(studio.unknown_words(texts))
-    for text, last in studio.cut_after(texts, scale).items():
+    say_unknown(pipeline.unknown_words(texts))
+    for text, last in pipeline.cut_after(texts, scale).items():
         shown = text if len(text) <= 40 else f"{text[:37]}..."
         click.echo(f"clipkit: {shown!r} is longer than what the model reads; it is cut after {last!r}", err=True)
 

@@ -61,7 +61,7 @@ class Condition(NamedTuple):
 class ClassCondition(nn.Module):
     """A learned vector for each class, and one for none."""
 
-    words_width = 0
+    cross_attention_dim = 0
 
     def __init__(self, classes: Sequence[Sequence[str]], width: int) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class TextCondition(nn.Module):
         self.words = words  # of the captions that the denoiser was told in training; none if that is not known
         self.tower, self.tokenizer, self.shape = clip.text, tokenizer, clip.config
         self.tower.requires_grad_(False)
-        self.width = self.words_width = clip.config.text_width
+        self.width = self.cross_attention_dim = clip.config.text_width
 
     def forward(self, descriptions: Sequence[str]) -> Condition:
         """Captions; those that are empty are read as such, which is what the network knows as "none"."""

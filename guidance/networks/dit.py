@@ -59,14 +59,14 @@ class DiTConfig:
 class _Block(nn.Module):
     """Pre-norm attention and MLP; with modulation shifted, scaled and gated (adaLN-zero: starts as the identity)."""
 
-    def __init__(self, config: DiTConfig, words_width: int) -> None:
+    def __init__(self, config: DiTConfig, cross_attention_dim: int) -> None:
         super().__init__()
         width, self.heads, modulated = config.width, config.heads, config.noise == "modulation"
         self.norm1, self.norm2 = (nn.LayerNorm(width, elementwise_affine=not modulated) for _ in range(2))
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
         self.modulation = zeroed(nn.Linear(width, 6 * width)) if modulated else None
-        self.context = nn.Linear(words_width, 2 * width) if words_width and modulated else None
+        self.context = nn.Linear(cross_attention_dim, 2 * width) if cross_attention_dim and modulated else None
 
     def forward(self, x: Tensor, embedding: Tensor, condition: Condition | None, mask: Tensor | None) -> Tensor:
         if self.modulation is None:
@@ -97,7 +97,7 @@ class DiT(nn.Module):
         config: DiTConfig,
         channels: int = 3,
         condition_width: int = 0,
-        words_width: int = 0,
+        cross_attention_dim: int = 0,
         learns_variance: bool = False,
     ) -> None:
         super().__init__()
@@ -109,10 +109,10 @@ class DiT(nn.Module):
             nn.Sequential(nn.Linear(_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width)) if modulated else None
         )
         self.condition = zeroed(nn.Linear(condition_width, width)) if condition_width else None
-        self.words = nn.Linear(words_width, width) if words_width and not modulated else None
+        self.words = nn.Linear(cross_attention_dim, width) if cross_attention_dim and not modulated else None
         self.stem = nn.Linear(depth, width)
         self.positions = nn.Parameter(torch.randn(1, side * side, width) * 0.02)
-        self.blocks = nn.ModuleList(_Block(config, words_width) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(_Block(config, cross_attention_dim) for _ in range(config.depth))
         pairs = config.depth // 2 if config.long_skips else 0
         self.skips = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(pairs))
         self.norm = nn.LayerNorm(width, elementwise_affine=not modulated)

@@ -68,7 +68,7 @@ def check_start(clip: str, config: object) -> None:
 
 
 @dataclass(frozen=True)
-class Wish:
+class GuidanceTarget:
     """What a picture should be: any of `wanted` [P, D] rather than one of `others` [J, D], all unit vectors.
 
     Without others it should be like `wanted` on the whole, by 100 times the cosine, as in GLIDE (section 3.2).
@@ -148,12 +148,12 @@ class NoisyCLIP(nn.Module):
         """Token ids [B, L] -> unit vectors [B, D]."""
         return self.clip.encode_text(ids)
 
-    def log_prob(self, wishes: Sequence[Wish]) -> LogProb:
-        """The weighted sum of what `wishes` say of x_t, for a guider; the tower looks once."""
+    def log_prob(self, targets: Sequence[GuidanceTarget]) -> LogProb:
+        """The weighted sum of the targets' log probabilities of x_t, for a guider, in one pass of the image tower."""
 
         def log_p(x: Tensor, lam: Tensor) -> Tensor:
             features, tau = self.encode_image(x, lam)
-            return torch.stack([wish.weight * wish.log_prob(features, tau) for wish in wishes]).sum(dim=0)
+            return torch.stack([target.weight * target.log_prob(features, tau) for target in targets]).sum(dim=0)
 
         return log_p
 

@@ -109,12 +109,12 @@ class _ResidualBlock(nn.Module):
 class _Attention(nn.Module):
     """Self-attention over the pixels and to a description's words, residual, starting as the identity."""
 
-    def __init__(self, channels: int, head_channels: int, words_width: int) -> None:
+    def __init__(self, channels: int, head_channels: int, cross_attention_dim: int) -> None:
         super().__init__()
         self.heads = _heads(channels, head_channels)
         self.norm = nn.GroupNorm(16, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
-        self.context = nn.Linear(words_width, 2 * channels) if words_width else None
+        self.context = nn.Linear(cross_attention_dim, 2 * channels) if cross_attention_dim else None
         self.out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, condition: Condition | None) -> Tensor:
@@ -131,11 +131,11 @@ class _Level(nn.Module):
     """One residual block, then attention if this resolution has it."""
 
     def __init__(
-        self, channels_in: int, channels_out: int, config: UNetConfig, attention: bool, words_width: int
+        self, channels_in: int, channels_out: int, config: UNetConfig, attention: bool, cross_attention_dim: int
     ) -> None:
         super().__init__()
         self.block = _ResidualBlock(channels_in, channels_out, 4 * config.channels, config.dropout)
-        self.attention = _Attention(channels_out, config.head_channels, words_width) if attention else None
+        self.attention = _Attention(channels_out, config.head_channels, cross_attention_dim) if attention else None
         self.checkpointing = config.grad_checkpointing
 
     def forward(self, x: Tensor, embedding: Tensor, condition: Condition | None) -> Tensor:
@@ -161,7 +161,7 @@ class UNet(nn.Module):
         config: UNetConfig,
         channels: int = 3,
         condition_width: int = 0,
-        words_width: int = 0,
+        cross_attention_dim: int = 0,
         learns_variance: bool = False,
     ) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class UNet(nn.Module):
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
 
         def level(inputs: int, outputs: int, attention: bool) -> _Level:
-            return _Level(inputs, outputs, config, attention, words_width)
+            return _Level(inputs, outputs, config, attention, cross_attention_dim)
 
         skips, width = [widths[0]], widths[0]
         for i, out in enumerate(widths):

@@ -102,7 +102,7 @@ def test_draw_tells_each_step_and_ends_as_the_studio_does(client, rooms):
     with client.stream("POST", "/api/draw", json=wanted) as answer:
         events = [json.loads(line) for line in answer.iter_lines()]
     assert [event.get("step") for event in events] == [1, 2, 3, 4, None]
-    drawn = rooms.studio.draw("a red rocket", n=2, steps=4, seed=3, negative=["a tree"])
+    drawn = rooms.pipeline.draw("a red rocket", n=2, steps=4, seed=3, negative=["a tree"])
     last = events[-1]
     assert last["scores"] == drawn.scores
     shown = Image.open(io.BytesIO(base64.b64decode(last["picture"].partition(",")[2])))
@@ -119,7 +119,7 @@ def test_a_drawing_that_nobody_listens_to_ends(client, rooms):
                 watch(x0)
                 assert gone.wait(HANG)
 
-            return rooms.studio.draw(*words, watch=noted, **options)
+            return rooms.pipeline.draw(*words, watch=noted, **options)
 
     easel = app.Easel(Watched())
 
@@ -140,7 +140,7 @@ def test_a_prompt_of_blanks_is_an_answer_in_the_stream(client):
 
 
 def test_too_many_waiting(client, rooms):
-    easel = app.Easel(rooms.studio)
+    easel = app.Easel(rooms.pipeline)
     easel._present = app.MAX_WAITING + 1
     with pytest.raises(app.HTTPException, match="waiting already"):
         easel.draw(app.Wanted(prompt="a rocket"))
@@ -151,17 +151,19 @@ def test_what_the_drawing_refuses_is_its_line(client, rooms):
         def draw(self, *words, **options):
             raise UsageError("a negative prompt has no effect")
 
-    with TestClient(app.make_app(dataclasses.replace(rooms, studio=Refusing())), base_url="http://localhost") as other:
+    with TestClient(
+        app.make_app(dataclasses.replace(rooms, pipeline=Refusing())), base_url="http://localhost"
+    ) as other:
         answer = other.post("/api/draw", json={"prompt": "a rocket", "negative": "a tree", "cfg_scale": 1})
     assert json.loads(answer.text) == {"error": "a negative prompt has no effect"}
 
 
 def test_a_model_without_denoiser_says_so(rooms):
-    plain = dataclasses.replace(rooms, studio="this model cannot draw: there is no denoiser")
+    plain = dataclasses.replace(rooms, pipeline="this model cannot draw: there is no denoiser")
     with TestClient(app.make_app(plain), base_url="http://localhost") as client:
         assert client.get("/api/about").json()["cannot_draw"].startswith("this model cannot draw")
         answer = client.post("/api/draw", json={"prompt": "a rocket"})
-    assert (answer.status_code, answer.json()["error"]) == (400, plain.studio)
+    assert (answer.status_code, answer.json()["error"]) == (400, plain.pipeline)
 
 
 @pytest.mark.parametrize(
@@ -610,8 +612,8 @@ def test_pictures_that_cannot_be_read_are_counted(tmp_path, capsys):
 
 def test_a_model_that_cannot_draw_is_named_once(chain, packs, capsys):
     rooms = app.Rooms.open(str(chain / "clip"), str(packs / "heldout"), "cpu")
-    assert isinstance(rooms.studio, str)
-    assert rooms.studio in capsys.readouterr().err.splitlines()
+    assert isinstance(rooms.pipeline, str)
+    assert rooms.pipeline in capsys.readouterr().err.splitlines()
     with pytest.raises(CheckpointError, match="is not a model"):
         app.Rooms.open(str(packs), str(packs / "heldout"), "cpu")
 
@@ -780,16 +782,16 @@ def test_the_preview_is_live_and_a_drawing_can_be_stopped(open_page, rooms):
 
     class Waiting:
         def __getattr__(self, name):
-            return getattr(rooms.studio, name)
+            return getattr(rooms.pipeline, name)
 
         def draw(self, *words, watch, **options):
             def watched(x0):
                 watch(x0)
                 assert stopped.wait(HANG)
 
-            return rooms.studio.draw(*words, watch=watched, **options)
+            return rooms.pipeline.draw(*words, watch=watched, **options)
 
-    with serving(dataclasses.replace(rooms, studio=Waiting())) as address:
+    with serving(dataclasses.replace(rooms, pipeline=Waiting())) as address:
         page = open_page(address)
         page.click("#tab-draw")
         page.click("#draw button:text-is('Draw')")
