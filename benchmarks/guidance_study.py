@@ -30,7 +30,7 @@ from torch import Tensor
 import clipkit
 from clipkit import log
 from clipkit.data import drawings
-from clipkit.data.images import decode, to_image
+from clipkit.data.images import decode, to_image, to_unit
 from clipkit.data.shards import Shards
 from clipkit.demo import named
 from clipkit.guidance import samplers
@@ -114,7 +114,7 @@ def clean_log_prob(pipeline: Pipeline, prompt: str) -> Callable[[Tensor], Tensor
     def log_p(images: Tensor) -> Tensor:
         if images.shape[-1] != size:  # at the size that it knows
             images = F.interpolate(images, (size, size), mode="bilinear")
-        features = F.normalize(model.image((images + 1) / 2).float(), dim=-1)
+        features = F.normalize(model.image(to_unit(images)).float(), dim=-1)
         return softmax_log_prob(features @ texts.T, model.logit_scale.expand(len(images)), 1)
 
     return log_p

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from clipkit import DEFAULT_MODEL
+from clipkit.data.images import to_unit
 from clipkit.guidance import samplers
 from clipkit.guidance.denoiser import from_x0
 from clipkit.guidance.guiders import through_x0
@@ -50,7 +51,7 @@ def guided(model: str, batch: int, rounds: int) -> dict[str, float]:
     wanted = clip.encode_text(pipeline.clip.tokenizer("a rocket"))
 
     def likeness(x0: Tensor) -> Tensor:
-        return (torch.nn.functional.normalize(clip.image((x0 + 1) / 2), dim=-1) @ wanted.T)[:, 0]
+        return (torch.nn.functional.normalize(clip.image(to_unit(x0)), dim=-1) @ wanted.T)[:, 0]
 
     noise_aware = pipeline.guided(pipeline.denoiser, {"a rocket": 1.0}, [], 10.0, GuidanceConfig(), lambdas)
     work = {

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipkit._version import __version__
-from clipkit.data.images import preprocess, to_image
+from clipkit.data.images import preprocess, to_image, to_signed
 from clipkit.errors import UsageError, did_you_mean
 from clipkit.guidance import samplers
 from clipkit.guidance.components import load_parts
@@ -350,7 +350,7 @@ def _coarse(size: int) -> int:
 
 def picture(image: Image.Image, size: int) -> Tensor:
     """An image as the denoiser sees one: its middle, [1, 3, size, size] in [-1, 1]."""
-    return preprocess(image, size)[None].float() / 127.5 - 1
+    return to_signed(preprocess(image, size)[None])
 
 
 def alternatives(prompt: str, captions: Sequence[str]) -> list[str]:

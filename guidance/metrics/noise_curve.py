@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipkit.data.images import to_unit
 from clipkit.errors import UsageError
 from clipkit.guidance.networks.noisy_clip import NoisyCLIP, noised
 
@@ -31,7 +32,7 @@ def noise_aware(model: NoisyCLIP) -> Encode:
 def clean(model: NoisyCLIP | torch.nn.Module) -> Encode:
     """A CLIP that is shown the same pictures and told nothing."""
     tower = model.clip.image if isinstance(model, NoisyCLIP) else model.image
-    return lambda x, lam: F.normalize(tower((x + 1) / 2).float(), dim=-1)  # type: ignore[operator]
+    return lambda x, lam: F.normalize(tower(to_unit(x)).float(), dim=-1)  # type: ignore[operator]
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipkit.config import require
+from clipkit.data.images import to_unit
 from clipkit.errors import RecipeError
 from clipkit.guidance.guiders import LogProb, softmax_log_prob
 from clipkit.guidance.networks.layers import noise_embedding
@@ -135,7 +136,7 @@ class NoisyCLIP(nn.Module):
         """x_t [B, 3, S, S] on the scale of images in [-1, 1], lam [B] -> unit vectors [B, D], tau [B] (at most 100)."""
         embedding = self._embed(lam)
         # Divided by a alone, x_t would grow without bound; x_t itself has unit variance at every lambda.
-        pixels = (x + 1) / 2
+        pixels = to_unit(x)
         self._embedding = embedding
         try:
             features = F.normalize(self.clip.image(pixels).float(), dim=-1)
