@@ -25,7 +25,7 @@ from clipkit.guidance import samplers
 from clipkit.guidance.denoiser import from_x0
 from clipkit.guidance.guiders import through_x0
 from clipkit.guidance.networks.unet import UNet, UNetConfig
-from clipkit.guidance.pipeline import GuidanceConfig, Pipeline
+from clipkit.guidance.pipeline import DrawRequest, Pipeline
 from clipkit.guidance.schedule import karras
 
 
@@ -53,7 +53,7 @@ def guided(model: str, batch: int, rounds: int) -> dict[str, float]:
     def likeness(x0: Tensor) -> Tensor:
         return (torch.nn.functional.normalize(clip.image(to_unit(x0)), dim=-1) @ wanted.T)[:, 0]
 
-    noise_aware = pipeline.guided(pipeline.denoiser, {"a rocket": 1.0}, [], 10.0, GuidanceConfig(), lambdas)
+    noise_aware = pipeline.noise_aware(DrawRequest({"a rocket": 1.0}, scale=10.0), lambdas)(pipeline.denoiser)
     work = {
         "unguided": lambda: pipeline.denoiser(x, lam),
         "noise_aware": lambda: noise_aware(x, lam),

@@ -45,7 +45,7 @@ from clipkit.data.images import decode
 from clipkit.errors import CheckpointError, ClipkitError, DataError, UsageError
 from clipkit.guidance.config import SEEDS
 from clipkit.guidance.image_grid import grid
-from clipkit.guidance.pipeline import GuidanceConfig, Pipeline
+from clipkit.guidance.pipeline import DrawRequest, GuidanceConfig, Pipeline
 from clipkit.log import say
 from clipkit.models.pretrained import Pretrained, fingerprint, load
 from clipkit.train.malloc import give_back_large_blocks
@@ -253,6 +253,19 @@ class Wanted(BaseModel):
     cfg_scale: float | None = Field(None, ge=0, le=100)
     seed: int = Field(0, ge=0, lt=SEEDS)
 
+    @property
+    def request(self) -> DrawRequest:
+        """The same for the pipeline."""
+        return DrawRequest(
+            {self.prompt: 1.0},
+            negative=[self.negative] if self.negative else [],
+            n=self.n,
+            steps=self.steps,
+            scale=self.scale,
+            seed=self.seed,
+            guidance=GuidanceConfig(self.cfg_scale),
+        )
+
 
 class Easel:
     """Draws one wish at a time; further ones wait, but not many."""
@@ -306,16 +319,7 @@ class Easel:
 
         try:
             with self._turn:
-                drawn = pipeline.draw(
-                    wanted.prompt,
-                    n=wanted.n,
-                    steps=wanted.steps,
-                    scale=wanted.scale,
-                    negative=[wanted.negative] if wanted.negative else [],
-                    seed=wanted.seed,
-                    guidance=GuidanceConfig(wanted.cfg_scale),
-                    watch=watch,
-                )
+                drawn = pipeline.draw(wanted.request, watch=watch)
             tell({"picture": _data_url(drawn.images), "scores": drawn.scores, "about": drawn.about})
         except _LeftError:
             return

@@ -79,7 +79,8 @@ def _score_clip(out: Path, heldout: Path) -> dict[str, float]:
 
 def _draw(out: Path, seed: int, quick: bool) -> dict[str, float]:
     """Draw every object and the four prompts, unguided and guided, and let the judge name what it sees."""
-    from clipkit.guidance.pipeline import DEFAULT_SCALE, GuidanceConfig, Pipeline
+    from clipkit.guidance.config import DEFAULT_SCALE
+    from clipkit.guidance.pipeline import GuidanceConfig, Pipeline
 
     pipeline, judge, steps = Pipeline.open(out), load(out / "judge"), 3 if quick else 25
     objects, each = list(drawings.OBJECTS), 1 if quick else 8

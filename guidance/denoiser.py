@@ -1,6 +1,7 @@
-"""The one denoiser interface: `denoise(x_t, lam) -> (x0, eps)`.
+"""The denoiser interface `denoise(x_t, lam) -> (x0, eps)`: parametrisations, loss weights, learned variance, networks.
 
-Networks, whatever they predict, become such a function; samplers use nothing else; guiders take one and return one.
+Every parametrisation (eps, x0, v, flow, EDM) becomes such a function. Samplers use nothing else; guiders take one and
+return one.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ NetworkConfig = UNetConfig | DiTConfig
 
 
 class Prediction(NamedTuple):
-    """What a denoiser says of x_t: the clean image and the noise, tied by x_t = a x0 + s eps; both [B, ...].
-
-    And, if it has learned that, where between the least (0) and the most (1) the log variance of a DDPM step lies.
-    """
+    """The prediction for x_t: the clean image and the noise, tied by x_t = a x0 + s eps; both [B, ...]."""
 
     x0: Tensor
     eps: Tensor
     v: Tensor | None = None
+    """A learned variance (Nichol & Dhariwal 2021, equation 15): the log variance of a DDPM step interpolates between
+    its lower bound (0) and its upper bound (1)."""
+    renoise: Tensor | None = None
+    """The noise that DDIM adds to x0 for the next level, where that is not eps (CFG++)."""
 
 
 Denoise = Callable[[Tensor, Tensor], Prediction]
@@ -39,18 +41,18 @@ Denoise = Callable[[Tensor, Tensor], Prediction]
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The forward process and what the network predicts."""
+    """Forward process, parametrisation and loss."""
 
     schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid", "flow", "edm"] = "cosine"
     """Noise schedule that training times are drawn from."""
     prediction: Literal["eps", "x0", "v", "flow", "edm"] = "v"
-    """What the network's output means; x0 suits flat drawings, v photographs."""
+    """Parametrisation of the network's output; x0 suits flat drawings, v photographs."""
     weight: Literal["simple", "min_snr", "p2"] = "simple"
-    """What noise levels weigh in the loss: "simple" the same, "min_snr" and "p2" less where there is little noise."""
+    """Loss weight over noise levels: "simple" is constant, "min_snr" and "p2" lower it where there is little noise."""
     loss: Literal["l2", "l1", "huber"] = "l2"
-    """Distance of the network's output from what it should be."""
+    """Distance between the network's output and its target."""
     variance: Literal["fixed", "learned"] = "fixed"
-    """Variance of a DDPM step: by rule, or learned beside the rest by the hybrid loss (Nichol & Dhariwal 2021)."""
+    """Variance of a DDPM step: fixed, or learned by the hybrid loss (Nichol & Dhariwal 2021)."""
 
 
 def from_x0(x: Tensor, x0: Tensor, lam: Tensor) -> Prediction:
@@ -88,7 +90,7 @@ def _edm_norm(a: Tensor, s: Tensor) -> Tensor:
 
 
 def target(kind: str, x0: Tensor, eps: Tensor, lam: Tensor) -> Tensor:
-    """What the network should output for x_t = a x0 + s eps."""
+    """The network's target for x_t = a x0 + s eps."""
     a, s = expand(alpha(lam), x0), expand(sigma(lam), x0)
     if kind == "v":
         return a * eps - s * x0
@@ -100,10 +102,10 @@ def target(kind: str, x0: Tensor, eps: Tensor, lam: Tensor) -> Tensor:
 
 
 def loss_weight(config: DiffusionConfig, lam: Tensor) -> Tensor:
-    """What the squared error of the network's output weighs at each lambda [B] -> [B].
+    """The weight of the output's squared error at each lambda [B] -> [B].
 
     In terms of x0's error, "min_snr" is min(SNR, 5) (Hang et al. 2023, arXiv 2303.09556, section 3.4) and "p2" is
-    SNR / (1 + SNR) (Choi et al. 2022, arXiv 2204.00227, equation 8, k = gamma = 1), whatever is predicted.
+    SNR / (1 + SNR) (Choi et al. 2022, arXiv 2204.00227, equation 8, k = gamma = 1), for every parametrisation.
     """
     if config.weight == "simple":
         return torch.ones_like(lam)
@@ -131,15 +133,15 @@ def loss_of(config: DiffusionConfig, output: Tensor, wanted: Tensor, lam: Tensor
 
 
 def moved(prediction: Prediction, x: Tensor, x0: Tensor, lam: Tensor) -> Prediction:
-    """The prediction with another x0, and the eps that goes with it."""
-    return from_x0(x, x0, lam)._replace(v=prediction.v)
+    """The prediction with another x0, and its eps."""
+    return from_x0(x, x0, lam)._replace(v=prediction.v, renoise=prediction.renoise)
 
 
 def variational_loss(x0: Tensor, said: Tensor, v: Tensor, lam: Tensor, later: Tensor) -> Tensor:
     """Each image's KL of a DDPM step's true posterior to the one drawn from, [B], in nats for each number.
 
-    The step goes from `lam` to `later` [B], finite and not below it; its mean is that of `said`, the x0 that was
-    predicted, and has no gradient. Nichol & Dhariwal 2021 (arXiv 2102.09672, equations 15 and 16): log variance =
+    The step goes from `lam` to `later` [B], finite and not below it; its mean is that of `said`, the predicted x0, and
+    has no gradient. Nichol & Dhariwal 2021 (arXiv 2102.09672, equations 15 and 16): log variance =
     v log(most) + (1 - v) log(least), where most = share s^2, least = share s_later^2, and share =
     1 - SNR / SNR_later is what of the noise the step takes away. With d = log(most / least) and u = v d,
 
@@ -157,7 +159,7 @@ def variational_loss(x0: Tensor, said: Tensor, v: Tensor, lam: Tensor, later: Te
 
 
 class Denoiser(nn.Module):
-    """A network with its parametrisation: itself a `Denoise` for images in [-1, 1] or latents, without a condition."""
+    """A network with its parametrisation: an unconditional `Denoise` for images in [-1, 1] or latents."""
 
     def __init__(
         self,
@@ -188,7 +190,10 @@ class Denoiser(nn.Module):
         return self._predict(x, lam, self._described(""))
 
     def conditioned_on(self, description: str) -> Denoise:
-        """This denoiser for pictures of a caption or class; "" is itself. Raises UsageError if it takes none."""
+        """The denoiser conditioned on a caption or class; "" is unconditional.
+
+        Raises UsageError if it was trained without descriptions.
+        """
         if self.conditioner is None:
             raise UsageError("this denoiser was trained without descriptions; train one with condition.kind")
         condition = self._described(description)
@@ -212,13 +217,13 @@ class Denoiser(nn.Module):
 
 
 def clipped(denoise: Denoise) -> Denoise:
-    """Keep x0 within [-1, 1], as the images are (Ho et al. 2020, section 4); eps moves against what x0 moved."""
+    """Clip x0 to [-1, 1], the range of images (Ho et al. 2020, section 4); eps changes by the opposite amount."""
 
     def wrapped(x: Tensor, lam: Tensor) -> Prediction:
         prediction = denoise(x, lam)
         x0 = prediction.x0.clamp(-1, 1)
         lam = lam.to(x).expand(len(x))
         eps = prediction.eps + expand(alpha(lam) / sigma(lam), x) * (prediction.x0 - x0)
-        return Prediction(x0, eps, prediction.v)
+        return prediction._replace(x0=x0, eps=eps)
 
     return wrapped

@@ -15,8 +15,35 @@ from clipkit.inputs import file_of, read_text
 
 if TYPE_CHECKING:
     from clipkit.data.classes import Names
+    from clipkit.registry import Registry
 
 MODEL_HELP = "A run's folder, others' weights, or a published name (see clipkit models)."
+
+
+class RegistryChoice(click.Choice[str]):
+    """An option whose values are the names of a registry, which is read when they are needed."""
+
+    def __init__(self, registry: Registry[Any]) -> None:
+        self.registry, self.case_sensitive = registry, True
+
+    @property
+    def choices(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Every name."""
+        return tuple(self.registry)
+
+
+class RegistryCommand(click.Command):
+    """A command whose help ends with the entries of registries."""
+
+    def __init__(self, *arguments: Any, registries: Collection[Registry[Any]], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.registries = registries
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """A list of names with their help for each registry."""
+        for registry in self.registries:
+            with formatter.section(f"{registry.noun.capitalize()}s"):
+                formatter.write_dl([(name, registry.entry(name).help) for name in registry])
 
 
 def refuse_options(names: Collection[str], reason: str) -> None:

@@ -20,7 +20,7 @@ from clipkit.guidance.guiders import (
     softmax_log_prob,
     through_x0,
 )
-from clipkit.guidance.schedule import alpha, karras, log_snr, sigma, spaced
+from clipkit.guidance.schedule import alpha, karras, linspace, log_snr, sigma
 
 N = 8000
 
@@ -66,7 +66,7 @@ def test_ddim_gets_there_with_more_steps():
 
 
 def test_ddpm_takes_guidance_too():
-    assert distance(run(samplers.ddpm, spaced(log_snr("cosine").clamp(min=-9), 250))) < 3 * floor()
+    assert distance(run(samplers.ddpm, linspace(log_snr("cosine").clamp(min=-9), 250))) < 3 * floor()
 
 
 def test_unguided_samples_are_of_every_class():

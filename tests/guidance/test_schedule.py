@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from clipkit.errors import UsageError
 from clipkit.guidance import schedule
 from clipkit.guidance.schedule import later_log_snr, log_snr
+from clipkit.registry import SPACINGS
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
@@ -47,7 +48,7 @@ def test_training_levels_are_stratified_over_time():
 @pytest.mark.parametrize("steps", [1, 2, 7, 25, 300, 600, 999, 1000])
 def test_leading_spacing_for_any_number_of_steps(steps):
     table = schedule.log_snr("linear")
-    lam = schedule.spaced(table, steps)
+    lam = schedule.linspace(table, steps)
     assert len(lam) == steps
     assert lam[0] == table[-1]
     if steps > 1:
@@ -59,7 +60,7 @@ def test_leading_spacing_for_any_number_of_steps(steps):
 
 def test_more_steps_than_levels():
     with pytest.raises(UsageError, match="1001 steps asked for"):
-        schedule.spaced(schedule.log_snr("linear"), 1001)
+        schedule.linspace(schedule.log_snr("linear"), 1001)
 
 
 def test_karras_spacing_is_equation_5():
@@ -119,7 +120,7 @@ def test_zero_terminal_snr_is_diffusers():
 @pytest.mark.parametrize("steps", [1, 7, 50, 600, 999, 1000])
 @pytest.mark.parametrize("how", ["linspace", "leading", "trailing"])
 def test_spacings_have_even_gaps_and_their_ends(how, steps):
-    index = 999 - schedule.spaced(torch.arange(1000).double().flip(0), steps, how).long()
+    index = 999 - SPACINGS[how](torch.arange(1000).double().flip(0), steps).long()
     assert len(index) == steps
     assert bool((index[1:] < index[:-1]).all())
     gaps = index[:-1] - index[1:]
