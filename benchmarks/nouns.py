@@ -66,8 +66,10 @@ def main() -> None:
         / (options.each * len(names))
         for kind, names in (("second names", SECOND_NAMES), ("names never told", NEVER_TOLD))
     }
-    untold = GuidanceConfig(None if pipeline.denoiser.conditioner is None else 0.0)
-    blind = pipeline.draw("a rocket", n=options.each * len(NOUNS), steps=options.steps, scale=0, guidance=untold).images
+    unconditional = GuidanceConfig(None if pipeline.denoiser.conditioner is None else 0.0)
+    blind = pipeline.draw(
+        "a rocket", n=options.each * len(NOUNS), steps=options.steps, scale=0, guidance=unconditional
+    ).images
     chance = [name == NOUNS[i // options.each] for i, name in enumerate(named(judge, blind, NOUNS))]
     result = {
         **right,

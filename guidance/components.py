@@ -40,7 +40,7 @@ def load_parts(path: str | Path, device: str = "auto") -> Parts:
     A noise-aware CLIP is beside the run; the clean CLIP and the autoencoder are beside it, or at its recipe's paths.
 
     Raises CheckpointError for a missing network, for an autoencoder that is not the one of the training, and for a
-    noise-aware CLIP that does not fit; for a conditional denoiser the latter is said, and omitted.
+    noise-aware CLIP that does not fit; a conditional denoiser omits it with a message.
     """
     where, found = distributed.choose_device(device), find(path, "denoiser")
     denoiser = denoiser_of(found)
@@ -117,7 +117,7 @@ def _guide(
         return guide, there
     if needed:
         raise CheckpointError(misfit)
-    say(f"{misfit}; it is left out")
+    say(f"{misfit}; it is omitted")
     return None
 
 

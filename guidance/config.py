@@ -54,7 +54,7 @@ class Start:
         return self.mask > 0.5
 
     def kept(self, pictures: Tensor) -> Tensor:
-        """Pictures [N, 3, S, S] with what the mask keeps laid over them, bit for bit."""
+        """Pictures [N, 3, S, S] with the kept part of the initial picture pasted in, bit for bit."""
         if self.mask is None:
             return pictures
         return torch.where(self._drawn.to(pictures.device), pictures, self.image.to(pictures))
@@ -111,7 +111,7 @@ class GuidanceConfig:
 
 @dataclass(frozen=True)
 class DrawRequest:
-    """What to draw and how: shared by `Pipeline.draw`, the command line and the app.
+    """A drawing, for `Pipeline.draw`, the command line and the app.
 
     Raises UsageError for an empty prompt, weights without effect or not finite, n or steps below 1, a seed out of
     range, and an unknown sampler or spacing.

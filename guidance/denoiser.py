@@ -143,7 +143,7 @@ def variational_loss(x0: Tensor, said: Tensor, v: Tensor, lam: Tensor, later: Te
     The step goes from `lam` to `later` [B], finite and not below it; its mean is that of `said`, the predicted x0, and
     has no gradient. Nichol & Dhariwal 2021 (arXiv 2102.09672, equations 15 and 16): log variance =
     v log(most) + (1 - v) log(least), where most = share s^2, least = share s_later^2, and share =
-    1 - SNR / SNR_later is what of the noise the step takes away. With d = log(most / least) and u = v d,
+    1 - SNR / SNR_later is the share of the noise that the step removes. With d = log(most / least) and u = v d,
 
         KL = (u + exp(-u) - 1 + share SNR_later (x0 - said)^2 exp(-u)) / 2
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GuiderContext:
-    """What a guider's factory knows of the drawing."""
+    """The drawing for which a factory makes a guider."""
 
     pipeline: Pipeline
     request: DrawRequest

@@ -283,7 +283,7 @@ def softmax_log_prob(similarity: Tensor, temperature: Tensor, wanted: int) -> Te
     """log softmax_j(tau <f, g_j>) of the first `wanted` texts together -> [B].
 
     similarity: [B, J] cosine similarities to the wanted prompts and then all others; temperature: [B]. The softmax
-    takes out of the score what every caption has in common, which a raw dot product (GLIDE, arXiv 2112.10741, section
+    removes the part of the score that all captions share, which a raw dot product (GLIDE, arXiv 2112.10741, section
     3.2) keeps.
     """
     log_p = (temperature[:, None] * similarity).log_softmax(dim=1)

@@ -65,7 +65,7 @@ def is_folder(out: str) -> bool:
 
 
 def save_grid(images: Tensor, about: Mapping[str, Any], path: Path) -> None:
-    """Write the pictures as one sheet, in the format of the suffix, whose metadata says how they were made.
+    """Write the pictures as one grid, in the format of the suffix, with metadata.
 
     Raises UsageError if that fails.
     """

@@ -39,13 +39,13 @@ from clipkit.guidance.networks.autoencoder import Autoencoder
 from clipkit.guidance.networks.condition import TextCondition
 from clipkit.guidance.networks.noisy_clip import GuidanceTarget
 from clipkit.guidance.samplers import first_noise, generators
-from clipkit.guidance.schedule import add_noise, log_snr, until
+from clipkit.guidance.schedule import add_noise, log_snr, spaced, until
 from clipkit.guidance.targets import text_targets
 from clipkit.log import progress
 from clipkit.models.clip import CLIP
 from clipkit.models.pretrained import Pretrained, fingerprint
 from clipkit.models.words import unknown
-from clipkit.registry import SAMPLERS, SPACINGS
+from clipkit.registry import SAMPLERS
 
 _REFERENCE_UNTIL = 0.0
 """The lambda from which ILVR no longer acts."""
@@ -278,7 +278,7 @@ class Pipeline:
         table = log_snr(self.denoiser.diffusion.schedule).clamp(low, high)
         if strength < 1:
             table, steps = until(table, strength), max(1, math.ceil(round(steps * strength, 6)))
-        found = SPACINGS[spacing](table, steps)
+        found = spaced(table, steps, spacing)
         return found[found.diff(prepend=found[:1] - 1) > 0]
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from clipkit.errors import UsageError, did_you_mean
+from clipkit.registry import SPACINGS
 
 TIMESTEPS = 1000
 Spacing = Callable[[Tensor, int], Tensor]
@@ -151,6 +152,14 @@ def karras(low: float, high: float, steps: int, rho: float = 7.0) -> Tensor:
     first, last = math.exp(-low / 2) ** (1 / rho), math.exp(-high / 2) ** (1 / rho)
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     return -2 * rho * torch.log(first + ramp * (last - first))
+
+
+def spaced(table: Tensor, steps: int, how: str = "linspace") -> Tensor:
+    """`steps` lambdas of a schedule's table [T], decreasing, by the spacing's name in clipkit.registry.SPACINGS.
+
+    Raises UsageError for an unknown name.
+    """
+    return SPACINGS[how](table, steps)
 
 
 def karras_spacing(table: Tensor, steps: int) -> Tensor:

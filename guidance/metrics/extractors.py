@@ -147,7 +147,7 @@ class Extracted(NamedTuple):
 
 
 class Skipped:
-    """Counts pictures that cannot be read, by reason, and says so in one line."""
+    """Counts unreadable pictures by reason, for a message of one line."""
 
     def __init__(self, source: str) -> None:
         self.source, self.reasons = source, Counter[str]()

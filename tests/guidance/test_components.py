@@ -171,7 +171,7 @@ def test_a_guide_that_does_not_fit_and_is_not_needed_is_said_and_left_out(alone,
     pipeline = Pipeline.open(tmp_path, "cpu")
     said = capsys.readouterr().err
     assert "sees 4 channels of latents, the denoiser 3 of pixels" in said
-    assert "it is left out" in said
+    assert "it is omitted" in said
     assert pipeline.draw("a red car", n=1, steps=1).images.isfinite().all()
     with pytest.raises(UsageError):
         pipeline.draw("a red car", n=1, steps=1, scale=3.0)
