@@ -75,9 +75,10 @@ def _score_clip(out: Path, heldout: Path) -> dict[str, float]:
 
 def _draw(out: Path, seed: int, quick: bool) -> dict[str, float]:
     """Draw every object and the four prompts, unguided and guided; the judge classifies the objects."""
-    from clipkit.guidance.pipeline import DEFAULT_SCALE, Steering, Studio
+    from clipkit.guidance.config import DEFAULT_SCALE
+    from clipkit.guidance.pipeline import GuidanceConfig, Pipeline
 
-    studio, judge, steps = Studio.open(out), load(out / "judge"), 3 if quick else 25
+    pipeline, judge, steps = Pipeline.open(out), load(out / "judge"), 3 if quick else 25
     objects, each = list(drawings.OBJECTS), 1 if quick else 8
     # Metric -> scale of the noise-aware CLIP, and of classifier-free guidance.
     scales = {
@@ -88,12 +89,12 @@ def _draw(out: Path, seed: int, quick: bool) -> dict[str, float]:
     right = dict.fromkeys(scales, 0)
     strips: dict[str, list[Tensor]] = {metric: [] for metric in scales}
     for metric, (scale, cfg_scale) in scales.items():
-        how = Steering(cfg_scale)
+        how = GuidanceConfig(cfg_scale)
         for i, name in enumerate(log.progress(objects, len(objects), metric)):
-            drawn = studio.draw(f"a {name}", n=each, steps=steps, scale=scale, seed=seed + i, steering=how)
+            drawn = pipeline.draw(f"a {name}", n=each, steps=steps, scale=scale, seed=seed + i, guidance=how)
             right[metric] += named(judge, drawn.images).count(name)
         for prompt in PROMPTS:
-            drawn = studio.draw(prompt, n=3, steps=steps, scale=scale, seed=seed, steering=how)
+            drawn = pipeline.draw(prompt, n=3, steps=steps, scale=scale, seed=seed, guidance=how)
             strips[metric].append(drawn.images)
     _comparison(strips).save(out / "grid.png")
     return {metric: round(n / (each * len(objects)), 4) for metric, n in right.items()}

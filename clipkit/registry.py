@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from clipkit.data.sources import Source
+    from clipkit.guidance.guiders import GuiderFactory
+    from clipkit.guidance.samplers import Sampler
+    from clipkit.guidance.schedule import Spacing
     from clipkit.train.launch import TaskSpec
     from clipkit.zeroshot.datasets import OpenDataset
 
@@ -217,3 +220,48 @@ def _described_datasets() -> dict[str, Entry]:
 
 DATASETS: Registry[OpenDataset] = Registry("dataset", _described_datasets())
 """Labelled images by name, for zero-shot evaluation, linear probes and packs."""
+
+
+SAMPLERS: Registry[Sampler] = Registry(
+    "sampler",
+    {
+        "dpmpp-2m": Entry("clipkit.guidance.samplers:dpmpp_2m", "DPM-Solver++(2M), second order; 1 NFE a step"),
+        "dpmpp-2m-sde": Entry("clipkit.guidance.samplers:dpmpp_2m_sde", "SDE-DPM-Solver++(2M), stochastic; 1 NFE"),
+        "dpmpp-2s": Entry("clipkit.guidance.samplers:dpmpp_2s", "DPM-Solver++(2S), singlestep; 2 NFE"),
+        "heun": Entry("clipkit.guidance.samplers:heun", "Heun's method (EDM, algorithm 1); 2 NFE"),
+        "unipc": Entry("clipkit.guidance.samplers:unipc", "UniPC of order 2, predictor-corrector; 1 NFE"),
+        "ddim": Entry("clipkit.guidance.samplers:ddim", "DDIM, eta = 0, first order; 1 NFE"),
+        "ddpm": Entry("clipkit.guidance.samplers:ddpm", "DDPM, ancestral sampling; 1 NFE"),
+    },
+)
+"""From noise to images along a list of lambdas. NFE: network function evaluations."""
+
+SPACINGS: Registry[Spacing] = Registry(
+    "spacing",
+    {
+        "karras": Entry("clipkit.guidance.schedule:karras_spacing", "EDM's, rho = 7"),
+        "linspace": Entry("clipkit.guidance.schedule:linspace", "evenly in time, with both ends"),
+        "leading": Entry("clipkit.guidance.schedule:leading", "evenly in time, with the cleanest level"),
+        "trailing": Entry("clipkit.guidance.schedule:trailing", "evenly in time, with the noisiest level"),
+    },
+)
+"""Where on the noise schedule a sampler's steps lie."""
+
+GUIDERS: Registry[GuiderFactory] = Registry(
+    "guider",
+    {
+        "autoguidance": Entry(
+            "clipkit.guidance.guider_factories:autoguidance",
+            "away from a weaker denoiser (Karras et al. 2024); guide=RUN, scale=2",
+        ),
+        "cfg++": Entry(
+            "clipkit.guidance.guider_factories:cfg_plus_plus",
+            "classifier-free guidance on the data manifold, with ddim (Chung et al. 2024); scale=0.6",
+        ),
+        "universal": Entry(
+            "clipkit.guidance.guider_factories:universal",
+            "universal guidance: the clean CLIP's gradient through x0 (Bansal et al. 2023); scale=10, cutouts=0",
+        ),
+    },
+)
+"""Factories of guiders, whose contract is in clipkit/guidance/guiders.py."""

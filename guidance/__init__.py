@@ -11,16 +11,18 @@ from clipkit._lazy import lazy
 
 if TYPE_CHECKING:
     from clipkit.guidance import guiders, samplers, schedule
-    from clipkit.guidance.config import Start, Steering
+    from clipkit.guidance.config import DrawRequest, GuidanceConfig, Start
     from clipkit.guidance.denoiser import Denoiser
     from clipkit.guidance.loading import load_denoiser
-    from clipkit.guidance.pipeline import Studio
+    from clipkit.guidance.pipeline import Drawn, Pipeline
 
 __all__ = [
     "Denoiser",
+    "DrawRequest",
+    "Drawn",
+    "GuidanceConfig",
+    "Pipeline",
     "Start",
-    "Steering",
-    "Studio",
     "guiders",
     "load_denoiser",
     "samplers",
@@ -28,9 +30,9 @@ __all__ = [
 ]
 _HOMES = {
     "clipkit.guidance": ["guiders", "samplers", "schedule"],
-    "clipkit.guidance.config": ["Start", "Steering"],
+    "clipkit.guidance.config": ["DrawRequest", "GuidanceConfig", "Start"],
     "clipkit.guidance.denoiser": ["Denoiser"],
     "clipkit.guidance.loading": ["load_denoiser"],
-    "clipkit.guidance.pipeline": ["Studio"],
+    "clipkit.guidance.pipeline": ["Drawn", "Pipeline"],
 }
 __getattr__, __dir__ = lazy(__name__, _HOMES)

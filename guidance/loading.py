@@ -1,4 +1,4 @@
-"""Trained denoisers and noise-aware CLIPs out of their runs."""
+"""Loads trained networks from their runs: denoisers, autoencoders (VAE), noise-aware CLIPs and classifiers."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from clipkit.models.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Guide:
-    """A noise-aware CLIP with its tokenizer, the captions among which a prompt is chosen, and all their words."""
+    """A noise-aware CLIP with its tokenizer, its negative captions, and the vocabulary of its training."""
 
     model: NoisyCLIP
     tokenizer: Tokenizer
-    bank: list[str]
+    negative_captions: list[str]
     words: Sequence[str] = ()
 
     @torch.no_grad()
@@ -69,7 +69,7 @@ def _words(found: Checkpoint) -> list[str]:
 
 
 def _towers(found: Checkpoint) -> tuple[CLIP, Tokenizer]:
-    """A CLIP of the shape that the checkpoint's texts give, with weights yet to be filled in."""
+    """A CLIP of the shape that the checkpoint's files describe, its weights not loaded, and its tokenizer."""
     config = section_of(CLIPConfig, "model", json.loads(found.text("clip.json")))
     tokenizer = Tokenizer.from_json(found.text("tokenizer.json"), config.context_length)
     return CLIP(config, tokenizer.vocab_size, tokenizer.end_id), tokenizer

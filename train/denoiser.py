@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from clipkit import distributed
 from clipkit.config import Recipe
+from clipkit.data.images import to_signed
 from clipkit.data.loader import Batch, packs_of
 from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError
@@ -105,7 +106,7 @@ class Denoising(Task):
 
     def forward(self, batch: Batch) -> Features:
         """Each image's loss [b], at noise levels stratified over the batch."""
-        x0 = batch.images.float() / 127.5 - 1
+        x0 = to_signed(batch.images)
         if self.autoencoder is not None:
             x0 = self.autoencoder.encode(x0)
         config = self.model.diffusion

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from clipkit import distributed
 from clipkit.config import Recipe
+from clipkit.data.images import to_signed
 from clipkit.data.loader import Batch
 from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError
@@ -80,7 +81,7 @@ class Classification(Task):
 
     def forward(self, batch: Batch) -> Features:
         """Each image's cross-entropy, and whether its class is the most probable: [b] both."""
-        x0 = batch.images.float() / 127.5 - 1
+        x0 = to_signed(batch.images)
         lam = sample_log_snr("cosine", len(x0)).to(x0.device)
         clean = torch.rand(len(x0), device=x0.device) < self.config.clean_fraction
         log_p = self.model(*noised(x0, lam, torch.randn_like(x0), clean))

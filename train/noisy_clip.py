@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from clipkit.config import Recipe
-from clipkit.data.images import decode, preprocess
+from clipkit.data.images import decode, preprocess, to_signed
 from clipkit.data.loader import Batch, packs_of, validation_of
 from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError
@@ -91,7 +91,7 @@ class NoisyPretraining(Task):
 
     def _clean_input(self, images: Tensor) -> Tensor:
         """uint8 [b, 3, S, S] -> images in [-1, 1], or their latents."""
-        x0 = images.float() / 127.5 - 1
+        x0 = to_signed(images)
         return x0 if self.autoencoder is None else self.autoencoder.encode(x0)
 
     def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

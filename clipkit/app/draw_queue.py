@@ -16,9 +16,9 @@ from torch import Tensor
 
 from clipkit.app.limits import MAX_PICTURES, MAX_STEPS, MAX_TEXT, MAX_WAITING
 from clipkit.errors import ClipkitError, UsageError
-from clipkit.guidance.config import SEEDS
+from clipkit.guidance.config import SEEDS, DrawRequest, GuidanceConfig
 from clipkit.guidance.image_grid import grid
-from clipkit.guidance.pipeline import Steering, Studio
+from clipkit.guidance.pipeline import Pipeline
 
 
 class DrawBody(BaseModel):
@@ -32,11 +32,24 @@ class DrawBody(BaseModel):
     cfg_scale: float | None = Field(None, ge=0, le=100)
     seed: int = Field(0, ge=0, lt=SEEDS)
 
+    @property
+    def request(self) -> DrawRequest:
+        """The same for the pipeline."""
+        return DrawRequest(
+            {self.prompt: 1.0},
+            negative=[self.negative] if self.negative else [],
+            n=self.n,
+            steps=self.steps,
+            scale=self.scale,
+            seed=self.seed,
+            guidance=GuidanceConfig(self.cfg_scale),
+        )
+
 
 class DrawQueue:
     """Draws one request at a time; at most MAX_WAITING others wait."""
 
-    def __init__(self, pipeline: Studio | str) -> None:
+    def __init__(self, pipeline: Pipeline | str) -> None:
         self.pipeline = pipeline
         self._turn = threading.Lock()
         self._present = 0
@@ -52,7 +65,7 @@ class DrawQueue:
             raise HTTPException(429, f"{MAX_WAITING} drawings are waiting already; try again later")
         return self._events(self.pipeline, body)
 
-    async def _events(self, pipeline: Studio, body: DrawBody) -> AsyncIterator[str]:
+    async def _events(self, pipeline: Pipeline, body: DrawBody) -> AsyncIterator[str]:
         loop = asyncio.get_running_loop()
         events = asyncio.Queue[dict[str, Any]]()
         left = threading.Event()
@@ -76,7 +89,7 @@ class DrawQueue:
         self._present -= 1
 
     def _work(
-        self, pipeline: Studio, body: DrawBody, send: Callable[[dict[str, Any]], None], left: threading.Event
+        self, pipeline: Pipeline, body: DrawBody, send: Callable[[dict[str, Any]], None], left: threading.Event
     ) -> None:
         done = 0
 
@@ -89,16 +102,7 @@ class DrawQueue:
 
         try:
             with self._turn:
-                drawn = pipeline.draw(
-                    body.prompt,
-                    n=body.n,
-                    steps=body.steps,
-                    scale=body.scale,
-                    negative=[body.negative] if body.negative else [],
-                    seed=body.seed,
-                    steering=Steering(body.cfg_scale),
-                    watch=watch,
-                )
+                drawn = pipeline.draw(body.request, watch=watch)
             send({"picture": _data_url(drawn.images), "scores": drawn.scores, "about": drawn.about})
         except _LeftError:
             return

@@ -9,7 +9,7 @@ from pathlib import Path
 from clipkit.data import drawings
 from clipkit.data.files import counted
 from clipkit.errors import CheckpointError, DataError
-from clipkit.guidance.pipeline import Studio
+from clipkit.guidance.pipeline import Pipeline
 from clipkit.log import say
 from clipkit.models.pretrained import Pretrained, fingerprint, load
 from clipkit.zeroshot.galleries import Gallery, open_gallery
@@ -27,7 +27,7 @@ class AppState:
     """Source of the gallery's pictures, for display."""
     gallery: Gallery
     index: Index
-    pipeline: Studio | str
+    pipeline: Pipeline | str
 
     @classmethod
     def open(cls, model: str, images: str | None = None, device: str = "auto") -> AppState:
@@ -37,7 +37,7 @@ class AppState:
         """
         gallery = open_gallery(images or str(_drawings()))
         try:
-            pipeline: Studio | str = Studio.open(model, device)
+            pipeline: Pipeline | str = Pipeline.open(model, device)
         except CheckpointError as error:
             pipeline = f"this model cannot draw: {error}"
         clip = load(model, device) if isinstance(pipeline, str) else pipeline.clip

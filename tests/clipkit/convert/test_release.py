@@ -10,7 +10,7 @@ from clipkit import checkpoint
 from clipkit.cli import cli
 from clipkit.convert.release import release
 from clipkit.errors import CheckpointError, UsageError
-from clipkit.guidance.pipeline import Studio
+from clipkit.guidance.pipeline import Pipeline
 from clipkit.models import pretrained
 
 
@@ -25,8 +25,8 @@ def test_released_weights_load_by_their_folder_and_do_the_same(chain, tmp_path):
         words = ours.tokenizer("a red car")
         assert torch.equal(words, theirs.tokenizer("a red car"))
         assert (ours.model.encode_text(words) * theirs.model.encode_text(words)).sum() > 0.9999
-    drawn = Studio.open(tmp_path / "mine", "cpu").draw("a red car", n=1, steps=2)
-    same = Studio.open(chain, "cpu").draw("a red car", n=1, steps=2)
+    drawn = Pipeline.open(tmp_path / "mine", "cpu").draw("a red car", n=1, steps=2)
+    same = Pipeline.open(chain, "cpu").draw("a red car", n=1, steps=2)
     assert (drawn.images - same.images).abs().max() < 0.05
 
 
