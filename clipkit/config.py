@@ -206,6 +206,11 @@ class Recipe:
     data: DataConfig
     optim: OptimConfig
 
+    @classmethod
+    def complete(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """The recipe's plain data with the values that depend on other files; a task's recipe may add some."""
+        return data
+
 
 def load_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) -> R:
     """Read the recipe at `path` (or the shipped one of that name), apply the overrides, check everything.
@@ -224,7 +229,8 @@ def load_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) 
         raise RecipeError(f"{file} is not valid TOML: {error}") from None
     for override in overrides:
         _apply(data, override)
-    return from_dict(kind, data)
+    complete = getattr(kind, "complete", dict)
+    return from_dict(kind, complete(data))
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

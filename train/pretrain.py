@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError
 from clipkit.io import write_atomically
 from clipkit.models.clip import CLIP, CLIPConfig
-from clipkit.models.tokenizer import SMALLEST_VOCABULARY, Tokenizer
+from clipkit.models.source import Source, open_source
+from clipkit.models.tokenizer import SMALLEST_VOCABULARY, AnyTokenizer, Tokenizer
 from clipkit.models.towers import residual_blocks
 from clipkit.models.words import split
 from clipkit.train import finetune as tune
@@ -45,6 +47,18 @@ class PretrainRecipe(Recipe):
     loss: LossConfig
     tune: TuneConfig
     distil: DistilConfig
+
+    @classmethod
+    def complete(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Take the keys of [model] that are not given from the CLIP that the run starts from."""
+        sections = {name: data.get(name, {}) for name in ("tune", "model", "loss")}
+        if not all(isinstance(section, dict) for section in sections.values()):
+            return data
+        init_from, init = (sections["tune"].get(key, default) for key, default in (("init_from", ""), ("init", "both")))
+        if not init_from or not isinstance(init_from, str) or init not in ("both", "image", "text"):
+            return data
+        sigmoid = sections["loss"].get("kind") == "sigmoid"
+        return {**data, "model": tune.model_section(open_source(init_from), sections["model"], init, sigmoid)}
 
     def __post_init__(self) -> None:
         biased = self.model.init_logit_bias is not None
@@ -68,9 +82,12 @@ class Pretraining(Task):
         super().__init__()
         self.recipe = recipe
         self.image_size, self.early_size = recipe.model.image_size, recipe.model.early_size
-        self.tokenizer = make_tokenizer(recipe, shards)
-        self.model: CLIP = CLIP(recipe.model, self.tokenizer.vocab_size, self.tokenizer.end_id)
-        tune.initialise(self.model, recipe.tune)
+        source = recipe.tune.source()
+        self.tokenizer = make_tokenizer(recipe, shards, source)
+        with_text = source is not None and recipe.tune.init != "image"
+        vocabulary = source.vocabulary if source is not None and with_text else self.tokenizer.vocab_size
+        self.model: CLIP = CLIP(recipe.model, vocabulary, self.tokenizer.end_id)
+        tune.initialise(self.model, recipe.tune, source)
         tune.lock(self.model, recipe.tune)
         self.teachers = Teachers(recipe.distil, recipe.model.embed_dim) if recipe.distil.teachers else None
 
@@ -157,15 +174,15 @@ def _contrastive(config: LossConfig, features: Features, batch: Batch) -> tuple[
     return value, {"logit_scale": scale.detach().mean()}
 
 
-def make_tokenizer(recipe: PretrainRecipe, shards: Shards) -> Tokenizer:
-    """The tokenizer of the text tower to start from; or CLIP's, if the recipe names its merges file; or a trained one.
+def make_tokenizer(recipe: PretrainRecipe, shards: Shards, source: Source | None = None) -> AnyTokenizer:
+    """The tokenizer of the text encoder to start from, CLIP's if the recipe names its merges file, or a new one.
 
-    That is trained on captions of all packs, once, on rank 0, and kept in the run's folder; so are their words, if none
-    of the captions is left out.
+    A new one is trained on captions of all packs, once, on rank 0, and kept in the run's folder; so are their words, if
+    no caption is omitted.
     """
-    config, source = recipe.model, recipe.tune.source
+    config = recipe.model
     if source is not None and recipe.tune.init != "image":
-        return Tokenizer.from_json(source.text("tokenizer.json"), config.context_length)
+        return source.tokenizer
     if config.merges:
         return Tokenizer.clip(config.merges, config.context_length)
     path = Path(recipe.run.out) / "tokenizer.json"

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clipkit.convert.processors import write_tokenizer
+from clipkit.convert.tokenizer_files import write_tokenizer
 from clipkit.errors import UsageError
 from clipkit.io import write_atomically
 from clipkit.models.clip import CLIP
@@ -47,29 +47,29 @@ def _programs(clip: Pretrained) -> dict[str, tuple[nn.Module, Tensor, str]]:
     return {"image": (_Images(model).eval(), pixels, "pixels"), "text": (_Texts(model).eval(), ids, "ids")}
 
 
-def write_programs(clip: Pretrained, out: Path) -> list[Path]:
+def write_programs(clip: Pretrained, out: Path, name: str = "") -> list[Path]:
     """image.pt2 and text.pt2 (torch.export.load reads them), with a free batch size -> the files written."""
     written = []
-    for name, (module, example, argument) in _programs(clip).items():
+    for graph, (module, example, argument) in _programs(clip).items():
         batch = torch.export.Dim("batch", min=1, max=1 << 16)
         program = torch.export.export(module, (example,), dynamic_shapes={argument: {0: batch}})
-        torch.export.save(program, out / f"{name}.pt2")
-        written.append(out / f"{name}.pt2")
+        torch.export.save(program, out / f"{graph}.pt2")
+        written.append(out / f"{graph}.pt2")
     return [*written, *_graph_files(clip, out)]
 
 
-def write_onnx(clip: Pretrained, out: Path) -> list[Path]:
+def write_onnx(clip: Pretrained, out: Path, name: str = "") -> list[Path]:
     """image.onnx and text.onnx, with a free batch size -> the files written. Raises UsageError without onnxscript."""
     try:
         import onnxscript  # noqa: F401
     except ModuleNotFoundError:
         raise UsageError('ONNX graphs are made with onnxscript: pip install "clipkit[onnx]"') from None
     written = []
-    for name, (module, example, argument) in _programs(clip).items():
+    for graph, (module, example, argument) in _programs(clip).items():
         torch.onnx.export(
             module,
             (example,),
-            str(out / f"{name}.onnx"),
+            str(out / f"{graph}.onnx"),
             input_names=[argument],
             output_names=["features"],
             dynamic_shapes={argument: {0: torch.export.Dim("batch", min=1, max=1 << 16)}},
@@ -77,7 +77,7 @@ def write_onnx(clip: Pretrained, out: Path) -> list[Path]:
             external_data=False,
             verbose=False,
         )
-        written.append(out / f"{name}.onnx")
+        written.append(out / f"{graph}.onnx")
     return [*written, *_graph_files(clip, out)]
 
 

@@ -63,6 +63,10 @@ class AnyTokenizer(ABC):
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         """One caption or several -> int64 [B, L]."""
 
+    @abstractmethod
+    def fitting(self, text: str) -> str:
+        """The words of `text` that fit into the context whole; those after them are cut."""
+
 
 def read_encoder(text: str) -> Any:
     """The `tokenizers.Tokenizer` of a tokenizer.json. Raises CheckpointError for what `tokenizers` does not read."""
@@ -111,6 +115,24 @@ class ForeignTokenizer(AnyTokenizer):
             ids[i, : len(row)] = row
         return torch.from_numpy(ids)
 
+    def fitting(self, text: str) -> str:
+        """The words of `text` that fit into the context whole; those after them are cut."""
+        words = text.split()
+        while words and self._encoder.encode(self._clean(" ".join(words))).overflowing:
+            words.pop()
+        return " ".join(words)
+
+
+def tokenizer_from_json(text: str, context_length: int, cleaning: str = "clip", pad_id: int = 0) -> AnyTokenizer:
+    """The tokenizer of a tokenizer.json: a `Tokenizer` where it cuts captions as CLIP's does, else as it is.
+
+    `cleaning` and `pad_id` are those of `Conventions`. Raises CheckpointError for a damaged file.
+    """
+    encoder = read_encoder(text)
+    if cleaning == "clip" and is_clip_like(encoder):
+        return Tokenizer.from_json(text, context_length)
+    return ForeignTokenizer(encoder, context_length, cleaning, pad_id)
+
 
 class Tokenizer(AnyTokenizer):
     """Byte pairs, CLIP's or our own.
@@ -126,6 +148,10 @@ class Tokenizer(AnyTokenizer):
         if start is None or end is None:
             raise CheckpointError(f"tokenizer has no {START} or {END} token; it is not a clipkit or CLIP tokenizer")
         self.start_id, self.end_id = int(start), int(end)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For other processes, without the words seen so far, which may be many megabytes."""
+        return {**self.__dict__, "_words": {}}
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int = 4096, context_length: int = 77) -> Tokenizer:
@@ -196,7 +222,7 @@ class Tokenizer(AnyTokenizer):
         return torch.from_numpy(ids)
 
     def fitting(self, text: str) -> str:
-        """The words of `text` that fit into the context whole; what comes after them is cut."""
+        """The words of `text` that fit into the context whole; those after them are cut."""
         words, room = text.split(), self.context_length - 2
         ends = accumulate(map(len, self._encode(words)))
         return " ".join(words[: sum(end <= room for end in ends)])

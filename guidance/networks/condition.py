@@ -18,7 +18,7 @@ from clipkit.config import require
 from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError, UsageError, did_you_mean
 from clipkit.models.clip import CLIP
-from clipkit.models.tokenizer import Tokenizer
+from clipkit.models.tokenizer import AnyTokenizer
 from clipkit.models.words import split
 
 
@@ -91,7 +91,7 @@ class ClassCondition(nn.Module):
 class TextCondition(nn.Module):
     """A CLIP's text tower, which is not trained: its last states for the attention, its embedding as the vector."""
 
-    def __init__(self, clip: CLIP, tokenizer: Tokenizer, words: Sequence[str] = ()) -> None:
+    def __init__(self, clip: CLIP, tokenizer: AnyTokenizer, words: Sequence[str] = ()) -> None:
         super().__init__()
         self.words = words  # of the captions that the denoiser was told in training; none if that is not known
         self.tower, self.tokenizer, self.shape = clip.text, tokenizer, clip.config

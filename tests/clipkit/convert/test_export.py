@@ -219,7 +219,7 @@ def test_a_foreign_tokenizer_is_exported_with_the_cleaning_that_it_needs(cleanin
     """Without clipkit nobody would do it: SigLIP's captions went to transformers with their punctuation."""
     from tokenizers import Tokenizer, models, processors
 
-    from clipkit.convert.processors import write_tokenizer
+    from clipkit.convert.tokenizer_files import write_tokenizer
     from clipkit.models.tokenizer import ForeignTokenizer
 
     vocabulary = {t: i for i, t in enumerate(["<pad>", "<eos>", "<unk>", *map(chr, range(32, 127))])}
@@ -309,7 +309,7 @@ def test_onnx_graphs(name, tmp_path):
 def test_the_tokenizer_beside_the_graphs_makes_the_ids_that_they_take(tmp_path):
     from tokenizers import Tokenizer
 
-    from clipkit.convert.processors import write_tokenizer
+    from clipkit.convert.tokenizer_files import write_tokenizer
 
     clip = own()
     write_tokenizer(clip.tokenizer, clip.model.config.conventions, tmp_path)
@@ -323,7 +323,7 @@ def test_the_tokenizer_beside_the_graphs_makes_the_ids_that_they_take(tmp_path):
 
 @pytest.mark.parametrize("form", ["open_clip", "transformers"])
 def test_own_towers_are_offered_a_way_out(form, tmp_path):
-    with pytest.raises(UsageError, match=r"; --format onnx and --format torch take every model$"):
+    with pytest.raises(UsageError, match=r"; the formats onnx and torch take every model$"):
         export.export(own(**TOWERS["clipkit_resnet9"]), tmp_path / "a" / "out", form)
     assert list(tmp_path.iterdir()) == []
 
@@ -370,14 +370,14 @@ def test_nothing_half_written_stays(tmp_path, monkeypatch):
     ("varied", "form", "message"),
     [
         ({"image_tower": "clipkit_resnet"}, "open_clip", "open_clip has no image tower clipkit_resnet"),
-        ({"image_kwargs": {"drop_path_rate": 0.1}}, "open_clip", r"cannot be told image_kwargs\.drop_path_rate"),
+        ({"image_kwargs": {"drop_path_rate": 0.1}}, "open_clip", r"does not take image_kwargs\.drop_path_rate"),
         (
             {"image_tower": "vit_tiny_patch16_224"},
             "open_clip",
             "for its usual image size; at 64 pixels pos_embed",
         ),
         ({}, "transformers", "transformers has CLIP with OpenAI's ViT, and SigLIP; not with convnext_atto"),
-        ({}, "gguf", "unknown format 'gguf'; known: open_clip, transformers, onnx, torch"),
+        ({}, "gguf", "unknown export format 'gguf'; known: open_clip, transformers, onnx, torch"),
     ],
 )
 def test_what_the_others_do_not_have(varied, form, message, tmp_path):
