@@ -59,7 +59,9 @@ MODULES = {
 }
 """Former module -> present module."""
 
-NAMES: dict[str, dict[str, str]] = {}
+NAMES: dict[str, dict[str, str]] = {
+    "clipkit.models.tokenizer": {"ForeignTokenizer": "ExternalTokenizer"},
+}
 """Present module -> former name -> present name."""
 
 

@@ -174,7 +174,8 @@ def depths(clip: CLIP) -> tuple[dict[str, int], dict[str, int]]:
 def _depths(prefix: str, tower: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, int]:
     """By order of registration, which is that of execution in all of timm's towers."""
     owner = {id(p): i + 1 for i, block in enumerate(blocks) for p in block.parameters()}
-    found, deepest = {}, 0
+    found: dict[str, int] = {}
+    deepest = 0
     for name, parameter in tower.named_parameters():
         deepest = max(deepest, owner.get(id(parameter), 0))
         after = deepest == len(blocks) and id(parameter) not in owner

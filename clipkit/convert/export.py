@@ -56,7 +56,7 @@ _BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
 
 
 def _holds_export(out: Path, form: str) -> bool:
-    """Whether a folder holds what was exported by clipkit in this format, and nothing else."""
+    """Whether a folder holds an export by clipkit in this format, and no other files."""
     from safetensors import SafetensorError, safe_open
 
     weights = _WEIGHTS.get(form, "clipkit.json")

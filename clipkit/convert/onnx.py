@@ -1,6 +1,6 @@
-"""A model as two graphs, images and texts, for runtimes without Python code: ONNX and torch.export.
+"""Export to ONNX and torch.export: a graph of the image encoder and one of the text encoder, without Python code.
 
-They take what our models take: uint8 pixels, and token ids padded to the context length that end with END.
+They take the inputs of our models: uint8 pixels, and token ids padded to the context length that end with END.
 """
 
 from __future__ import annotations
@@ -82,18 +82,18 @@ def write_onnx(clip: Pretrained, out: Path, name: str = "") -> list[Path]:
 
 
 def _graph_files(clip: Pretrained, out: Path) -> list[Path]:
-    """What a user of the graphs needs beside them: the tokenizer, and how pixels and scores are made."""
-    how = clip.model.config.conventions
+    """Files beside the graphs: the tokenizer, and the numbers that preprocessing and scores need."""
+    conventions = clip.model.config.conventions
     about = {
         "image_size": clip.model.config.image_size,
-        "resize": how.image_resize,
-        "fill": how.image_fill,
-        "interpolation": how.image_interpolation,
+        "resize": conventions.image_resize,
+        "fill": conventions.image_fill,
+        "interpolation": conventions.image_interpolation,
         "context_length": clip.model.config.context_length,
         "end_id": clip.tokenizer.end_id,
-        "pad_id": how.pad_id,
+        "pad_id": conventions.pad_id,
         "logit_scale": float(clip.model.logit_scale.detach()),
         "logit_bias": float(clip.model.logit_bias.detach()),
     }
     write_atomically(out / "clipkit.json", json.dumps(about, indent=2) + "\n")
-    return [out / "clipkit.json", *write_tokenizer(clip.tokenizer, how, out)]
+    return [out / "clipkit.json", *write_tokenizer(clip.tokenizer, conventions, out)]

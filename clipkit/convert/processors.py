@@ -150,7 +150,7 @@ def transformers_pictures(seen: Mapping[str, Any] | None, model_type: str, image
     }
 
 
-# Names, and what is done to every picture here: it is made RGB, and leaves as channels first.
+# Names, and steps that clipkit does for every picture: RGB, channels first.
 _WITHOUT_EFFECT = {
     "image_processor_type", "feature_extractor_type", "processor_class", "do_convert_rgb", "data_format", "device",
     "input_data_format", "return_tensors", "default_to_square", "disable_grouping", "pad_size", "_valid_processor_keys",

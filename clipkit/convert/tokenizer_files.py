@@ -48,9 +48,9 @@ CLIP_TOKENIZER = TokenizerFiles()
 
 
 def read_tokenizer(folder: Path) -> TokenizerFiles:
-    """The folder's tokenizer.json, and what tokenizer_config.json and special_tokens_map.json say of it.
+    """The folder's tokenizer.json, with the settings of tokenizer_config.json and special_tokens_map.json.
 
-    Raises CheckpointError where they contradict each other, and for settings that are not done here.
+    Raises CheckpointError where they contradict each other, and for settings that clipkit does not have.
     """
     if not (folder / "tokenizer.json").is_file():
         return CLIP_TOKENIZER
@@ -107,7 +107,7 @@ def _pad_id(settings: Mapping[str, Any], tokens: Mapping[str, Any], encoder: Any
 
 
 def _check_settings(settings: Mapping[str, Any], tokens: Mapping[str, Any], encoder: Any, around: list[int]) -> None:
-    """That captions are filled and cut at the right, and that what stands around them is what was asked for."""
+    """Check that captions are padded and cut at the right, and have the special tokens that the settings ask for."""
     for name, side in (
         *((key, settings.get(key)) for key in ("padding_side", "truncation_side")),
         ("padding of tokenizer.json", (encoder.padding or {}).get("direction")),
@@ -137,7 +137,7 @@ def padding(files: TokenizerFiles, stated: int | None, where: str) -> int:
     return files.pad_id if files.pad_id is not None else int(stated or 0)
 
 
-# Classes of transformers -> what they do to captions before tokenizer.json does its part. Those of sentencepiece do it
+# Classes of transformers -> their cleaning of captions before tokenizer.json is applied. Those of sentencepiece do it
 # in Python; SigLIP 2 was trained in lower case, which Gemma's tokenizer does not know of.
 _CLEANINGS = {
     "": "siglip",
@@ -161,7 +161,7 @@ def _replace(pattern: str, content: str) -> dict[str, Any]:
 
 _SPACES = (_replace(r"[\s\x1c-\x1f]+", " "), {"type": "Strip", "strip_left": True, "strip_right": True})
 _LOWER, _PUNCTUATION = {"type": "Lowercase"}, _replace(r"[!-/:-@\[-`{-~]", "")
-# Of what ftfy mends, that which is a matter of single characters; for the rest there is no rule in a tokenizer.json.
+# The repairs of ftfy that concern single characters; a tokenizer.json has no rule for its others.
 _MENDED = ({"type": "NFC"}, _replace("[\u2018-\u201b\u02bc]", "'"), _replace("[\u201c-\u201f]", '"'))
 _NORMALIZERS: dict[str, tuple[dict[str, Any], ...]] = {
     "clip": (*_MENDED, *_SPACES, _LOWER),
@@ -174,11 +174,11 @@ _NORMALIZERS: dict[str, tuple[dict[str, Any], ...]] = {
 """What is done to captions (clipkit/models/tokenizer.py), for programs that only have the tokenizer.json."""
 
 
-def write_tokenizer(tokenizer: AnyTokenizer, how: Conventions, folder: Path) -> list[Path]:
-    """tokenizer.json with the cleaning and the special tokens around a caption, and what transformers wants beside it.
+def write_tokenizer(tokenizer: AnyTokenizer, conventions: Conventions, folder: Path) -> list[Path]:
+    """tokenizer.json with the cleaning and the special tokens around a caption, and transformers' files beside it.
 
     `tokenizers` and transformers' AutoTokenizer then give the ids that `tokenizer` gives. Of its cleaning they lack
-    what ftfy mends across characters, and HTML's entities.
+    ftfy's repairs across characters, and HTML's entities.
     """
     content = json.loads(tokenizer.to_json())
     content["truncation"] = content["padding"] = None
@@ -188,14 +188,16 @@ def write_tokenizer(tokenizer: AnyTokenizer, how: Conventions, folder: Path) -> 
     names = {i: token for token, i in vocabulary.items()}
     names |= {token["id"]: token["content"] for token in content.get("added_tokens", [])}
     own = [content["normalizer"]] if content.get("normalizer") else []
-    content["normalizer"] = {"type": "Sequence", "normalizers": [*_NORMALIZERS[how.text_cleaning], *own]}
-    special = {"eos_token": names[tokenizer.end_id], "pad_token": names[how.pad_id]}
+    content["normalizer"] = {"type": "Sequence", "normalizers": [*_NORMALIZERS[conventions.text_cleaning], *own]}
+    special = {"eos_token": names[tokenizer.end_id], "pad_token": names[conventions.pad_id]}
     settings: dict[str, Any] = {}
     if isinstance(tokenizer, Tokenizer):
         content["post_processor"] = _around({START: tokenizer.start_id}, {END: tokenizer.end_id})
         special |= {"bos_token": START}
         settings["split_special_tokens"] = True  # no caption can end itself
-        if how.text_attention == "causal":  # what follows END is not seen, and this is what CLIP's own has there
+        if (
+            conventions.text_attention == "causal"
+        ):  # tokens after END are not seen, and CLIP's own tokenizer pads with END
             special["pad_token"] = END
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": tokenizer.context_length}
     files = {

@@ -79,7 +79,7 @@ def from_transformers(
 
 
 def _sections(config: Mapping[str, Any], siglip: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """vision_config and text_config; CLIPs of 2022 have them twice, and the one with _dict in its name counts."""
+    """vision_config and text_config; files of 2022 have them twice, and the one with _dict in its name is used."""
     defaults = _SIGLIP_DEFAULTS if siglip else _CLIP_DEFAULTS
     names = ("vision_config", "text_config")
     only_known(
@@ -130,7 +130,7 @@ def _cleaning(text: Mapping[str, Any], siglip: bool, files: TokenizerFiles) -> A
 
 
 def _padding(text: Mapping[str, Any], files: TokenizerFiles) -> int:
-    """Of SigLIP's captions. transformers writes 49406, 49407 and 1 of its own accord, whatever the tokenizer."""
+    """Of SigLIP's captions. transformers writes 49406, 49407 and 1 as defaults, whatever the tokenizer."""
     unsaid = (text["bos_token_id"], text["eos_token_id"]) == (CLIP_VOCABULARY - 2, CLIP_VOCABULARY - 1)
     return padding(files, None if unsaid else text["pad_token_id"], "text_config.pad_token_id")
 

@@ -108,7 +108,7 @@ class CLIPConfig:
     """Compatibility switches, set from the files of published weights."""
     early_size: int = 0
     """Side of the pictures in the first three fifths of the training, for towers that take any; 0 is image_size.
-    Smaller ones cost less, and what was learned on them goes over to larger ones in little time (Touvron et al. 2019,
+    Progressive resizing: smaller ones cost less, and the weights adapt to larger ones quickly (Touvron et al. 2019,
     arXiv 1906.06423; Tan and Le 2021, arXiv 2104.00298, section 4)."""
 
     def __post_init__(self) -> None:

@@ -210,7 +210,8 @@ _MERGES = "bpe_simple_vocab_16e6.txt.gz"
 
 def _tokenizer(folder: Path, config: CLIPConfig, files: tokenizer_files.TokenizerFiles) -> AnyTokenizer:
     """The one beside the weights; for CLIP's vocabulary a merges file will do, also that of an installed open_clip."""
-    conventions, length = config.conventions, min(config.context_length, files.longest or config.context_length)
+    conventions = config.conventions
+    length = min(config.context_length, files.longest or config.context_length)
     if files.text:
         return tokenizer_from_json(files.text, length, conventions.text_cleaning, conventions.pad_id)
     if conventions.text_cleaning != "clip":

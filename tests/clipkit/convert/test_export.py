@@ -220,15 +220,15 @@ def test_a_foreign_tokenizer_is_exported_with_the_cleaning_that_it_needs(cleanin
     from tokenizers import Tokenizer, models, processors
 
     from clipkit.convert.tokenizer_files import write_tokenizer
-    from clipkit.models.tokenizer import ForeignTokenizer
+    from clipkit.models.tokenizer import ExternalTokenizer
 
     vocabulary = {t: i for i, t in enumerate(["<pad>", "<eos>", "<unk>", *map(chr, range(32, 127))])}
     encoder = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     encoder.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
-    write_tokenizer(ForeignTokenizer(encoder, 16, cleaning, 0), Conventions(text_cleaning=cleaning), tmp_path)
+    write_tokenizer(ExternalTokenizer(encoder, 16, cleaning, 0), Conventions(text_cleaning=cleaning), tmp_path)
     read = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert read.encode(text).ids == encoder.encode(same_as).ids
-    assert ForeignTokenizer(encoder, 99, cleaning)(text)[0].tolist() == read.encode(text).ids
+    assert ExternalTokenizer(encoder, 99, cleaning)(text)[0].tolist() == read.encode(text).ids
 
 
 @pytest.mark.parametrize("resize", ["squash", "crop"])
@@ -395,7 +395,7 @@ def test_the_command_and_the_card(chain, tmp_path, monkeypatch, capsys):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# me/mine" in card
     config = clipkit.load(chain, "cpu").model.config
-    assert f"| image tower | {config.image_tower}, {config.image_size} x {config.image_size} pixels |" in card
+    assert f"| image encoder | {config.image_tower}, {config.image_size} x {config.image_size} pixels |" in card
 
 
 def test_pushing_asks_the_hub_for_what_it_offers(tmp_path, monkeypatch):
