@@ -270,6 +270,8 @@ def _vision_to_open_clip(model: CLIP) -> tuple[dict[str, Any], Layout]:
         if arguments.pop("act_layer", "gelu") != conventions.text_activation:
             raise UsageError("open_clip's own ViT has one activation for both encoders; this model has two")
         return _vit_to_open_clip(config), open_clip_vit(text_bias)
+    if config.image_tower in RESNETS.values() and conventions.image_projection == "bias" and not arguments:
+        return _resnet_to_open_clip(model), open_clip_resnet(text_bias)
     if config.image_tower in (VIT, *RESNETS.values()):
         raise UsageError(
             f"export of {config.image_tower} with {conventions.image_projection} projection is not supported"
@@ -302,6 +304,12 @@ def _vit_to_open_clip(config: CLIPConfig) -> dict[str, Any]:
     if "init_values" in arguments:
         shape["ls_init_value"] = arguments["init_values"]
     return shape
+
+
+def _resnet_to_open_clip(model: CLIP) -> dict[str, Any]:
+    blocks = {name: list(layers) for layers, name in RESNETS.items()}
+    width = len(model.image.trunk.get_parameter("stages.0.0.conv1_1x1.conv.weight"))
+    return {"image_size": model.config.image_size, "layers": blocks[model.config.image_tower], "width": width}
 
 
 def _check_default_shape(model: CLIP) -> None:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
-from published import CONVENTIONS, publish
+from published import CONVENTIONS, publish, publish_siglip
 
 import clipkit
 from clipkit.config import load_recipe
@@ -138,3 +138,21 @@ def test_averages_of_published_models(packs, original, tmp_path):
     with pytest.raises(CheckpointError, match="has another tokenizer than"):
         average([original, "clipkit-tiny"], tmp_path / "mean")
     assert not (tmp_path / "mean").exists()
+
+
+def test_a_siglip_with_its_own_tokenizer_and_logit_bias(packs, tmp_path):
+    original = publish_siglip(tmp_path / "siglip")
+    start = clipkit.load(original, "cpu")
+    words = [f"tune.init_from={original}", f"data.shards={packs / 'train'}", f"run.out={tmp_path / 'run'}"]
+    pretrain.run("finetune_clip", [*SHORT, *words, "loss.kind=sigmoid"])
+    average([tmp_path / "run", original], tmp_path / "mean", (0, 1))
+    tuned, mean = (clipkit.load(tmp_path / name, "cpu") for name in ("run", "mean"))
+    captions = ["a red rocket", "two blue fish with one tree"]
+    assert tuned.tokenizer(captions).equal(start.tokenizer(captions))
+    assert tuned.model.config.conventions == start.model.config.conventions
+    assert not torch.equal(tuned.model.logit_bias, start.model.logit_bias)
+    assert torch.equal(
+        mean.model.encode_text(mean.tokenizer(captions)), start.model.encode_text(start.tokenizer(captions))
+    )
+    info_nce = task(packs, tmp_path / "other", f"tune.init_from={original}")  # does not depend on the bias
+    assert info_nce.recipe.model.init_logit_bias is None

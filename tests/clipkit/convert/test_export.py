@@ -79,7 +79,7 @@ def test_open_clip_reads_a_model_of_ours(varied, tmp_path):
     assert again.tokenizer(CAPTIONS).equal(clip.tokenizer(CAPTIONS))
 
 
-@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16 quick", "convnext mlp"])
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16 quick", "RN50", "convnext mlp"])
 def test_open_clip_reads_its_own_model_again(name, tmp_path):
     config = {**CONFIGS[name], "text_cfg": TEXT}
     clip = clipkit.load(written(tmp_path / "in", config, theirs(config)), "cpu")
