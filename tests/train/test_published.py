@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from published import CONVENTIONS, publish, publish_siglip
+from toy_distributions import TINY
 
 import clipkit
 from clipkit.config import load_recipe
@@ -156,3 +157,18 @@ def test_a_siglip_with_its_own_tokenizer_and_logit_bias(packs, tmp_path):
     )
     info_nce = task(packs, tmp_path / "other", f"tune.init_from={original}")  # does not depend on the bias
     assert info_nce.recipe.model.init_logit_bias is None
+
+
+def test_a_denoiser_is_conditioned_on_captions_by_a_published_text_encoder(packs, tmp_path):
+    from clipkit.guidance.loading import load_denoiser
+    from clipkit.train import denoiser
+
+    original = publish_siglip(tmp_path / "siglip")
+    words = [*TINY, f"data.shards={packs / 'train'}", f"run.out={tmp_path / 'run'}"]
+    denoiser.run("drawings_denoiser", [*words, "condition.kind=text", f"condition.clip={original}"])
+    conditioner, start = load_denoiser(tmp_path / "run").conditioner, clipkit.load(original, "cpu")
+    captions = ["a red rocket", ""]
+    assert conditioner.tokenizer(captions).equal(start.tokenizer(captions))
+    with torch.no_grad():
+        states, _ = start.model.text.sequence(start.tokenizer(captions))
+        assert torch.equal(conditioner(captions).tokens, states)
