@@ -21,7 +21,7 @@ from clipkit import distributed
 from clipkit.config import Recipe
 from clipkit.data.loader import Batch, packs_of, validation_of
 from clipkit.data.shards import Shards
-from clipkit.errors import RecipeError
+from clipkit.errors import CheckpointError, RecipeError
 from clipkit.io import write_atomically
 from clipkit.models.clip import CLIP, CLIPConfig
 from clipkit.models.source import Source, open_source
@@ -50,15 +50,24 @@ class PretrainRecipe(Recipe):
 
     @classmethod
     def complete(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """Take the keys of [model] that are not given from the CLIP that the run starts from."""
+        """Take the keys of [model] that are not given from the CLIP that the run starts from.
+
+        A recipe with [model] can be read before there is that CLIP; training it raises CheckpointError.
+        """
         sections = {name: data.get(name, {}) for name in ("tune", "model", "loss")}
         if not all(isinstance(section, dict) for section in sections.values()):
             return data
         init_from, init = (sections["tune"].get(key, default) for key, default in (("init_from", ""), ("init", "both")))
         if not init_from or not isinstance(init_from, str) or init not in ("both", "image", "text"):
             return data
+        try:
+            source = open_source(init_from)
+        except CheckpointError:
+            if sections["model"]:
+                return data
+            raise
         sigmoid = sections["loss"].get("kind") == "sigmoid"
-        return {**data, "model": tune.model_section(open_source(init_from), sections["model"], init, sigmoid)}
+        return {**data, "model": tune.model_section(source, sections["model"], init, sigmoid)}
 
     def __post_init__(self) -> None:
         biased = self.model.init_logit_bias is not None

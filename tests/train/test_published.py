@@ -117,6 +117,15 @@ def test_a_recipe_that_contradicts_the_weights(packs, original, tmp_path, word, 
         recipe(packs, tmp_path, f"tune.init_from={original}", word)
 
 
+def test_a_recipe_is_read_before_there_is_the_model_to_start_from(packs, tmp_path):
+    missing = [f"tune.init_from={tmp_path / 'none'}", f"data.shards={packs / 'train'}", f"run.out={tmp_path / 'run'}"]
+    read = load_recipe(pretrain.PretrainRecipe, "drawings_clip", missing)  # which has a section [model]
+    with pytest.raises(CheckpointError, match="none is not a model: it does not exist"):
+        pretrain.Pretraining(read, Shards(packs / "train"))
+    with pytest.raises(CheckpointError, match="none is not a model: it does not exist"):
+        load_recipe(pretrain.PretrainRecipe, "finetune_clip", missing)
+
+
 def test_what_a_recipe_may_set_otherwise(packs, original, tmp_path):
     words = ["model.image_size=48", "model.conventions.image_resize=crop", "model.grad_checkpointing=true"]
     made = task(packs, tmp_path, f"tune.init_from={original}", *words)
