@@ -1,7 +1,7 @@
-"""Knowledge distillation: a CLIP learns to reproduce the features of teacher CLIPs on the same images and captions.
+"""Distillation: a CLIP learns to make the features that others make of the same pictures and captions.
 
-Feature mimicry is the best of the objectives that CLIP-KD compares (Yang et al. 2024, arXiv 2307.12732, section 3.2);
-teacher and student see the same views (Beyer et al. 2022, arXiv 2106.05237, section 3.1).
+Feature mimicry, of all that CLIP-KD compares what works best (Yang et al. 2024, arXiv 2307.12732, section 3.2); teacher
+and student see the same views (Beyer et al. 2022, arXiv 2106.05237, section 3.1).
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from clipkit.models.pretrained import load
 
 @dataclass(frozen=True)
 class DistilConfig:
-    """Knowledge distillation: the teachers, and their weight beside the contrastive loss."""
+    """Whose features are learned beside the pairs."""
 
     teachers: tuple[str, ...] = ()
-    """Teachers: CLIPs by the names and places that `--model` takes. Of several the mean of the features is learned, so
-    they must share one embedding space: runs that started from the same weights, or were trained with the same locked
-    encoder. With data.flip they see each picture mirrored as well."""
+    """CLIPs to learn from, each as `--model` takes it. Of several the mean of the features is learned, so that their
+    texts must mean the same: those of runs that started from one another, or were trained against one locked tower.
+    With data.flip they see each picture mirrored as well."""
     weight: float = 10.0
-    """Weight of the squared distance to the teachers' features beside the contrastive loss."""
+    """What the squared distance to the teachers' features weighs beside the contrastive loss."""
 
     def __post_init__(self) -> None:
         require("above 0", "distil", self, "weight")
 
 
 class Teachers:
-    """The teachers of a recipe: not trained, not saved, and no part of the model."""
+    """The CLIPs of a recipe, as they are: not trained, not saved, and no part of the model."""
 
     def __init__(self, config: DistilConfig, embed_dim: int) -> None:
-        """Raises CheckpointError for a teacher that cannot be loaded, or whose features have another width."""
+        """Raises CheckpointError for a teacher that is none, or whose features are of another width."""
         self.clips = [load(name, "cpu") for name in config.teachers]
         for name, clip in zip(config.teachers, self.clips, strict=True):
             if (found := clip.model.config.embed_dim) != embed_dim:
@@ -52,10 +52,9 @@ class Teachers:
     def __call__(
         self, student: CLIP, images: Tensor, captions: Sequence[str], mirrored: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The normalised mean of the teachers' features of images and captions, [b, D] each.
+        """The direction of the mean of what teachers make of images and captions, [b, D] each.
 
-        images: uint8 [b, 3, S, S]; with `mirrored` their mirror images are encoded as well. None for an encoder that is
-        locked.
+        images: uint8 [b, 3, S, S]; seen mirrored, too, if they may be. None for a tower of which nothing is trained.
         """
         image, text = (any(p.requires_grad for p in tower.parameters()) for tower in (student.image, student.text))
         return (
@@ -76,7 +75,7 @@ def _direction(features: Iterable[Tensor]) -> Tensor:
 
 
 def _resized(images: Tensor, model: CLIP) -> Tensor:
-    """uint8 [b, 3, S, S] at the model's image size."""
+    """uint8 [b, 3, S, S] at the side that the model was made for."""
     size = model.config.image_size
     if images.shape[-1] == size:
         return images
@@ -85,6 +84,6 @@ def _resized(images: Tensor, model: CLIP) -> Tensor:
 
 
 def squared_distance(made: Tensor, wanted: Tensor) -> Tensor:
-    """Squared distance of rows [b, D]: a scalar whose mean over ranks is the mean over the rows of all ranks."""
+    """Of rows [b, D], summed over D: a scalar whose mean over ranks is the mean over the rows of all of them."""
     sizes = distributed.batch_sizes(len(made))
     return (made.float() - wanted.float()).square().sum() * (len(sizes) / sum(sizes))
