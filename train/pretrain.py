@@ -57,7 +57,8 @@ class PretrainRecipe(Recipe):
         sections = {name: data.get(name, {}) for name in ("tune", "model", "loss")}
         if not all(isinstance(section, dict) for section in sections.values()):
             return data
-        init_from, init = (sections["tune"].get(key, default) for key, default in (("init_from", ""), ("init", "both")))
+        init_from = sections["tune"].get("init_from", "")
+        init = sections["tune"].get("init", "both")
         if not init_from or not isinstance(init_from, str) or init not in ("both", "image", "text"):
             return data
         try:

@@ -21,9 +21,9 @@ def models(pattern: str, as_json: bool) -> None:
 
     With PATTERN those whose names contain it.
 
-    A command's --model and a recipe's tune.init_from take one of these names, which is fetched from the Hugging Face
-    hub once; "hf-hub:organisation/name"; a folder with open_clip_config.json, or of transformers' CLIP or SigLIP; a
-    file of OpenAI's; or the folder of a run.
+    A command's --model and a recipe's tune.init_from take one of these names, which is fetched from the Hugging
+    Face hub once; "hf-hub:organisation/name"; a folder with open_clip_config.json, or of transformers' CLIP or
+    SigLIP; a file of OpenAI's; or the folder of a run.
 
     \b
     Example:

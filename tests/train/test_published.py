@@ -86,7 +86,8 @@ def test_one_encoder_with_a_new_one_beside_it(packs, original, tmp_path):
     assert made.tokenizer.to_json() != open_source(original).tokenizer.to_json()
     assert torch.equal(made.model.image.projection.weight, theirs.image.projection.weight)
     tower = ["model.image_tower=clipkit_resnet", "model.image_kwargs={channels=[8, 8], depths=[1, 1]}"]
-    other = task(packs, tmp_path / "b", f"tune.init_from={original}", "tune.init=text", "tune.lock=text", *tower)
+    words = [f"tune.init_from={original}", "tune.init=text", "tune.lock=text", *tower]
+    other = task(packs, tmp_path / "b", *words)
     assert torch.equal(other.model.text.projection.weight, theirs.text.projection.weight)
     assert other.recipe.model.conventions.image_std != CONVENTIONS.image_std
     assert other.recipe.model.conventions.text_activation == "quick_gelu"
@@ -118,7 +119,8 @@ def test_a_recipe_that_contradicts_the_weights(packs, original, tmp_path, word, 
 
 
 def test_a_recipe_is_read_before_there_is_the_model_to_start_from(packs, tmp_path):
-    missing = [f"tune.init_from={tmp_path / 'none'}", f"data.shards={packs / 'train'}", f"run.out={tmp_path / 'run'}"]
+    place = [f"data.shards={packs / 'train'}", f"run.out={tmp_path / 'run'}"]
+    missing = [*place, f"tune.init_from={tmp_path / 'none'}"]
     read = load_recipe(pretrain.PretrainRecipe, "drawings_clip", missing)  # which has a section [model]
     with pytest.raises(CheckpointError, match="none is not a model: it does not exist"):
         pretrain.Pretraining(read, Shards(packs / "train"))
