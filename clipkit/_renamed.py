@@ -70,6 +70,7 @@ NAMES: dict[str, dict[str, str]] = {
     "clipkit.guidance.networks.noisy_clip": {"Wish": "GuidanceTarget"},
     "clipkit.guidance.pipeline": {"Steering": "GuidanceConfig", "Studio": "Pipeline"},
     "clipkit.train.finetune": {"TuneConfig": "FinetuneConfig", "hold_still": "eval_locked"},
+    "clipkit.models.tokenizer": {"ForeignTokenizer": "ExternalTokenizer"},
 }
 """Present module -> former name -> present name."""
 

@@ -265,3 +265,24 @@ GUIDERS: Registry[GuiderFactory] = Registry(
     },
 )
 """Factories of guiders, whose contract is in clipkit/guidance/guiders.py."""
+
+
+TOWERS: Registry[Any] = Registry(
+    "tower",
+    {
+        "clipkit_resnet": Entry("clipkit.models.towers:SmallResNet", "a residual network for images of some 32 pixels"),
+        "clipkit_resnet9": Entry("clipkit.models.towers:PooledResNet", "its slower and more accurate variant"),
+    },
+)
+"""Image encoders beside timm's: constructors of modules that keep the contract of clipkit/models/towers.py."""
+
+EXPORT_FORMATS: Registry[Any] = Registry(
+    "export format",
+    {
+        "open_clip": Entry("clipkit.convert.export:write_open_clip", "a folder that open_clip reads"),
+        "transformers": Entry("clipkit.convert.export:write_transformers", "a folder that transformers reads"),
+        "onnx": Entry("clipkit.convert.onnx:write_onnx", "two ONNX graphs"),
+        "torch": Entry("clipkit.convert.onnx:write_programs", "two torch.export programs"),
+    },
+)
+"""Writers `(clip, folder, name) -> files written`."""

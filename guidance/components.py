@@ -21,7 +21,8 @@ from clipkit.guidance.loading import Guide, denoiser_of, guide_of, load_autoenco
 from clipkit.guidance.networks.autoencoder import Autoencoder, is_diffusers
 from clipkit.io import read_object
 from clipkit.log import say
-from clipkit.models.pretrained import TRAINED_WITH, Pretrained, find, folder_of, identity, is_foreign, load
+from clipkit.models.pretrained import TRAINED_WITH, Pretrained, identity, load
+from clipkit.models.source import find, folder_of, is_external
 
 
 @dataclass(frozen=True)
@@ -173,8 +174,8 @@ def _all_at(places: Sequence[Path], kind: str) -> list[Path]:
     """The places, or folders in them named after the kind, that hold a run or an external model."""
 
     def is_one(folder: Path) -> bool:
-        foreign = (kind == "clip" and is_foreign(folder)) or (kind == "autoencoder" and is_diffusers(folder))
-        return foreign or any(_kind(step) in (kind, None) for step in (folder / "checkpoints").glob("step-*"))
+        external = (kind == "clip" and is_external(folder)) or (kind == "autoencoder" and is_diffusers(folder))
+        return external or any(_kind(step) in (kind, None) for step in (folder / "checkpoints").glob("step-*"))
 
     return [folder for place in places for folder in (place, place / kind) if is_one(folder)]
 

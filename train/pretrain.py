@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,12 @@ from clipkit import distributed
 from clipkit.config import Recipe
 from clipkit.data.loader import Batch, packs_of, validation_of
 from clipkit.data.shards import Shards
-from clipkit.errors import RecipeError
+from clipkit.errors import CheckpointError, RecipeError
 from clipkit.io import write_atomically
 from clipkit.models.clip import CLIP, CLIPConfig
 from clipkit.models.pretrained import load
-from clipkit.models.tokenizer import SMALLEST_VOCABULARY, Tokenizer
+from clipkit.models.source import Source, open_source
+from clipkit.models.tokenizer import SMALLEST_VOCABULARY, AnyTokenizer, Tokenizer
 from clipkit.models.towers import residual_blocks
 from clipkit.models.words import split
 from clipkit.train import finetune
@@ -47,6 +49,28 @@ class PretrainRecipe(Recipe):
     loss: LossConfig
     finetune: FinetuneConfig
     distil: DistilConfig
+
+    @classmethod
+    def complete(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Take the keys of [model] that are not given from the CLIP that the run starts from.
+
+        A recipe with [model] can be read before there is that CLIP; training it raises CheckpointError.
+        """
+        sections = {name: data.get(name, {}) for name in ("finetune", "model", "loss")}
+        if not all(isinstance(section, dict) for section in sections.values()):
+            return data
+        init_from = sections["finetune"].get("init_from", "")
+        init = sections["finetune"].get("init", "both")
+        if not init_from or not isinstance(init_from, str) or init not in ("both", "image", "text"):
+            return data
+        try:
+            source = open_source(init_from)
+        except CheckpointError:
+            if sections["model"]:
+                return data
+            raise
+        sigmoid = sections["loss"].get("kind") == "sigmoid"
+        return {**data, "model": finetune.model_section(source, sections["model"], init, sigmoid)}
 
     def __post_init__(self) -> None:
         has_bias = self.model.init_logit_bias is not None
@@ -72,11 +96,14 @@ class Pretraining(Task):
         super().__init__()
         self.recipe = recipe
         self.image_size = recipe.model.image_size
-        self.tokenizer = make_tokenizer(recipe, shards)
-        self.model: CLIP = CLIP(recipe.model, self.tokenizer.vocab_size, self.tokenizer.end_id)
+        source = recipe.finetune.source()
+        self.tokenizer = make_tokenizer(recipe, shards, source)
+        with_text = source is not None and recipe.finetune.init != "image"
+        vocabulary = source.vocabulary if source is not None and with_text else self.tokenizer.vocab_size
+        self.model: CLIP = CLIP(recipe.model, vocabulary, self.tokenizer.end_id)
         if recipe.data.progressive_size:
             self.model.image.check_size(recipe.data.progressive_size)
-        finetune.initialise(self.model, recipe.finetune)
+        finetune.initialise(self.model, recipe.finetune, source)
         finetune.lock(self.model, recipe.finetune)
         self.teachers = Teachers(recipe.distil, recipe.model.embed_dim) if recipe.distil.teachers else None
         self.tokenizers = (self.tokenizer, *(self.teachers.tokenizers if self.teachers else ()))
@@ -161,16 +188,15 @@ class Pretraining(Task):
         return {"tokenizer.json": self.tokenizer.to_json(), **words}
 
 
-def make_tokenizer(recipe: PretrainRecipe, shards: Shards) -> Tokenizer:
-    """The tokenizer of the text tower to start from, or CLIP's if the recipe names its merges file, or a trained one.
+def make_tokenizer(recipe: PretrainRecipe, shards: Shards, source: Source | None = None) -> AnyTokenizer:
+    """The tokenizer of the text encoder to start from, CLIP's if the recipe names its merges file, or a new one.
 
-    Rank 0 trains it on captions of all packs once and writes it into the run's folder, with the captions' words if it
-    has read all captions.
+    A new one is trained on captions of all packs, once, on rank 0, and kept in the run's folder; so are their words, if
+    no caption is omitted.
     """
     config = recipe.model
-    source = recipe.finetune.source
     if source is not None and recipe.finetune.init != "image":
-        return Tokenizer.from_json(source.text("tokenizer.json"), config.context_length)
+        return source.tokenizer
     if config.merges:
         return Tokenizer.clip(config.merges, config.context_length)
     path = Path(recipe.run.out) / "tokenizer.json"

@@ -1,8 +1,10 @@
 """Byte-pair tokenizer: CLIP's own vocabulary from its merges file, or one trained on a pack's captions.
 
 Both share the cleaning, the pre-tokenization and the layout of Radford et al. 2021 (openai/CLIP): lower case, words cut
-by CLIP's pattern, bytes as printable characters, `</w>` at the end of a word. Only the vocabulary differs. Tokenizers
-that came with other people's weights are taken as they are.
+by CLIP's pattern, bytes as printable characters, `</w>` at the end of a word. Only the vocabulary differs. A tokenizer
+of another kind that comes with published weights is used unchanged (`ExternalTokenizer`).
+
+A caption is cleaned once, by the tokenizer's call. Tokenizers are picklable and small, for the loader's workers.
 """
 
 from __future__ import annotations
@@ -83,6 +85,10 @@ class AnyTokenizer(ABC):
         """One caption or several -> int64 [B, L]."""
         return self.pad(self.encode([texts] if isinstance(texts, str) else texts))
 
+    @abstractmethod
+    def fitting(self, text: str) -> str:
+        """The words of `text` that fit into the context whole; those after them are cut."""
+
 
 def read_encoder(text: str) -> Any:
     """The `tokenizers.Tokenizer` of a tokenizer.json. Raises CheckpointError for what `tokenizers` does not read."""
@@ -95,7 +101,7 @@ def read_encoder(text: str) -> Any:
 
 
 def is_clip_like(encoder: Any) -> bool:
-    """Whether it cuts captions as CLIP's does, whatever its vocabulary: `Tokenizer` then takes its place."""
+    """Whether it cuts captions as CLIP's does, whatever its vocabulary: `Tokenizer` is then used in its place."""
     from tokenizers import models
 
     model, words = encoder.model, encoder.pre_tokenizer
@@ -109,10 +115,10 @@ def is_clip_like(encoder: Any) -> bool:
     )
 
 
-class ForeignTokenizer(AnyTokenizer):
-    """The tokenizer.json that came with other people's weights (SigLIP's sentencepiece, for instance), as it is.
+class ExternalTokenizer(AnyTokenizer):
+    """The tokenizer of published weights, for instance SigLIP's sentencepiece, unchanged.
 
-    It says itself what stands around a caption; rows shorter than the longest are filled with `pad_id`.
+    Its tokenizer.json has the special tokens around a caption; rows shorter than the longest are filled with `pad_id`.
     """
 
     def __init__(self, encoder: Any, context_length: int, cleaning: str = "whitespace", pad_id: int = 0) -> None:
@@ -126,9 +132,27 @@ class ForeignTokenizer(AnyTokenizer):
         """Token ids of each caption, with the special tokens of its own template."""
         return [e.ids for e in self._encoder.encode_batch([self._clean(text) for text in texts])]
 
+    def fitting(self, text: str) -> str:
+        """The words of `text` that fit into the context whole; those after them are cut."""
+        words = text.split()
+        while words and self._encoder.encode(self._clean(" ".join(words))).overflowing:
+            words.pop()
+        return " ".join(words)
+
+
+def tokenizer_from_json(text: str, context_length: int, cleaning: str = "clip", pad_id: int = 0) -> AnyTokenizer:
+    """The tokenizer of a tokenizer.json: a `Tokenizer` where it cuts captions as CLIP's does, else as it is.
+
+    `cleaning` and `pad_id` are those of `Conventions`. Raises CheckpointError for a damaged file.
+    """
+    encoder = read_encoder(text)
+    if cleaning == "clip" and is_clip_like(encoder):
+        return Tokenizer.from_json(text, context_length)
+    return ExternalTokenizer(encoder, context_length, cleaning, pad_id)
+
 
 class Tokenizer(AnyTokenizer):
-    """Byte pairs, CLIP's or our own.
+    """Byte-pair tokenizer, with CLIP's vocabulary or one that is trained on captions.
 
     A row is START, the caption's tokens, END, then zeros; a caption that does not fit is cut and still ends with END.
     The text of a special token inside a caption is ordinary text: no caption can end itself.
@@ -136,11 +160,15 @@ class Tokenizer(AnyTokenizer):
 
     def __init__(self, encoder: Any, context_length: int = 77) -> None:
         super().__init__(encoder, context_length)
-        self._words: dict[str, list[int]] = {}  # captions are made of words that were seen before
+        self._words: dict[str, list[int]] = {}  # ids of words that were seen before
         start, end = encoder.token_to_id(START), encoder.token_to_id(END)
         if start is None or end is None:
             raise CheckpointError(f"tokenizer has no {START} or {END} token; it is not a clipkit or CLIP tokenizer")
         self.start_id, self.end_id = int(start), int(end)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For other processes, without the words seen so far, which may be many megabytes."""
+        return {**self.__dict__, "_words": {}}
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int = 4096, context_length: int = 77) -> Tokenizer:
@@ -186,7 +214,7 @@ class Tokenizer(AnyTokenizer):
 
     @classmethod
     def from_json(cls, text: str, context_length: int = 77) -> Tokenizer:
-        """From what `to_json` gave. Raises CheckpointError for anything else."""
+        """The tokenizer that `to_json` wrote. Raises CheckpointError for anything else."""
         import json
 
         try:
@@ -204,7 +232,7 @@ class Tokenizer(AnyTokenizer):
         return [[self.start_id, *row[:room], self.end_id] for row in self._encode(texts)]
 
     def fitting(self, text: str) -> str:
-        """The words of `text` that fit into the context whole; what comes after them is cut."""
+        """The words of `text` that fit into the context whole; those after them are cut."""
         words, room = text.split(), self.context_length - 2
         ends = accumulate(map(len, self._encode(words)))
         return " ".join(words[: sum(end <= room for end in ends)])
@@ -230,7 +258,7 @@ class Tokenizer(AnyTokenizer):
 
 
 def _is_plain(text: str) -> bool:
-    return text.isascii() and text.isprintable() and "&" not in text  # nothing for ftfy or html to mend
+    return text.isascii() and text.isprintable() and "&" not in text  # ftfy and html have nothing to repair
 
 
 def clean(text: str) -> str:
@@ -249,12 +277,12 @@ def canonical(text: str) -> str:
 
 
 def siglip(text: str) -> str:
-    """transformers' cleaning for SigLIP (SiglipTokenizer.canonicalize_text): underscores go, words stay together."""
+    """transformers' cleaning for SigLIP (SiglipTokenizer.canonicalize_text): underscores are removed, not spaced."""
     return " ".join(_valid(text).lower().translate(_NO_PUNCTUATION).split())
 
 
 def lower(text: str) -> str:
-    """transformers' cleaning for SigLIP 2 (Siglip2Tokenizer): lower case, letter by letter, and nothing else."""
+    """transformers' cleaning for SigLIP 2 (Siglip2Tokenizer): only lower case, letter by letter."""
     return "".join(map(str.lower, _valid(text)))
 
 

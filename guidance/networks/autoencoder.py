@@ -6,7 +6,6 @@ The layers are those of latent diffusion's (Rombach et al. 2022, arXiv 2112.1075
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 
 from clipkit import distributed
 from clipkit.config import from_dict, require
-from clipkit.convert import unpickling as archives
+from clipkit.convert import unpickling
+from clipkit.convert.layouts import diffusers_autoencoder
 from clipkit.errors import CheckpointError, RecipeError
 from clipkit.io import only_known, read_object
 
@@ -297,26 +297,6 @@ class Autoencoder(nn.Module):
         return Encoded(moments + (near - moments).detach(), commitment)  # straight through
 
 
-_NAMES = (
-    (r"quant_conv\.", "before."),
-    (r"post_quant_conv\.", "after."),
-    (r"(en|de)coder\.conv_in\.", r"\1coder.stem."),
-    (r"(en|de)coder\.conv_norm_out\.", r"\1coder.norm."),
-    (r"(en|de)coder\.conv_out\.", r"\1coder.head."),
-    (r"(en|de)coder\.mid_block\.resnets\.0\.", r"\1coder.middle.0."),
-    (r"(en|de)coder\.mid_block\.attentions\.0\.group_norm\.", r"\1coder.middle.1.norm."),
-    (r"(en|de)coder\.mid_block\.attentions\.0\.to_([qkv])\.", r"\1coder.middle.1.\2."),
-    (r"(en|de)coder\.mid_block\.attentions\.0\.to_out\.0\.", r"\1coder.middle.1.out."),
-    # As diffusers once wrote them.
-    (r"(en|de)coder\.mid_block\.attentions\.0\.(q)uery\.", r"\1coder.middle.1.\2."),
-    (r"(en|de)coder\.mid_block\.attentions\.0\.(k)ey\.", r"\1coder.middle.1.\2."),
-    (r"(en|de)coder\.mid_block\.attentions\.0\.(v)alue\.", r"\1coder.middle.1.\2."),
-    (r"(en|de)coder\.mid_block\.attentions\.0\.proj_attn\.", r"\1coder.middle.1.out."),
-    (r"(en|de)coder\.mid_block\.resnets\.1\.", r"\1coder.middle.2."),
-    (r"(en|de)coder\.(?:down|up)_blocks\.(\d+)\.resnets\.(\d+)\.", r"\1coder.levels.\2.\3."),
-)
-
-
 _DIFFUSERS = "diffusion_pytorch_model.safetensors"
 
 
@@ -331,11 +311,11 @@ def from_diffusers(folder: Path) -> Autoencoder:
     if about.get("_class_name") != "AutoencoderKL":
         raise CheckpointError(f"{folder} holds a {about.get('_class_name')}; an AutoencoderKL is needed")
     (config, scale), file = _from_config(about, folder / "config.json"), folder / _DIFFUSERS
-    model, tensors = Autoencoder(config), {}
-    for name, tensor in archives.read(file).tensors.items():
-        own = _renamed(name, config)
-        # Older files have the attention's products as 1x1 convolutions.
-        tensors[own] = tensor.flatten(1) if ".middle.1." in own and tensor.ndim > 1 else tensor
+    model = Autoencoder(config)
+    try:
+        tensors = diffusers_autoencoder(config.blocks).to_ours(unpickling.read(file).tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from None
     tensors["spread"] = torch.tensor(1 / scale)
     try:
         model.load_state_dict(tensors)
@@ -388,18 +368,6 @@ def _from_config(about: Mapping[str, Any], file: Path) -> tuple[AutoencoderConfi
         return from_dict(AutoencoderConfig, shape), scale
     except (TypeError, IndexError, ArithmeticError, RecipeError) as error:
         raise CheckpointError(f"{file} describes no autoencoder that clipkit has: {error}") from None
-
-
-def _renamed(name: str, config: AutoencoderConfig) -> str:
-    """diffusers' name of a tensor -> ours."""
-    for pattern, replacement in _NAMES:
-        name = re.sub(f"^{pattern}", replacement, name)
-    for way, blocks in (("down", config.blocks), ("up", config.blocks + 1)):
-        coder = "encoder" if way == "down" else "decoder"
-        name = re.sub(
-            rf"^{coder}\.{way}_blocks\.(\d+)\.{way}samplers\.0\.conv\.", rf"{coder}.levels.\1.{blocks}.", name
-        )
-    return name.replace(".conv_shortcut.", ".skip.")
 
 
 class Discriminator(nn.Module):

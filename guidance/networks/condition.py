@@ -19,7 +19,7 @@ from clipkit.config import require
 from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError, UsageError, did_you_mean
 from clipkit.models.clip import CLIP
-from clipkit.models.tokenizer import Tokenizer
+from clipkit.models.tokenizer import AnyTokenizer
 from clipkit.models.words import split
 
 
@@ -93,7 +93,7 @@ class ClassCondition(nn.Module):
 class TextCondition(nn.Module):
     """Text conditioning: a CLIP's frozen text encoder, with its last states for cross-attention, and its embedding."""
 
-    def __init__(self, clip: CLIP, tokenizer: Tokenizer, words: Sequence[str] = ()) -> None:
+    def __init__(self, clip: CLIP, tokenizer: AnyTokenizer, words: Sequence[str] = ()) -> None:
         super().__init__()
         self.words = words  # of the captions of the training; none if unknown
         self.tower, self.tokenizer, self.shape = clip.text, tokenizer, clip.config

@@ -18,7 +18,7 @@ from clipkit.data import drawings
 from clipkit.data.sources import encode_png
 from clipkit.guidance.image_grid import grid
 from clipkit.guidance.pipeline import Pipeline
-from clipkit.models.pretrained import find
+from clipkit.models.source import find
 from clipkit.zeroshot.similarity import classify
 
 KINDS = ("clip", "denoiser", "noisy_clip")

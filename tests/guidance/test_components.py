@@ -15,7 +15,8 @@ from clipkit.guidance.components import load_guide_and_clip, load_parts
 from clipkit.guidance.loading import load_autoencoder
 from clipkit.guidance.networks.autoencoder import Autoencoder, AutoencoderConfig
 from clipkit.guidance.pipeline import Pipeline
-from clipkit.models.pretrained import TRAINED_WITH, find, identity, load
+from clipkit.models.pretrained import TRAINED_WITH, identity, load
+from clipkit.models.source import find
 
 
 def rewritten(run, out, recipe=None, change=None, texts=None):

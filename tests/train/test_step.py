@@ -101,7 +101,7 @@ def test_each_caption_is_tokenised_once(packs, chain, tmp_path, monkeypatch, tas
     modules = {"clip": pretrain, "student": pretrain, "noisy_clip": noisy_clip, "denoiser": denoiser}
     more = {
         "clip": [],
-        "student": [f'distil.teachers=["{chain / "clip"}"]', f"tune.init_from={chain / 'clip'}"],
+        "student": [f'distil.teachers=["{chain / "clip"}"]', f"finetune.init_from={chain / 'clip'}"],
         "noisy_clip": [f"model.clip={chain / 'clip'}"],
         "denoiser": ["condition.kind=text", f"condition.clip={chain / 'clip'}", "condition.drop=0.5"],
     }[task]
