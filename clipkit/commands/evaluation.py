@@ -164,7 +164,7 @@ def _show(results: Sequence[Result], expected: int, as_json: bool) -> None:
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def retrieval(model: str, shards: str, batch_size: int, workers: int, device: str, as_json: bool) -> None:
-    """Score image-text retrieval on a pack.
+    """Evaluate image-text retrieval on a pack.
 
     Recall@1, 5 and 10, image to text and text to image. Samples that cannot be read are skipped and counted. Under
     torchrun the ranks share the images and captions.
@@ -222,9 +222,9 @@ def probe(
     device: str,
     as_json: bool,
 ) -> None:
-    """Evaluate a linear probe: a linear classifier on frozen image features.
+    """Evaluate a linear probe on frozen image features.
 
-    With --shots a few-shot linear probe. Under torchrun the ranks share the images.
+    A linear classifier; with --shots a few-shot one. Under torchrun the ranks share the images.
 
     \b
     Example:

@@ -183,7 +183,7 @@ def bad_inputs(chain, packs, tmp):
         "no model": (1, ["guided-sample", "a cat", "--model", tmp / "none"], "does not exist"),
         "not an image": (1, ["zeroshot", "--model", chain, "--dataset", f"folder:{tmp / 'photos'}"], "not an image"),
         "unknown data set": (2, ["zeroshot", "--model", chain, "--dataset", "cifar11"], "did you mean 'cifar10"),
-        "missing data set": (1, ["zeroshot", "--model", chain, "--dataset", "cifar100"], "--download"),
+        "missing data set": (1, ["zeroshot", "--model", chain, "--dataset", "cifar100"], "download it, or give"),
         "steps beyond the schedule": (
             2,
             [*draw, "--sampler", "ddim", "--steps", "1001"],
