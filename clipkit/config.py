@@ -252,12 +252,12 @@ def load_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) 
         raise RecipeError(f"{file} is not valid TOML: {error}") from None
     known = {name for key, *_ in keys_of(kind) for name in (key, key.partition(".")[0])}
     data, former = with_present_names(data, known)
-    words = dict(_override(override) for override in overrides)
-    for key, value in words.items():
+    words = [_override(override) for override in overrides]
+    for key, value in words:
         old, new = _present_name(key, known)
         if new != key:
             former[old] = RENAMED[old]
-            if new in words:
+            if any(new == other for other, _ in words):
                 raise RecipeError(_both(key, new))
         _set(data, new, value)
     for old, new in former.items():

@@ -116,9 +116,8 @@ def load_classifier(path: str | Path) -> tuple[NoisyClassifier, list[list[str]]]
     """
     found = find(path, "noisy_classifier")
     shape, classes = json.loads(found.text("clip.json")), json.loads(found.text("classes.json"))
-    clip = CLIP(
-        section_of(CLIPConfig, "model", shape["config"]), int(shape["vocab_size"]), end_id=0
-    )  # its texts are not used
+    config = section_of(CLIPConfig, "model", shape["config"])
+    clip = CLIP(config, int(shape["vocab_size"]), end_id=0)  # its text tower is not used
     tower = NoisyCLIP(clip, int(found.state["recipe"]["model"]["width"]))
     model = NoisyClassifier(tower, len(classes))
     load_weights(model, found)

@@ -36,7 +36,7 @@ def training_command(kind: str) -> click.Command:
 @click.argument("name", default="")
 @click.argument("overrides", nargs=-1)
 @click.option("--keys", is_flag=True, help="List the keys of all recipes instead, with type, default and help.")
-@click.option("--task", help="What NAME trains, if its name does not end with it, or whose keys to list.")
+@click.option("--task", help="Task that NAME is for, if its name does not end with it; or whose keys to list.")
 def recipe(name: str, overrides: tuple[str, ...], keys: bool, task: str | None) -> None:
     """Print a recipe with the help of each key.
 
@@ -51,6 +51,8 @@ def recipe(name: str, overrides: tuple[str, ...], keys: bool, task: str | None) 
     from clipkit import reference
     from clipkit.config import load_recipe, shipped
 
+    if task and not (keys or name):
+        raise UsageError("--task is for a recipe or for --keys; give one of them, or omit it")
     if keys and name:
         raise UsageError(f"--keys lists the keys of all recipes; omit it, or {name}")
     if keys:
