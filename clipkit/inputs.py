@@ -1,4 +1,4 @@
-"""What commands are given and where they write: text or file, output places, JSON. Decided the same way by all."""
+"""Inputs and outputs of commands: text or file, output paths, JSON. All commands use the same rules."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def read_text(path: Path) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """Check that files can be written into `folder`, before the work whose result goes there.
+    """Check that files can be written into `folder`, before the work.
 
     Nothing is created: of a folder that does not exist, the nearest above it that does is tried. Raises UsageError
     with the path and the reason.
@@ -112,7 +112,7 @@ def check_writable(folder: Path) -> None:
 
 
 def _is_there(place: Path) -> bool:
-    """Anything of that name, broken links included. Raises OSError for a name that nothing can have."""
+    """Whether a file exists, broken links included. Raises OSError for an impossible name."""
     try:
         place.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -151,7 +151,7 @@ def _finite(found: Any) -> Any:
 
 
 def check_new(folder: Path) -> None:
-    """Check that `folder` can be written into, and holds nothing yet with which the result would be mixed.
+    """Check that `folder` is empty or missing, and can be written into.
 
     Raises UsageError otherwise.
     """
