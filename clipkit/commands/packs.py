@@ -12,7 +12,7 @@ import click
 from clipkit.commands.arguments import read_class_names, read_templates, refuse_options
 from clipkit.errors import UsageError, did_you_mean
 from clipkit.inputs import check_file, plural, print_json
-from clipkit.registry import SOURCES
+from clipkit.registry import DATASETS, SOURCES
 
 
 class _Pack(click.Command):
@@ -112,8 +112,6 @@ def pack(
 
 def _kind_of(source: str, has_table: bool) -> tuple[str, str | Path]:
     """Name of the source that SOURCE means, and the place that it reads. Raises UsageError for anything else."""
-    from clipkit.zeroshot.datasets import known
-
     name, colon, place = source.partition(":")
     if name in SOURCES and ("source" in _parameters(name)) == bool(colon):
         if name == "csv" and not has_table:
@@ -123,9 +121,9 @@ def _kind_of(source: str, has_table: bool) -> tuple[str, str | Path]:
         raise UsageError(f"{source} is a table; give the folder or tar of its images, and --csv {source}")
     if Path(source).exists():
         return ("csv" if has_table else "folder"), Path(source)
-    if source in known():
+    if source in DATASETS:
         return "dataset", source
-    names = [*(f"{name}:FOLDER" if "source" in _parameters(name) else name for name in SOURCES), *known()]
+    names = [*(f"{name}:FOLDER" if "source" in _parameters(name) else name for name in SOURCES), *DATASETS]
     raise UsageError(f"no folder or tar at {source}, nor a data set; {did_you_mean(source, names)}")
 
 

@@ -210,8 +210,8 @@ def random_view(data: bytes, size: int, config: DataConfig, rng: np.random.Gener
 
     The crop's area is a fraction of the image drawn from [config.crop_scale, 1], its aspect ratio 3/4 to 4/3; at 1 it
     is the largest central square. A crop that would be upscaled, of an image that is large enough, is replaced by an
-    unscaled window of the image, except with probability config.enlarge: otherwise only evaluation images would be
-    sharp. Raises SampleError as `decode` does.
+    unscaled window of the image, except with probability config.upscale_crops: otherwise only evaluation images would
+    be sharp. Raises SampleError as `decode` does.
     """
     image = _open(data)
     if _is_plain_jpeg(image):
@@ -220,7 +220,9 @@ def random_view(data: bytes, size: int, config: DataConfig, rng: np.random.Gener
     else:
         pixels, scale = to_pixels(_finish(image)), 1.0
         box = _draw_box(pixels.shape[2], pixels.shape[1], config.crop_scale, rng)
-    if min(box[2:]) < size <= min(pixels.shape[1:]) and not (config.enlarge and rng.random() < config.enlarge):
+    if min(box[2:]) < size <= min(pixels.shape[1:]) and not (
+        config.upscale_crops and rng.random() < config.upscale_crops
+    ):
         return _window(pixels, size, config.crop_scale, rng)
     left, top, width, height = (int(n * scale) for n in box)
     return _resized(pixels, (left, top, max(1, width), max(1, height)), size)

@@ -1,8 +1,8 @@
 """Sample order: deterministic shuffling, a function of (seed, epoch, position) only.
 
 Epoch e visits the shards in an order drawn from (seed, e), and permutes the samples of a shuffle window of
-`data.window` shards at a time; for a pack in a folder the window is all shards, and an epoch is one permutation. Epochs
-follow each other without a gap; each sample comes once in each.
+`data.shuffle_window` shards at a time; for a pack in a folder the window is all shards, and an epoch is one
+permutation. Epochs follow each other without a gap; each sample comes once in each.
 
 Several packs are mixed in fixed shares: the pack of a position is a function of (seed, position), and each pack has its
 own epochs.

@@ -79,8 +79,8 @@ def installed(tmp_path_factory):
 def test_plain_install(installed, where, tmp_path):
     source, target = installed
     code = (
-        "import clipkit, clipkit.train, clipkit.zeroshot.datasets as d; from clipkit.config import SHIPPED; "
-        "print(clipkit.__file__, len(d.known()) > 2, (SHIPPED / 'drawings_clip.toml').is_file())"
+        "import clipkit, clipkit.train, clipkit.zeroshot.named as d; from clipkit.config import SHIPPED; "
+        "print(clipkit.__file__, len(d.described()) > 2, (SHIPPED / 'drawings_clip.toml').is_file())"
     )
     file, registry, recipes = python(code, source if where == "root" else tmp_path, {"PYTHONPATH": str(target)}).split()
     assert Path(file).is_relative_to(source if where == "root" else target)
