@@ -1,13 +1,13 @@
-"""Which guidance draws what was asked for: every kind, over scales and steps, named by a CLIP that never guided.
+"""Accuracy of every kind of guidance over scales and steps, judged by a CLIP that was not used for guidance.
 
     make guidance-study                      # clipkit demo first, then this on its runs
     python benchmarks/guidance_study.py --runs runs/demo --out runs/study
     python benchmarks/guidance_study.py --runs runs/tiny-imagenet --pack packs/tiny-imagenet --names goldfish,lemon,alp
 
-A denoiser, told and untold; a prompt for each name ("a rocket" and so on), `--each` pictures of each. Per cell: the
-share that the judge (another seed's CLIP) names right among the names, its CLIP score, the Frechet distance of the
-pictures to real ones in its features, and the cost in unguided steps, all kinds timed in turns. `--runs` has clip,
-denoiser, noisy_clip and judge; the classifier is trained into it if it is not there. Writes study.json, study.md,
+A denoiser, conditional and unconditional; a prompt for each name ("a rocket" ...), `--each` images of each. Per cell:
+the judge's (another seed's CLIP) accuracy among the names, its CLIP score, the Frechet distance to real images in its
+features, and the cost in unguided steps, all kinds timed in turns. `--runs` has clip, denoiser, noisy_clip and judge;
+a missing classifier is trained into it. Writes study.json, study.md,
 study.png (pictures), scales.png and costs.png.
 """
 

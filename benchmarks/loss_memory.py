@@ -1,7 +1,7 @@
 """Peak memory of the loss, forward and backward, beside the plain formula: `python benchmarks/loss_memory.py [--json]`.
 
-What is counted is what a process's resident memory grows by at its peak, less the gradients of the features (which any
-loss must return). Each figure is from a process of its own, after a warm-up on a small batch; Linux only.
+The figure is the growth of a process's peak resident memory, less the gradients of the features (which any loss must
+return). Each figure is from a separate process, after a warm-up on a small batch; Linux only.
 """
 
 from __future__ import annotations

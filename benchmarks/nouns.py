@@ -1,4 +1,4 @@
-"""Common nouns drawn by a model and named by another: `python benchmarks/nouns.py --judge RUN [--model RUNS]`.
+"""Common nouns drawn by one model and classified by another: `python benchmarks/nouns.py --judge RUN [--model RUNS]`.
 
 `--each` guided pictures of "a rocket" and nineteen others, and as many unguided ones; the judge is a CLIP that was
 never used for guiding, and picks among the twenty. Prints the share that it names right, per noun and in all, and the
@@ -64,7 +64,7 @@ def main() -> None:
     others = {
         kind: sum(named(judge, drawn(name, i), NOUNS).count(noun) for i, (name, noun) in enumerate(names.items()))
         / (options.each * len(names))
-        for kind, names in (("second names", SECOND_NAMES), ("names never told", NEVER_TOLD))
+        for kind, names in (("second names", SECOND_NAMES), ("names of no caption", NEVER_TOLD))
     }
     unconditional = GuidanceConfig(None if pipeline.denoiser.conditioner is None else 0.0)
     blind = pipeline.draw(

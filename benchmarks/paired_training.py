@@ -52,7 +52,8 @@ class Ours:
         self.task = Pretraining(self.recipe, Shards(options.shards))
         self.optimizer = make_optimizer(self.task.model, self.recipe.optim)
         data: DataConfig = self.recipe.data
-        stream = Stream(Shards(options.shards), data, options.size, options.batch, seed=0)
+        tokenizers = self.task.tokenizers
+        stream = Stream(Shards(options.shards), data, options.size, options.batch, seed=0, tokenizers=tokenizers)
         self.batches = iter(stream.batches(0, options.steps))
 
     def step(self, rate: float) -> float:

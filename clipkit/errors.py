@@ -1,7 +1,7 @@
 """Every error clipkit raises on purpose, and the exit code the command line gives it.
 
     ClipkitError                exit 1   something clipkit could not do
-    |-- UsageError              exit 2   what was asked for makes no sense: an option, a name, a prompt
+    |-- UsageError              exit 2   an invalid request: an option, a name, a prompt
     |   `-- RecipeError         exit 2   a recipe or an override of it
     |-- DataError               exit 1   images, captions and packs
     |   |-- ShardError          exit 1   a damaged or missing shard, or its index
@@ -11,7 +11,7 @@
     |-- StoppedError            exit 0   SIGTERM, SIGHUP: the run has saved and ended (Ctrl-C: KeyboardInterrupt, 130)
     `-- NonFiniteError          exit 3   a loss or gradient that is NaN or infinite
 
-A message is one line: what was wrong, what was found, what to do about it.
+A message is one line: the problem, the value found, the remedy.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class ClipkitError(Exception):
 
 
 class UsageError(ClipkitError, ValueError):
-    """The request itself is wrong."""
+    """The request is invalid."""
 
     exit_code = 2
 
 
 class RecipeError(UsageError):
-    """A recipe has an unknown key, a wrong type or an impossible combination."""
+    """A recipe has an unknown key, a wrong type or an invalid combination."""
 
 
 class DataError(ClipkitError):
@@ -45,11 +45,12 @@ class ShardError(DataError):
 
 
 class SampleError(DataError):
-    """One sample is unusable; `reason` is the short name under which it is counted."""
+    """One sample is unusable; `reason` is the short name under which it is counted, `detail` its file or the cause."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
+        self.detail = detail
 
 
 class CheckpointError(ClipkitError):
@@ -61,7 +62,7 @@ class RankError(ClipkitError):
 
 
 class StoppedError(ClipkitError):
-    """The run was told to stop by SIGTERM, or its terminal was closed; it has saved, and ends well."""
+    """The run was stopped by SIGTERM or a closed terminal; it has saved a checkpoint."""
 
     exit_code = 0
 
@@ -73,7 +74,7 @@ class NonFiniteError(ClipkitError):
 
 
 def shown(argument: object) -> str:
-    """What somebody gave, for a message of one line: on one line, and at most 80 characters of it."""
+    """A user's input for a message: on one line, at most 80 characters."""
     text = " ".join(str(argument).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -110,7 +110,7 @@ def read_text(path: Path) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """Check that files can be written into `folder`, before the work whose result goes there.
+    """Check that files can be written into `folder`, before the work.
 
     Nothing is created: of a folder that does not exist, the nearest above it that does is tried. Raises UsageError
     with the path and the reason.
@@ -125,7 +125,7 @@ def check_writable(folder: Path) -> None:
 
 
 def _is_there(place: Path) -> bool:
-    """Anything of that name, broken links included. Raises OSError for a name that nothing can have."""
+    """Whether a file exists, broken links included. Raises OSError for an impossible name."""
     try:
         place.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -164,7 +164,7 @@ def _finite(found: Any) -> Any:
 
 
 def check_new(folder: Path) -> None:
-    """Check that `folder` can be written into, and holds nothing yet with which the result would be mixed.
+    """Check that `folder` is empty or missing, and can be written into.
 
     Raises UsageError otherwise.
     """

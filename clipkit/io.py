@@ -1,4 +1,4 @@
-"""Files and JSON: written whole or not at all, hashed, and read strictly."""
+"""Files and JSON: atomic writing, checksums, strict reading."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from clipkit.errors import CheckpointError, shown
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file that is there as a whole or not at all; nothing stays behind when that fails.
+    """Write a file atomically: a failure leaves the former file, and no temporary one.
 
-    Bytes of a file name that are not UTF-8 (lone surrogates in a text) are escaped: in JSON they are read as they were.
+    Lone surrogates in a text (bytes of a file name that are not UTF-8) are escaped; JSON reads them back unchanged.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -32,7 +32,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """A place to write into; what is there at the end is moved into `folder`, and nothing is left of what fails.
+    """A temporary folder whose content is moved into `folder` at the end; a failure leaves nothing.
 
     Files and folders of the same names, if any, are replaced.
     """
@@ -64,11 +64,11 @@ def only_known(
     fixed: Mapping[str, Sequence[Any]] | None = None,
     free: Collection[str] = (),
 ) -> dict[str, Any]:
-    """A section of somebody else's configuration, in which nothing is taken for what it does not say.
+    """Read a section of another library's configuration strictly -> the values of `used`.
 
-    `used` are the keys that are read, with the defaults that they have there; `fixed` those that change what is
-    computed, with the values that are built in here; `free` those that change nothing. Returns the values of `used`.
-    Raises CheckpointError naming a key that is none of these, or has another value or type.
+    `used` are the keys that are read, with that library's defaults; `fixed` those that change the computation, with the
+    values that clipkit implements; `free` those without effect. Raises CheckpointError naming a key that is none of
+    these, or has another value or type.
     """
     fixed, prefix = fixed or {}, f"{where}." if where else ""
     if not isinstance(given, Mapping):

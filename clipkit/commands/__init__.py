@@ -1,1 +1,1 @@
-"""The commands, by what they are about. Each imports what it runs when it runs, so that --help answers at once."""
+"""Commands, grouped by subject. Each imports its implementation when it runs, so that --help is fast."""

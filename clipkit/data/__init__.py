@@ -1,1 +1,1 @@
-"""Data: images and captions in, batches out."""
+"""Data: sources, packs of webdataset shards, image decoding and augmentation, data loader."""

@@ -27,7 +27,7 @@ def class_name(directory: str) -> str:
 
 
 def say_alike(source: object, names: Iterable[str]) -> None:
-    """A line on stderr about classes that prompts do not tell apart: Cat and cat, sea_lion and sea lion."""
+    """A line on stderr about classes whose prompts are equal: Cat and cat, sea_lion and sea lion."""
     alike = [name for name, n in Counter(class_name(name).casefold() for name in names).items() if n > 1]
     if alike:
         remark(f"clipkit: {source}: several classes are called {', '.join(map(repr, alike))}, the same in a prompt")
@@ -46,9 +46,9 @@ def are_consecutive(names: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which folder in a path is the class's. classes: folder -> label.
+    """Position of the class folder in a path. classes: folder -> label.
 
-    depth: how many folders lie above that of the class; None: the innermost that is one counts.
+    depth: number of folders above the class folder; None: the innermost known class folder counts.
     """
 
     classes: Mapping[str, int]
@@ -60,40 +60,38 @@ class Layout:
         return cls({name: i for i, name in enumerate(classes)}, depth)
 
     def label_of(self, name: str) -> int | None:
-        """Label of the file at a path with slashes, or None for one of no class."""
+        """Label of the file at a path with slashes, or None if it has no class."""
         folders = name.split("/")[:-1]
         if self.depth is not None:
             return self.classes.get(folders[self.depth]) if len(folders) > self.depth else None
         return next((self.classes[folder] for folder in reversed(folders) if folder in self.classes), None)
 
     def barren(self, names: Iterable[str]) -> list[str]:
-        """Of files that are not taken, the folders that would be classes if they held any other."""
+        """Class folders that contain only skipped files, given the paths of those files."""
         above = self.depth or 0
         found = {parts[above] for parts in (name.split("/") for name in names) if len(parts) > above + 1}
         return sorted(found - self.classes.keys())
 
 
 def layout(source: Path, names: Iterable[str], known: Collection[str] = ()) -> Layout:
-    """How `<class>/<image>` is meant, for pictures at the paths `names` in `source`.
+    """Find the class folders of `<class>/<image>` layouts, for images at the paths `names` in `source`.
 
-    The class is the first folder, as for torchvision's ImageFolder; what lies deeper belongs to it. A folder that holds
-    all others is passed over. `known` are folders that are certainly classes. Raises DataError where there is no class
-    folder, where there are splits (train, test), and where the class may be either the outer or the inner folder.
+    The class is the first folder, as for torchvision's ImageFolder; deeper folders belong to it. A single folder above
+    all others is skipped. `known` are names of class folders. Raises DataError if there is no class folder, for several
+    splits (train, test), and if the class may be either the outer or the inner folder.
     """
     folders = {tuple(name.split("/")[:-1]): name for name in names}
     if not folders:
-        raise DataError(
-            f"{source} has no <class>/<image> layout: no picture in a format that is read (JPEG, PNG, WebP)"
-        )
+        raise DataError(f"{source} has no <class>/<image> layout: no JPEG, PNG or WebP image")
     if () in folders:
-        raise DataError(f"{source} has no <class>/<image> layout: {folders[()]} lies in no class folder")
+        raise DataError(f"{source} has no <class>/<image> layout: {folders[()]} is in no class folder")
     depth = _refuse_splits(source, folders, known)
     if known and all(any(part in known for part in f) for f in folders):
         return Layout.of(in_order(part for f in folders for part in f if part in known))
     outer, inner = _levels(folders, depth)
     if depth:
         above = "/".join(next(iter(folders))[:depth])
-        remark(f"clipkit: {source}: all pictures lie in {above}/; the folders in it are the classes")
+        remark(f"clipkit: {source}: all images are in {above}/; its folders are the classes")
     if inner:
         deepest = next(name for f, name in sorted(folders.items()) if len(f) > depth + 1)
         first, second = deepest.split("/")[depth : depth + 2]
@@ -103,12 +101,12 @@ def layout(source: Path, names: Iterable[str], known: Collection[str] = ()) -> L
                 f"{source} has folders in folders ({deepest}): the class may be {first!r} or {second!r}; name the "
                 "class folders with --classnames names.json (folder -> name), or give a folder that has them at its top"
             )
-        remark(f"clipkit: {source}: pictures in deeper folders ({deepest}) are of the class of the first, {first!r}")
+        remark(f"clipkit: {source}: images in deeper folders ({deepest}) have the class of the first, {first!r}")
     return Layout.of(in_order(outer), depth)
 
 
 def named_layout(source: Path, names: Iterable[str], classes: Collection[str]) -> Layout:
-    """The same where the class folders are known, in their order: files below none of them are of no class."""
+    """The layout for known class folders, in their order: files outside of them have no class."""
     folders = {tuple(name.split("/")[:-1]) for name in names} - {()}
     if folders:
         _refuse_splits(source, folders, classes)
@@ -116,12 +114,12 @@ def named_layout(source: Path, names: Iterable[str], classes: Collection[str]) -
 
 
 def _levels(folders: Collection[tuple[str, ...]], depth: int) -> tuple[set[str], set[str]]:
-    """Names of the folders at this depth, and of those in them."""
+    """Names of the folders at this depth, and one level below."""
     return {f[depth] for f in folders if len(f) > depth}, {f[depth + 1] for f in folders if len(f) > depth + 1}
 
 
 def _refuse_splits(source: Path, folders: Collection[tuple[str, ...]], known: Collection[str]) -> int:
-    """How deep the class folders lie. Several splits are no data set: neither side by side, nor within each class."""
+    """Depth of the class folders. Raises DataError for several splits, side by side or within each class."""
     depth = 0
     while len({f[depth] for f in folders}) == 1 and all(len(f) > depth + 1 for f in folders):
         if all(_DATE.fullmatch(f[depth + 1]) for f in folders):  # of one class
@@ -145,7 +143,7 @@ def _refuse_splits(source: Path, folders: Collection[tuple[str, ...]], known: Co
 
 
 def _splits(names: Iterable[str], known: Collection[str]) -> list[str]:
-    """Names that differ from another in the word for a split alone: train and test, seg_train and seg_test."""
+    """Names that differ only in the word for a split: train and test, seg_train and seg_test."""
     alike: dict[str, list[str]] = {}
     for name in set(names) - set(known):
         rest, found = _SPLIT.subn("", name, count=1)
@@ -155,7 +153,7 @@ def _splits(names: Iterable[str], known: Collection[str]) -> list[str]:
 
 
 def _alike_inside(folders: Collection[tuple[str, ...]], depth: int, known: Collection[str]) -> list[str]:
-    """Names that all have a word for a split, and hold the same folders, two or more: train_images and test_pics."""
+    """Names that all contain a word for a split, and two or more equal folders: train_images and test_pics."""
     outer = {f[depth] for f in folders if len(f) > depth}
     if outer & set(known) or not all(_SPLIT.search(name) for name in outer):
         return []

@@ -1,8 +1,8 @@
-"""The embedded data set: a procedural world of captioned drawings, so that everything runs without a download.
+"""The built-in data set: procedural drawings with captions, which needs no download.
 
-A drawing is one object in one colour on one background, at a random size and place, with a caption that tells all, some
-or little of it. Whole (object, colour) pairs are held out, so that a model tested on them has never met them together.
-Drawing i of a split is a function of (split, seed, i) alone: the same seed gives the same bytes.
+A drawing is one object in one colour on one background, at a random size and place, with captions that state all or
+some of these. Some (object, colour) pairs are held out of training, to test composition. Drawing i of a split is a
+function of (split, seed, i): the same seed gives the same bytes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The pictures in a folder or a tar, in a fixed order, and the files beside them that are not taken, by reason."""
+"""Image files of a folder or a tar, in a fixed order, and the skipped files with reasons."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from clipkit.errors import DataError, SampleError, ShardError
 from clipkit.log import remark
 
 Aside = list[tuple[str, str]]
-"""(name, reason) of files that are not taken."""
+"""(name, reason) of skipped files."""
 _MOST_LINKS = 40  # as Linux has it
 _OPENERS = {
     b"\x1f\x8b": "gzip",
@@ -37,9 +37,9 @@ _OPENERS = {
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A picture: its path in the source with slashes, size and time, and its bytes, encoded.
+    """An image file: its path in the source with slashes, size, time and encoded bytes.
 
-    `read` raises SampleError ("unreadable file"). That of a tar's picture works until the next one is asked for.
+    `read` raises SampleError ("unreadable file"). In a tar it works until the next file is iterated.
     """
 
     name: str
@@ -49,10 +49,10 @@ class File:
 
 
 class Files:
-    """The pictures of a folder (sorted, links followed) or of a tar of any compression (in its order).
+    """The images of a folder (sorted, links followed) or of a tar of any compression (in its order).
 
-    What is hidden is none, nor what macOS puts beside files: `._photo.jpg`, and all in `__MACOSX`. Whatever else is not
-    taken is in `aside`, once the pictures have been listed. Raises DataError for what is neither folder nor tar.
+    Hidden files and macOS metadata (`._photo.jpg`, `__MACOSX`) are ignored. Other skipped files are in `aside` after
+    one iteration. Raises DataError when `source` is neither a folder nor a tar.
     """
 
     def __init__(self, source: Path) -> None:
@@ -73,12 +73,12 @@ class Files:
 
     @cached_property
     def names(self) -> list[str]:
-        """The pictures' paths in the source, in their order."""
+        """Paths of the images in the source, in order."""
         return [file.name for file in self]
 
     @cached_property
     def fingerprint(self) -> str:
-        """What changes when a picture is added, removed or replaced: names, sizes and times; of a tar its own."""
+        """Hash of the images' names, sizes and times; for a tar, of the archive's size and time."""
         digest = hashlib.sha256()
         if not self.is_folder:
             about = self.source.stat()
@@ -88,7 +88,7 @@ class Files:
         return digest.hexdigest()
 
     def counts(self) -> Counter[str]:
-        """How many files are not taken, by reason."""
+        """Number of skipped files by reason."""
         if not self.is_folder:
             _ = self.names
         return Counter(reason for _, reason in self.aside)
@@ -100,20 +100,20 @@ def counted(counts: Mapping[str, int]) -> str:
 
 
 def say_counts(source: object, counts: Mapping[str, int]) -> None:
-    """A line on stderr about what is not taken of a source, if there is any."""
+    """A line on stderr that counts the skipped files of a source, if any."""
     if any(counts.values()):
         remark(f"clipkit: {source}: not taken: {counted(counts)}")
 
 
 def _refusal(name: str) -> str:
-    """Why a file of this name is not taken; empty for a picture."""
+    """Why a file of this name is skipped; empty for an image."""
     suffix = posixpath.splitext(name)[1].lower()
-    return "" if suffix in SUFFIXES else "other format" if suffix in OTHER_SUFFIXES else "not a picture"
+    return "" if suffix in SUFFIXES else "other format" if suffix in OTHER_SUFFIXES else "not an image"
 
 
 def _walk(folder: Path, aside: Aside) -> Iterator[File]:
     about = folder.stat()
-    with os.scandir(folder) as found:  # what cannot be listed at all is an error, not a count
+    with os.scandir(folder) as found:  # an unreadable folder is an error, not a skipped file
         entries = sorted(found, key=lambda e: e.name)
     yield from _descend(entries, "", ((about.st_dev, about.st_ino),), aside)
 
@@ -121,7 +121,7 @@ def _walk(folder: Path, aside: Aside) -> Iterator[File]:
 def _descend(
     entries: Sequence[os.DirEntry[str]], prefix: str, above: tuple[tuple[int, int], ...], aside: Aside
 ) -> Iterator[File]:
-    """Files among `entries` and below; `above` are the folders on the way here, which a link must not lead back to."""
+    """Files among `entries` and below; `above` are the parent folders, to detect circular links."""
     for entry in entries:
         if is_hidden(entry.name):
             continue
@@ -144,7 +144,7 @@ def _descend(
             aside.append((name, "link in a circle"))
         elif below:
             yield from _descend(below, f"{name}/", (*above, (about.st_dev, about.st_ino)), aside)
-        elif not _refusal(name):  # an empty folder, called like a picture
+        elif not _refusal(name):  # an empty folder with the name of an image
             aside.append((name, "unreadable file"))
 
 
@@ -159,7 +159,7 @@ def _read(path: str) -> bytes:
 def members(source: Path) -> Iterator[tuple[str, tarfile.TarInfo, Callable[[], bytes]]]:
     """(normalised name, header, bytes) of every member of a tar of any compression, or of several: `cat a.tar b.tar`.
 
-    Raises DataError for what is no tar, is cut or damaged.
+    Raises DataError for a truncated or damaged tar, or another file.
     """
     with _damage(source), _opened(source) as stream:
         while True:
@@ -174,7 +174,7 @@ def members(source: Path) -> Iterator[tuple[str, tarfile.TarInfo, Callable[[], b
 
 @contextmanager
 def _damage(source: Path) -> Iterator[None]:
-    """Whatever the readers of tars and their compressions raise is a DataError."""
+    """Turn errors of tarfile and the decompressors into DataErrors."""
     try:
         yield
     except ImportError:
@@ -196,7 +196,7 @@ def _opened(source: Path) -> IO[bytes]:
 
 
 def _to_data(stream: IO[bytes]) -> bool:
-    """Pass over the zeros that end a tar; whether something lies behind them."""
+    """Skip the zeros that end a tar; whether data follow them."""
     while block := stream.read(tarfile.BLOCKSIZE):
         if block.strip(b"\0"):
             stream.seek(stream.tell() - len(block))
@@ -211,7 +211,7 @@ def _extract(source: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) ->
 
 
 def _members(source: Path, aside: Aside) -> Iterator[File]:
-    """Pictures of a tar; those that are links to others in it come last."""
+    """Images of a tar; links come last."""
     links: dict[str, str] = {}
     for name, member, read in members(source):
         if member.isdir():
@@ -233,7 +233,7 @@ def _members(source: Path, aside: Aside) -> Iterator[File]:
 
 
 def _resolved(target: str, links: Mapping[str, str]) -> str:
-    """Where a path in a tar leads, by way of links and linked folders; a circle ends somewhere in it."""
+    """Target of a path in a tar, following links and linked folders; circular links end after `_MOST_LINKS`."""
     for _ in range(_MOST_LINKS):
         parts = target.split("/")
         above = next((p for n in range(1, len(parts) + 1) if (p := "/".join(parts[:n])) in links), None)
@@ -244,7 +244,7 @@ def _resolved(target: str, links: Mapping[str, str]) -> str:
 
 
 def _inside_linked_folders(links: dict[str, str]) -> None:
-    """Links in a folder are also in the folders that are links to it."""
+    """Add the links of a folder to the folders that link to it."""
     below: dict[str, list[str]] = {}
     for link in links:
         parts = link.split("/")
@@ -256,7 +256,7 @@ def _inside_linked_folders(links: dict[str, str]) -> None:
 
 
 def _linked(source: Path, links: Mapping[str, str], aside: Aside) -> Iterator[File]:
-    """What links in a tar lead to, under the links' names: files, and whole folders."""
+    """Targets of a tar's links, under the links' names: files, and all files of linked folders."""
     wanted: dict[str, list[str]] = {}
     links = dict(links)
     _inside_linked_folders(links)

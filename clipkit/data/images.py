@@ -1,11 +1,10 @@
-"""The one place that touches untrusted image bytes: limits, decoding, and the transforms of training and evaluation.
+"""Image decoding, evaluation preprocessing and training augmentation: random resized crop, flip, colour jitter.
 
-Only JPEG, PNG and WebP are opened; the size is checked in the header before a pixel is decoded; of an animation the
-first frame counts. Images leave here as uint8; the model normalises them on its own device.
+All untrusted image bytes are decoded here. Only JPEG, PNG and WebP are opened; the size in the header is checked before
+decoding; an animation is its first frame. Images are uint8; the model normalises them on its device.
 
-Evaluation resizes with Pillow, as everyone's published numbers do. Training decodes a large JPEG at a half, a quarter
-or an eighth of its size, and resizes with torch's vectorised kernel for bytes. (torchvision.io decodes a tenth faster,
-and is deprecated.)
+Evaluation resizes with Pillow, as published results do. Training decodes a large JPEG at a half, a quarter or an eighth
+of its size, and resizes with torch's uint8 kernel. (torchvision.io decodes a tenth faster, but is deprecated.)
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp")
-"""Of files in these formats, as Pillow has them."""
+"""File suffixes of these formats."""
 # fmt: off
 OTHER_SUFFIXES = (
     ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif", ".avifs", ".heic", ".heics", ".heif", ".heifs", ".hif",
@@ -44,18 +43,18 @@ OTHER_SUFFIXES = (
     ".srf", ".sr2", ".orf", ".rw2", ".raf", ".pef", ".srw",
 )
 # fmt: on
-"""Of pictures in formats that are not read; they are counted, never dropped in silence."""
+"""File suffixes of image formats that are not read; such files are counted."""
 MAX_PIXELS = 50_000_000
 
-# What Pillow raises on damaged bytes: it has no base class for it, and decoders differ.
+# Pillow has no base class of errors for damaged bytes, and decoders differ.
 _DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error, Warning)
 
 
 def decode(data: bytes, reduce_to: int = 0, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Bytes of a JPEG, PNG or WebP -> RGB image, upright (EXIF, XMP), transparency laid on white.
+    """Bytes of a JPEG, PNG or WebP -> RGB image, upright (EXIF, XMP), transparency composited on white.
 
     With `reduce_to`, a JPEG is decoded at an eighth, a quarter or half of its size, as long as its shorter side keeps
-    that many pixels. `max_pixels` limits what is decoded, after that reduction.
+    that many pixels. `max_pixels` limits the decoded size, after that reduction.
     Raises SampleError: "not an image", "too many pixels" or "damaged image".
     """
     image = _open(data)
@@ -66,11 +65,11 @@ def decode(data: bytes, reduce_to: int = 0, max_pixels: int = MAX_PIXELS) -> Ima
 
 
 def _open(data: bytes) -> Image.Image:
-    """What the header says, nothing decoded yet."""
+    """An opened image whose header was read and checked; its pixels are not decoded yet."""
     try:
         try:
             image = _opened(data)
-        except _DECODE_ERRORS:  # of what lies beside the pixels, perhaps
+        except _DECODE_ERRORS:  # metadata may be damaged
             image = _opened(_without_metadata(data))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise SampleError("too many pixels", str(error).split(",")[0]) from error
@@ -86,9 +85,9 @@ def _opened(data: bytes) -> Image.Image:
 
 
 class _Jpeg(JpegImageFile):
-    """A JPEG whose EXIF is left alone: Pillow looks for the resolution in there, and warns of all that is odd.
+    """A JPEG without Pillow's search for a resolution in the EXIF, which warns of odd entries.
 
-    Nor are the other pictures in the same file looked for (MPO), as they are when Pillow opens it.
+    Nor does it look for further images in the same file (MPO).
     """
 
     def _read_dpi_from_exif(self) -> None:
@@ -96,9 +95,9 @@ class _Jpeg(JpegImageFile):
 
 
 def _without_metadata(data: bytes) -> bytes:
-    """A JPEG or PNG with what its pixels and their orientation need; other bytes as they are.
+    """A JPEG or PNG without metadata, except those of pixels and orientation; other bytes unchanged.
 
-    Pillow gives a picture up for a large text in a PNG, a wrong checksum of one, or a short segment of Photoshop's.
+    Pillow rejects an image for a large PNG text chunk, a wrong checksum of one, or a short Photoshop segment.
     """
     parts, at = [], 0
     if format_of(data) == "png":
@@ -127,7 +126,7 @@ def _check_pixels(image: Image.Image, limit: int) -> None:
 
 
 def _reduce(image: Image.Image, most: int) -> None:
-    """Have a JPEG decoded at 1/8, 1/4 or 1/2 of its size, not below 1/most of it; other formats are left alone."""
+    """Set a JPEG to be decoded at 1/8, 1/4 or 1/2 of its size, not below 1/most; other formats are unchanged."""
     if (reduced := next((n for n in (8, 4, 2) if n <= most), 1)) > 1:
         image.draft(image.mode, (image.width // reduced, image.height // reduced))
 
@@ -145,7 +144,7 @@ def format_of(data: bytes) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode -> RGB; what is transparent becomes white, 16-bit greys keep their range."""
+    """Any Pillow mode -> RGB; transparent pixels become white, 16-bit greys keep their range."""
     if image.mode.startswith("I;16") or image.mode == "I":
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -162,12 +161,12 @@ def preprocess(
     interpolation: Literal["bicubic", "bilinear"] = "bicubic",
     fill: int = 0,
 ) -> Tensor:
-    """Evaluation transform -> uint8 [3, size, size]: shorter side to `size`, then the middle; or both sides to `size`.
+    """Evaluation transform -> uint8 [3, size, size].
 
-    An image that still carries an orientation (EXIF, XMP) is turned first, so that it looks as `decode` shows it.
-    What torchvision's Resize and CenterCrop make of a Pillow image, as OpenAI and open_clip evaluate, without the
-    pixels that the crop would throw away. "pad" is open_clip's resize_mode "longest": longer side to `size`, with a
-    margin of grey level `fill`.
+    "crop" resizes the shorter side to `size` and crops the centre: the result of torchvision's Resize and CenterCrop,
+    with which OpenAI and open_clip evaluate, without computing cropped pixels. "squash" resizes both sides to `size`.
+    "pad" is open_clip's resize_mode "longest": longer side to `size`, with a margin of grey level `fill`. An image with
+    an orientation (EXIF, XMP) is turned first, as `decode` does.
     """
     image = to_rgb(upright(image))
     if image.size != (size, size) and resize == "pad":
@@ -187,7 +186,7 @@ def _padded(image: Image.Image, size: int, filter: Image.Resampling, fill: int) 
 
 
 def _middle(width: int, height: int, size: int) -> tuple[float, float, float, float]:
-    """The part of the image that is seen after the resize and the crop, both of which round to whole pixels."""
+    """Box of the centre crop in the original image; resize and crop both round to integer pixels."""
     short = min(width, height)
     w, h = (size if side == short else int(size * side / short) for side in (width, height))
     left, top = round((w - size) / 2), round((h - size) / 2)
@@ -195,7 +194,7 @@ def _middle(width: int, height: int, size: int) -> tuple[float, float, float, fl
 
 
 def preprocessing(config: CLIPConfig) -> Callable[[Image.Image], Tensor]:
-    """`preprocess` as this model wants it."""
+    """`preprocess` with the conventions of a model."""
     how = config.conventions
     return partial(
         preprocess,
@@ -209,10 +208,10 @@ def preprocessing(config: CLIPConfig) -> Callable[[Image.Image], Tensor]:
 def random_view(data: bytes, size: int, config: DataConfig, rng: np.random.Generator) -> Tensor:
     """Bytes of an image -> its random resized crop (bicubic), uint8 [3, size, size].
 
-    The crop keeps a share of the area drawn from [config.crop_scale, 1], with a ratio of 3/4 to 4/3; at 1 it is the
-    largest square in the middle. Where it would be enlarged though the picture need not be, a window of the picture as
-    it is takes its place, except for a fraction config.upscale_crops: else evaluation would be the first to show
-    anything so sharp. Raises SampleError as `decode` does.
+    The crop's area is a fraction of the image drawn from [config.crop_scale, 1], its aspect ratio 3/4 to 4/3; at 1 it
+    is the largest central square. A crop that would be upscaled, of an image that is large enough, is replaced by an
+    unscaled window of the image, except with probability config.upscale_crops: otherwise only evaluation images would
+    be sharp. Raises SampleError as `decode` does.
     """
     image = _open(data)
     if _is_plain_jpeg(image):
@@ -247,7 +246,7 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 
 def _draw_box(width: int, height: int, smallest: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Left, top, width and height of the crop, whole pixels."""
+    """Left, top, width and height of the crop, in integer pixels."""
     if smallest == 1:
         side = min(width, height)
         return (width - side) // 2, (height - side) // 2, side, side
@@ -259,9 +258,9 @@ def _draw_box(width: int, height: int, smallest: float, rng: np.random.Generator
 
 
 def _window(pixels: Tensor, size: int, smallest: float, rng: np.random.Generator) -> Tensor:
-    """Part of [3, H, W] as it is, in places beyond its edge, where it is mirrored.
+    """An unscaled window of [3, H, W], which may extend beyond the edges, where the image is mirrored.
 
-    By as much at most as the smallest crop of the middle stays within, and by no more than an eighth.
+    At most by the margin of the smallest central crop, and by an eighth of `size`.
     """
     edge = min(size // 8, round(size * (1 - math.sqrt(smallest)) / 2))
     height, width = pixels.shape[1:]
@@ -271,7 +270,7 @@ def _window(pixels: Tensor, size: int, smallest: float, rng: np.random.Generator
 
 
 def _mirrored(index: Tensor, n: int) -> Tensor:
-    """Indices beyond 0 and n - 1 turned back at these two."""
+    """Indices reflected at 0 and n - 1."""
     return (n - 1) - ((n - 1) - index.abs()).abs()
 
 
@@ -280,13 +279,13 @@ def _resized(pixels: Tensor, box: tuple[int, int, int, int], size: int) -> Tenso
     crop = pixels[:, top : top + height, left : left + width]
     if (width, height) == (size, size):
         return crop
-    # torch's vectorised path for bytes wants the channels last.
+    # torch's vectorised uint8 kernel needs channels_last.
     crop = crop[None].contiguous(memory_format=torch.channels_last)
     return F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
 
 
 def flip_and_jitter(images: Tensor, config: DataConfig, rngs: list[np.random.Generator]) -> Tensor:
-    """uint8 [B, 3, S, S] -> the same shape, each flipped and recoloured as its own generator and `config` say."""
+    """uint8 [B, 3, S, S] -> the same shape, each flipped and jittered by its own generator."""
     if config.flip and rngs:
         flipped = torch.tensor([rng.random() < 0.5 for rng in rngs])
         images[flipped] = images[flipped].flip(-1)
@@ -313,7 +312,7 @@ def _jitter(x: Tensor, factors: Tensor) -> Tensor:
 
 
 def _sharpened(x: Tensor, factors: Tensor) -> Tensor:
-    """What [B, 3, S, S] in 0 to 255 has more than its smoothed self, scaled by `factors` [B]; smooth as Pillow is."""
+    """Sharpness of [B, 3, S, S] in 0 to 255 scaled by `factors` [B]; the blur is Pillow's SMOOTH."""
     kernel = torch.tensor([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
     padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
     smooth = F.conv2d(padded, kernel.expand(3, 1, 3, 3), groups=3)

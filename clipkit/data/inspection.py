@@ -1,4 +1,4 @@
-"""Looking into a pack before training on it: is every byte what the index says, and do the captions fit the images?"""
+"""Inspection of a pack before training: verify it against its manifest, and show random samples."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _TILE, _MARGIN, _LINE, _LINES = 160, 8, 13, 4
 
 @dataclass
 class Report:
-    """What `verify` found.
+    """Result of `verify`.
 
-    damaged: shard -> what is wrong with it. incomplete: samples without image or caption, of all. bad: samples that
-    cannot be used, of those that were decoded. skipped: what was not taken when the index was made.
+    damaged: problem by shard. incomplete: number of samples without image or caption, by reason. bad: number of
+    unusable samples among the decoded ones, by reason. skipped: number of files skipped when the pack was made.
     """
 
     source: str
@@ -45,7 +45,7 @@ class Report:
 def verify(source: str, per_shard: int = 16, cache: Cache | None = None) -> Report:
     """Check size, sha256 and structure of every shard, and decode `per_shard` samples of each, spread evenly.
 
-    Goes on after damage, so that all of it is found. Raises ShardError only when there is no index to check against.
+    Continues after damage, to report all of it. Raises ShardError only when there is no manifest.
     """
     store = open_store(source, cache)
     manifest, _ = load_manifest(store, cache)
@@ -108,7 +108,7 @@ def sheet(shards: Shards, n: int, seed: int) -> Image.Image:
 
 
 def contact_sheet(shown: Sequence[tuple[bytes | str, str]]) -> Image.Image:
-    """Images (their bytes, or what is wrong with them) with captions, as one picture; at least one."""
+    """Images (their bytes, or an error message) with captions, as one image; at least one."""
     tiles = [_tile(image, caption) for image, caption in shown]
     columns = int(np.ceil(np.sqrt(len(tiles))))
     rows = -(-len(tiles) // columns)

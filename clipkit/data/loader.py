@@ -1,7 +1,7 @@
-"""The stream of training batches: positions of the endless sequence (order.py) -> decoded, augmented batches.
+"""Data loader: positions of the sample order (sample_order.py) -> decoded, augmented, tokenised batches.
 
-Batch k is positions k*B to (k+1)*B - 1. Any step can be started at without replaying the ones before it, and neither
-ranks, workers nor time can change what comes when.
+Batch k is positions k*B to (k+1)*B - 1. A run can start at any step without replaying earlier ones, and the order does
+not depend on ranks, workers or time.
 """
 
 from __future__ import annotations
@@ -111,13 +111,13 @@ class _Samples(Dataset["Batch | ShardError"]):
         self.mixture = Mixture([1 - sum(config.mix.values()), *config.mix.values()], seed)
         windows = [config.shuffle_window or (_REMOTE_WINDOW if pack.store.remote else 0) for pack in packs]
         self.orders = [Order(p.starts, w, seed, i) for i, (p, w) in enumerate(zip(packs, windows, strict=True))]
-        # Per worker: its process and the position it is at, for the one who asks what a killed worker was reading.
+        # Per worker: its process id and current position, to report what a killed worker was reading.
         self.whereabouts = torch.full((max(1, config.workers), 2), -1, dtype=torch.int64)
         self.whereabouts.share_memory_()  # type: ignore[no-untyped-call]
         self._fetching: dict[int, tuple[int, int]] = {}
 
     def locate(self, position: int) -> tuple[int, int]:
-        """Which pack's sample, and which of them, stands at this position of the endless sequence."""
+        """Pack and sample at this position of the endless sequence."""
         pack, own = self.mixture(position)
         return pack, self.orders[pack](own)
 
@@ -130,7 +130,7 @@ class _Samples(Dataset["Batch | ShardError"]):
         return self.__getitems__([position])
 
     def __getitems__(self, positions: list[int]) -> Batch | ShardError:
-        with warnings.catch_warnings():  # Pillow warns of odd metadata; what matters, it raises
+        with warnings.catch_warnings():  # Pillow warns of odd metadata, and raises errors that matter
             warnings.simplefilter("ignore")
             try:
                 return self._load(positions)
@@ -166,7 +166,7 @@ class _Samples(Dataset["Batch | ShardError"]):
         return Batch(images, captions, torch.tensor(groups, dtype=torch.int64), keys, skipped, tokens)
 
     def _prefetch(self, pack: int) -> None:
-        """When a window of a pack behind a URL is begun, fetch the next one in the background."""
+        """At the start of a window of a remote pack, fetch the next window in the background."""
         order, shards = self.orders[pack], self.packs[pack]
         if not shards.store.remote or order.current is None or self._fetching.get(pack) == order.current:
             return
@@ -175,17 +175,17 @@ class _Samples(Dataset["Batch | ShardError"]):
         threading.Thread(target=shards.prefetch, args=(coming,), daemon=True).start()
 
     def begin_worker(self, worker: int) -> None:
-        """What a loader process does first.
+        """Initialise a worker process.
 
-        Terminals, `timeout` and schedulers signal whole groups of processes. The main one stops when it has saved, and
-        has use for its loaders until then.
+        Terminals, `timeout` and schedulers signal whole process groups. The main process stops after saving, and needs
+        its workers until then.
         """
         for number in (signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        if sys.platform == "linux":  # elsewhere nobody says who sent a signal
+        if sys.platform == "linux":  # other systems do not tell a signal's sender
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
             threading.Thread(target=_end_if_the_parent_says_so, daemon=True).start()
-        # torch's own watch over the parent fails when another process forked this one, and when the queue is full.
+        # torch's own check of the parent fails when another process forked this one, and when the queue is full.
         threading.Thread(target=_die_with_parent, daemon=True).start()
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker; else a forked process warns
         self.whereabouts[worker, 0] = os.getpid()
@@ -204,7 +204,7 @@ def _die_with_parent() -> None:
 
 
 class _Steps(Sampler[list[int]]):
-    """The positions of each step in turn, made when they are needed."""
+    """The positions of each step, computed lazily."""
 
     def __init__(self, stream: Stream, steps: range) -> None:
         self.stream, self.steps = stream, steps
@@ -221,7 +221,7 @@ def _as_is(batch: Any) -> Any:  # `__getitems__` has made the batch already
 
 
 class Stream:
-    """Batches of one rank, from any step on.
+    """The data loader: batches of one rank, starting at any step.
 
     `batch_size` is global: rank r of W takes positions r*B/W to (r+1)*B/W - 1 of each batch. Before step `early_steps`
     images are `early_size` wide, then `image_size`. `tokenizers` run in the worker processes (`Batch.ids`).
@@ -256,11 +256,11 @@ class Stream:
 
     @property
     def not_indexed(self) -> dict[str, int]:
-        """What was not taken when the packs, or the indexes of shards made elsewhere, were made, by reason."""
+        """Number of files skipped when the packs, or the manifests of shards made elsewhere, were made, by reason."""
         return dict(sum((Counter(pack.skipped) for pack in self.samples.packs), Counter[str]()))
 
     def epoch(self, step: int) -> int:
-        """Which epoch of the first pack a step begins in."""
+        """The epoch of the first pack in which a step begins."""
         share = self.samples.mixture.quotas[0] / BLOCK
         return int(step * self.batch_size * share // len(self.samples.packs[0]))
 
@@ -273,8 +273,8 @@ class Stream:
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """The batches of steps start to stop - 1.
 
-        Meanwhile rank 0 hashes the shards in the background. Raises DataError when too many samples are bad, or a
-        loader process dies, and ShardError when a shard is not what the index says.
+        Rank 0 verifies the checksums of local shards in the background. Raises DataError when too many samples are bad,
+        or a worker dies, and ShardError when a shard differs from the manifest.
         """
         config, rest = self.samples.config, threading.Event()
         loader = DataLoader(
@@ -307,7 +307,7 @@ class Stream:
             self._complain()
             seen += len(batch.captions) + batch.skipped.total()
             skipped += batch.skipped
-            # A handful of bad samples at the very start says nothing about the share of them in the whole.
+            # A few bad samples at the start say little about their share.
             if skipped.total() > config.max_bad_fraction * max(seen, 1000) or not batch.captions:
                 reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.most_common())
                 raise DataError(
@@ -319,7 +319,7 @@ class Stream:
     def _hash_shards(self, rest: threading.Event) -> None:
         try:
             for pack in self.samples.packs:
-                if not pack.store.remote:  # those were checked when they came
+                if not pack.store.remote:  # fetched shards are already checked
                     pack.verify(lambda: not rest.is_set())
         except (ShardError, OSError) as error:
             self._damage = error if isinstance(error, ShardError) else ShardError(str(error))
@@ -329,16 +329,16 @@ class Stream:
             raise self._damage
 
     def explain(self, error: Exception) -> Exception:
-        """A DataError that names the shard which a dead loader process was reading; any other error as it is.
+        """A DataError that names the shard which a dead worker was reading; any other error unchanged.
 
-        torch says which process died, unless it meets the end of its pipe before it hears of its death.
+        torch names the dead process, unless its pipe ends first.
         """
         places = [(pid, at) for pid, at in self.samples.whereabouts.tolist() if pid > 0 and at >= 0]
         dead: set[int] = set()
         if isinstance(error, (OSError, EOFError)):
             try:
                 dead = _dead({pid for pid, _ in places})
-            except RuntimeError as said:  # torch has heard of it by now
+            except RuntimeError as said:  # torch reports it now
                 error = said
         cut = [(pid, at) for pid, at in places if pid in dead]
         if "DataLoader worker" not in str(error) and not cut:
@@ -347,13 +347,13 @@ class Stream:
         where = self.samples.name(reading[0][1]) if reading else "its first batch"
         what = (str(error) or type(error).__name__).splitlines()[0]
         return DataError(
-            f"a loader process died while reading {where}: {what}; the same command goes on from "
+            f"a loader process died while reading {where}: {what}; the same command resumes from "
             "the last checkpoint. If it was killed for memory, lower data.workers"
         )
 
 
 def _dead(loaders: set[int]) -> set[int]:
-    """Those of these processes that are dead, or dying: their pipes end before they do."""
+    """The dead or dying ones of these processes; pipes end before processes do."""
     alive = {child.pid: child for child in multiprocessing.active_children() if child.pid in loaders}
     if alive and len(alive) == len(loaders):
         ending = wait([child.sentinel for child in alive.values()], _DYING)
@@ -364,22 +364,22 @@ def _dead(loaders: set[int]) -> set[int]:
 
 
 def cache_of(config: DataConfig) -> Cache:
-    """Where the recipe wants fetched shards."""
+    """The cache that the recipe sets for fetched shards."""
     return Cache(Path(config.cache), int(config.cache_gb * 2**30))
 
 
 def packs_of(shards: Shards, config: DataConfig) -> list[Shards]:
-    """The pack of a recipe, and those that are mixed in."""
+    """The pack of a recipe, and the packs mixed in."""
     return [shards, *(Shards(folder, verify=False, cache=cache_of(config)) for folder in config.mix)]
 
 
 def validation_of(config: DataConfig, verify: bool = False) -> Shards | None:
-    """The validation set of a recipe, its hashes checked with `verify`; or none."""
+    """The validation set of a recipe, if any; with `verify`, its checksums are verified."""
     return Shards(config.val, verify, cache_of(config)) if config.val else None
 
 
 def _fits(pack: Shards, order: Order, cache: Cache) -> None:
-    """Two windows must fit in the cache: the one in use and the one being fetched."""
+    """Check that two shuffle windows fit in the cache: the one in use and the one being fetched."""
     sizes = sorted((int(e["bytes"]) for e in pack.entries), reverse=True)
     needed = sum(sizes[: 2 * order.window])
     if pack.store.remote and needed > cache.limit:

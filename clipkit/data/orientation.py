@@ -1,7 +1,7 @@
 """Which way up a picture is: the orientation tag of its EXIF, or of its XMP where EXIF has none.
 
-The tag alone is read. Pillow's `exif_transpose` parses the whole block and encodes it again, so that one odd entry
-beside the tag costs the picture. What cannot be read counts as upright: the pixels are sound.
+Only the orientation tag is read. Pillow's `exif_transpose` parses and re-encodes the whole block, so that one odd entry
+loses the image. An unreadable tag counts as upright, since the pixels are sound.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _IN_XMP = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([1-8])\s*["'<]"""
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its metadata asks, and those metadata gone; the same image when they ask for nothing."""
+    """The image turned by its orientation metadata, which are then removed; the same image if it has none."""
     image.load()  # a PNG may have its EXIF behind the pixels
     method = _TRANSPOSE.get(orientation_of(image))
     if method is None:
@@ -39,7 +39,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """1 to 8 as EXIF counts; 1 when nothing readable says otherwise."""
+    """EXIF orientation, 1 to 8; 1 if there is none."""
     blocks = [image.info[key] for key in (*_EXIF, *_XMP) if key in image.info]
     blocks += [_profile(image.info[key]) for key in _PROFILES if key in image.info]
     blocks = [block.encode("utf-8", "replace") if isinstance(block, str) else block for block in blocks]

@@ -30,11 +30,13 @@ from clipkit.data.files import counted
 from clipkit.data.images import FORMATS, decode, format_of
 from clipkit.data.manifest import index_shard, write_manifest
 from clipkit.data.sources import RawSample, Source
-from clipkit.errors import ClipkitError, DataError, SampleError, UsageError
+from clipkit.errors import ClipkitError, DataError, SampleError, UsageError, shown
 from clipkit.io import write_atomically
-from clipkit.log import progress
+from clipkit.log import progress, remark
 
 JOURNAL = "packing.json"
+_NAMED = 3
+"""Number of skipped files that are named, for each reason."""
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -187,13 +189,19 @@ def _good(source: Source, encoding: Encoding, journal: _Journal, kept: _Kept) ->
         return _checked(sample, encoding)
 
     skipped = Counter(journal.skipped)
+    files: dict[str, list[str]] = {}
     bar = progress(enumerate(source.samples), None, "packing")
     for i, result in enumerate(_in_order(check, bar)):
         if isinstance(result, SampleError):
             skipped[result.reason] += 1
+            files.setdefault(result.reason, []).extend([result.detail] if result.detail else [])
         elif result is not None and not kept.takes(i, result):
             yield i, result
         journal.skipped = dict(skipped)
+    for reason, names in files.items():
+        if names:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            remark(f"clipkit: {reason}: {', '.join(map(shown, names[:_NAMED]))}{more}")
 
 
 def _checked(sample: RawSample | SampleError, encoding: Encoding) -> RawSample | SampleError:
@@ -204,9 +212,9 @@ def _checked(sample: RawSample | SampleError, encoding: Encoding) -> RawSample |
             warnings.simplefilter("ignore")
             image = encoding(sample.image)
     except SampleError as error:
-        return error
+        return SampleError(error.reason, sample.name)
     captions = tuple(filter(None, map(clean_caption, sample.captions)))
-    return RawSample(image, captions, sample.label) if captions else SampleError("no caption")
+    return RawSample(image, captions, sample.label) if captions else SampleError("no caption", sample.name)
 
 
 def _in_order(function: Callable[[A], B], things: Iterable[A]) -> Iterator[B]:

@@ -52,7 +52,7 @@ _LARGEST = 128
 _HELD_OUT = 8  # one thing in so many keeps one of its styles for testing
 _FIXED = ("symbols", "flags")  # groups that mean something else when mirrored
 _COLOURED = ("animals-nature", "food-drink", "travel-places", "activities", "objects", "smileys-emotion")
-_MAIN = 0.3  # share of what is painted that the main colour must have to be replaced
+_MAIN = 0.3  # smallest share of the opaque area that a main colour has
 _HUES = 24  # distance in hue, of 256, that belongs to a colour
 
 
@@ -68,7 +68,7 @@ class Pictogram:
 
     @classmethod
     def of(cls, row: Mapping[str, str]) -> Pictogram:
-        """A row of the table as it stands there."""
+        """From a row of the table."""
         tags = tuple(filter(None, (tag.strip() for tag in row["tags"].split(";"))))
         return cls(row["image"], plain_name(row["caption"]), tags, row["group"], row["style"])
 
@@ -191,9 +191,9 @@ def _article(words: str) -> str:
 
 
 def recoloured(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image | None:
-    """An RGBA image whose main colour is replaced by another, its light and shade kept; None when it has none.
+    """An RGBA image whose main colour is replaced by another, with light and shade kept; None if it has none.
 
-    The main colour is the hue that most of what is painted has, if that is at least three tenths.
+    The main colour is the most frequent hue, if it covers at least three tenths of the opaque area.
     """
     hue, saturation, value = np.moveaxis(np.asarray(image.convert("RGB").convert("HSV"), np.float64), 2, 0)
     alpha = np.asarray(image.getchannel("A"), np.float64) / 255

@@ -1,11 +1,11 @@
-"""Which sample stands where in the endless sequence: a function of (seed, epoch, position) and of nothing else.
+"""Sample order: deterministic shuffling, a function of (seed, epoch, position) only.
 
-Epoch e visits the shards in the order drawn from (seed, e), and permutes the samples of `data.shuffle_window`
-shards at a time; for a pack in a folder that is all of them, and the epoch is one permutation of its samples. The
-epochs follow each other without a seam, each sample coming once in each.
+Epoch e visits the shards in an order drawn from (seed, e), and permutes the samples of a shuffle window of
+`data.shuffle_window` shards at a time; for a pack in a folder the window is all shards, and an epoch is one
+permutation. Epochs follow each other without a gap; each sample comes once in each.
 
-Several packs are mixed in fixed shares: which of them a position belongs to is a function of (seed, position) too, and
-each keeps its own epochs.
+Several packs are mixed in fixed shares: the pack of a position is a function of (seed, position), and each pack has its
+own epochs.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import numpy as np
 from clipkit.config import SMALLEST_SHARE
 
 BLOCK = round(1 / SMALLEST_SHARE)
-"""Positions in which a mixture holds its shares exactly."""
+"""Number of positions over which a mixture has its exact shares."""
 
 
 class Mixture:
-    """Position of the whole -> (pack, position in the pack's own endless sequence).
+    """Position in the mixture -> (pack, position in the pack's endless sequence).
 
     Every BLOCK positions hold each pack's share, exact to 1 / BLOCK, in an order drawn from (seed, block).
     """
@@ -37,7 +37,7 @@ class Mixture:
         self.seed, self._block, self._order = seed, -1, np.empty(0, dtype=np.int64)
 
     def __call__(self, position: int) -> tuple[int, int]:
-        """Where the sample at this position comes from."""
+        """Pack of this position, and the position in that pack's sequence."""
         if len(self.quotas) == 1:
             return 0, position
         block, offset = divmod(position, BLOCK)
@@ -49,10 +49,9 @@ class Mixture:
 
 
 class Order:
-    """Position in a pack's own endless sequence -> sample, by windows of shards.
+    """Position in a pack's endless sequence -> sample, by shuffle windows of `window` shards, 0 for all.
 
-    `window` shards are permuted together, 0 for all. A sample's place in its epoch is spread over the whole epoch as
-    its shard is, and over the window within it.
+    Shards are permuted over the epoch, and samples within their window.
     """
 
     def __init__(self, starts: Sequence[int], window: int, seed: int, pack: int = 0) -> None:
@@ -72,13 +71,13 @@ class Order:
         return int(self._samples[offset - (self._ends[window - 1] if window else 0)])
 
     def shards(self, window: int) -> list[int]:
-        """Shards of a window of the epoch last asked for."""
+        """Shards of a window of the latest epoch."""
         found: list[int] = self._shards[window * self.window : (window + 1) * self.window].tolist()
         return found
 
     @property
     def current(self) -> tuple[int, int] | None:
-        """Epoch and window of the position last asked for."""
+        """Epoch and window of the latest position."""
         return self._filled
 
     def _turn_to(self, epoch: int) -> None:

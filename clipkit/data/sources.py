@@ -1,4 +1,4 @@
-"""What can be packed: a folder or tar of classes, a CSV of `image,caption` beside images, drawings, or scenes."""
+"""Sources of samples to pack: a folder or tar of classes, a CSV table with images, drawings, scenes."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ DEFAULT_TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a {}.", "one {}.
 
 @dataclass(frozen=True)
 class RawSample:
-    """What a source yields: encoded image bytes, every caption that is true of it, the class index or None."""
+    """One sample of a source: encoded image bytes, its captions, the class index or None; its file, for messages."""
 
     image: bytes
     captions: tuple[str, ...]
     label: int | None
+    name: str = ""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Samples to pack, in an order that is the same each time, and what belongs to all of them.
+    """Samples to pack, in a reproducible order, with their classes and prompt templates.
 
-    count: how many `samples` yields, the bad ones too. identity: what decides them, compared when packing goes on.
-    aside: what was never a sample, by reason.
+    count: number of `samples`, bad ones included. identity: a description of source and options; interrupted packing
+    resumes only if it is equal. aside: number of files that were no samples, by reason.
     """
 
     samples: Iterator[RawSample | SampleError]
@@ -54,7 +55,7 @@ class Source:
 def pictures(source: str) -> Iterator[tuple[str, bytes]]:
     """(name, bytes) of every image of a folder, of a tar, or of a pack (folder or URL). Raises DataError.
 
-    What is not taken is counted in a line on stderr.
+    Skipped files are counted in a line on stderr.
     """
     if is_pack(source):
         shards = Shards(source, verify=False)
@@ -74,17 +75,14 @@ def pictures(source: str) -> Iterator[tuple[str, bytes]]:
 
 
 def class_layout(files: Files, known: Collection[str] = ()) -> Layout:
-    """`classes.layout` of a folder or tar; says on stderr which folders hold nothing that is read."""
+    """`classes.layout` of a folder or tar; folders without readable images are named on stderr."""
     if not files.names:
         aside = f"; not taken: {counted(files.counts())}" if files.counts() else ""
-        raise DataError(
-            f"{files.source} has no <class>/<image> layout: no picture in a format that is read (JPEG, PNG, WebP)"
-            f"{aside}"
-        )
+        raise DataError(f"{files.source} has no <class>/<image> layout: no JPEG, PNG or WebP image{aside}")
     found = layout(files.source, files.names, known)
     say_alike(files.source, found.classes)
-    if barren := found.barren(name for name, reason in files.aside if reason != "not a picture"):
-        remark(f"clipkit: {files.source}: no picture that is read in {', '.join(barren)}; left out of the classes")
+    if barren := found.barren(name for name, reason in files.aside if reason != "not an image"):
+        remark(f"clipkit: {files.source}: no JPEG, PNG or WebP image in {', '.join(barren)}; omitted from the classes")
     return found
 
 
@@ -114,7 +112,7 @@ def class_source(source: Path, classes: dict[str, list[str]] | None, templates: 
             except SampleError as error:
                 yield error
                 continue
-            yield RawSample(data, draw_captions(names[label], templates, rng), label)
+            yield RawSample(data, draw_captions(names[label], templates, rng), label, file.name)
 
     outside = labels.count(None)
     identity = repr((str(source.resolve()), files.fingerprint, classes, templates, seed))
@@ -123,7 +121,7 @@ def class_source(source: Path, classes: dict[str, list[str]] | None, templates: 
 
 
 def draw_captions(names: Sequence[str], templates: Sequence[str], rng: np.random.Generator) -> tuple[str, ...]:
-    """CAPTIONS_PER_IMAGE templates filled with names: half of them with the first, its synonyms share the others."""
+    """CAPTIONS_PER_IMAGE templates filled with names, half of them with the first, the others with any."""
     return tuple(_draw_caption(names, templates, rng) for _ in range(CAPTIONS_PER_IMAGE))
 
 
@@ -133,7 +131,7 @@ def _draw_caption(names: Sequence[str], templates: Sequence[str], rng: np.random
 
 
 def csv_source(table: Path, source: Path) -> Source:
-    """A table with the columns `image` and `caption`, the images in a folder or tar beside it; no classes.
+    """A table with the columns `image` and `caption`, and a folder or tar of the images; no classes.
 
     Several rows of one image give it several captions. `image` is a path in the source, or the end of one if only one
     image has it. Raises DataError as `read_table` does.
@@ -143,7 +141,7 @@ def csv_source(table: Path, source: Path) -> Source:
     for row in rows:
         given.setdefault(row.values["image"], []).append(row.values["caption"])
     aside = files.counts()
-    # Of a picture's further rows; one with no caption at all is a bad sample.
+    # Empty captions of an image that has others; an image without any is a bad sample.
     for texts in given.values():
         aside["no caption"] += sum(not text for text in texts) if any(texts) else 0
     aside["no image"] += len(given.pop("", ()))
@@ -155,18 +153,18 @@ def csv_source(table: Path, source: Path) -> Source:
             captions.setdefault(found[0], []).extend(texts)
         elif found:
             aside["ambiguous name"] += 1
-        elif image not in seen:  # else it is counted as what it is
+        elif image not in seen:  # else it is counted already
             aside["image missing"] += 1
     aside["not in the table"] += len(files.names) - len(captions)
     if any((source / name).exists() and (source / name).samefile(table) for name, _ in files.aside):
-        aside["not a picture"] -= 1  # the table itself
+        aside["not an image"] -= 1  # the table itself
 
     def samples() -> Iterator[RawSample | SampleError]:
         for file in files:
             if file.name not in captions:
                 continue
             try:
-                yield RawSample(file.read(), tuple(captions[file.name]), None)
+                yield RawSample(file.read(), tuple(captions[file.name]), None, file.name)
             except SampleError as error:
                 yield error
 
@@ -175,7 +173,7 @@ def csv_source(table: Path, source: Path) -> Source:
 
 
 def _places(names: Sequence[str]) -> Callable[[str], list[str]]:
-    """Finds the paths that a table's `image` may mean: that one, or all that end with it."""
+    """Paths that match a table's `image`: the same path, or all that end with it."""
     exact, ending = set(names), defaultdict[str, list[str]](list)
     for name in names:
         ending[name.rpartition("/")[2]].append(name)
@@ -207,12 +205,12 @@ def drawings_source(split: str, count: int, size: int, seed: int) -> Source:
 def scenes_source(split: str, count: int, size: int, seed: int) -> Source:
     """`count` scenes of a split of `clipkit.world`, as PNG: half of them flat, the others in all other styles.
 
-    There are no classes. Of each scene's captions the plainest and seven others are kept.
+    There are no classes. Each scene has its plainest caption and seven random others.
     Raises UsageError for an unknown split or size.
     """
     world.check_size(size)
     styles = (*(["flat"] * (len(world.STYLES) - 1)), *world.STYLES[1:])
-    world.sample(split, seed, 0)  # an unknown split is said before anything is written
+    world.sample(split, seed, 0)  # an unknown split raises before anything is written
 
     def samples() -> Iterator[RawSample | SampleError]:
         for i in range(count):

@@ -1,4 +1,4 @@
-"""Tables of images and words, as people and spreadsheet programs write them."""
+"""CSV and TSV tables, as people and spreadsheet programs write them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from clipkit.errors import DataError
 
 _SEPARATORS = (",", ";", "\t")
 _MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
-"""Byte order marks, and what follows them."""
+"""Byte order mark -> encoding."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row: its number, the header being row 1, and what its columns hold, stripped."""
+    """A row: its number (the header is row 1) and its values by column, stripped."""
 
     number: int
     values: dict[str, str]
@@ -39,7 +39,7 @@ def decoded(path: Path) -> str:
 def read_table(path: Path, columns: Sequence[str]) -> list[Row]:
     """The rows of a CSV, of which only `columns` are kept; other columns, case and spaces of their names do not matter.
 
-    The separator is the one of `,`, `;` and tab with which the header has the columns. Empty rows are left out.
+    The separator is the one of `,`, `;` and tab with which the header has the columns. Empty rows are skipped.
     Raises DataError for a table that cannot be read or has other columns, and for rows that have not one field for each
     column: a comma in a text that is not quoted would cut it.
     """
@@ -73,7 +73,7 @@ def read_table(path: Path, columns: Sequence[str]) -> list[Row]:
 
 
 def _filled(reader: Iterable[list[str]]) -> Iterator[tuple[int, list[str]]]:
-    """Numbered rows that hold something."""
+    """Numbered rows, without empty ones."""
     return ((number, row) for number, row in enumerate(reader, 1) if any(map(str.strip, row)))
 
 

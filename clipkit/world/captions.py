@@ -1,4 +1,4 @@
-"""What people would write under a scene, each caption with the facts that it states."""
+"""Captions of scenes, each with the facts that it states."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STYLED = {
     "pixels": ("pixel art of {}", "a pixelated drawing of {}", "{} in pixels"),
     "inverted": ("a negative of {}", "an inverted drawing of {}", "{} in inverted colours"),
 }
-"""Phrasings of each style; the first of "flat" says nothing of it."""
+"""Phrasings of each style; the first of "flat" does not mention it."""
 _PLACED = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
 
 
@@ -80,7 +80,7 @@ def _facts_of(group: tuple[Object, ...]) -> tuple[Fact, ...]:
 
 
 def _loose(group: tuple[Object, ...]) -> list[Caption]:
-    """Captions that leave the colour or the name of the object open."""
+    """Captions without the colour or the name of the object."""
     one, n = group[0], len(group)
     of = ((one.shape, one.colour),)
     shape, count = Fact("object", of, one.shape), Fact("count", of, str(n))

@@ -1,8 +1,8 @@
-"""A judge without a network: what a picture of the world shows, measured by the renderer's own knowledge.
+"""Judge of rendered scenes without a network: template matching against the renderer.
 
-A picture is cut into connected parts that differ from its background. Each part is compared with the renderer's picture
-of every shape, in the colours that fit it best, at the best place and size. Where none overlaps enough, the part is
-nothing. Large pictures are reduced first, so that the cost does not depend on their size.
+An image is segmented into connected parts that differ from its background. Each part is compared with a rendering of
+every shape, in the best-fitting colours, place and size. A part without sufficient overlap is no object. Large images
+are downscaled first, so that the cost does not depend on their size.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from clipkit.world.render import PIXELS, SUPERSAMPLE, paint
 from clipkit.world.scene import SHAPES, STYLES, Fact, Object, related
 
 OVERLAP, AMBIGUITY = 0.65, 0.8
-"""A part is an object where its overlap with a shape is at least the first, and what it lacks to 1 is less than the
-second times what the next best shape lacks. Renders have overlaps of 0.83 to 1 and ratios of at most 0.5; blurred by an
-eighth of the side, ratios of 0.86 and more."""
+"""A part is an object if its overlap with a shape is at least OVERLAP, and (1 - overlap) is less than AMBIGUITY times
+that of the next best shape. Renderings have overlaps of 0.83 to 1 and ratios of at most 0.5; blurred by an eighth of
+the side, ratios of 0.86 and more."""
 
-_SIDE = 32  # pictures are reduced to this
+_SIDE = 32  # images are downscaled to this
 _SEEN = 40.0  # distance from the background, in RGB, from which a pixel belongs to a part
 _SMALLEST = 0.12  # of the side: smaller parts are specks
 
@@ -37,7 +37,7 @@ Bools = npt.NDArray[np.bool_]
 class Found:
     """An object found in a picture.
 
-    overlap: in [0, 1], with the renderer's picture of it. runner_up: that of the next best shape.
+    overlap: in [0, 1], with the rendering of it. runner_up: that of the next best shape.
     """
 
     object: Object
@@ -51,7 +51,7 @@ class Found:
 
 
 def background_of(picture: Image.Image, style: str = "flat") -> str:
-    """The background's name, by the median of the outermost pixels; "" where it is none of the world's."""
+    """The background's name, by the median of the outermost pixels; "" for an unknown one."""
     name, _ = _background(_pixels(picture, style))
     return name
 
@@ -156,7 +156,7 @@ def _background(pixels: Pixels) -> tuple[str, Pixels]:
 
 
 def _parts(pixels: Pixels, background: Pixels) -> Iterator[Bools]:
-    """Masks [side, side] of what differs from the background, by neighbourhood; specks are left out."""
+    """Masks [side, side] of connected parts that differ from the background, without specks."""
     seen = np.linalg.norm(pixels - background, axis=2) > _SEEN
     side = len(seen)
     near = _grown(seen, max(1, round(side / 24)))
@@ -190,7 +190,7 @@ def _identify(pixels: Pixels, part: Bools, background: Pixels, style: str) -> Fo
     side, pad = len(pixels), max(1, round(len(pixels) / 24))
     rows, columns = (np.flatnonzero(part.any(axis=a)) for a in (1, 0))
     box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
-    # Work on a square around the part; beyond the picture's edge lies background.
+    # Work on a square around the part, padded with background.
     window = int(max(box[2] - box[0], box[3] - box[1])) + 4 * pad
     corner = np.array([box[0] + box[2] - window, box[1] + box[3] - window]) // 2
     alone = np.where(_grown(part, pad)[..., None], pixels, background)
@@ -205,7 +205,7 @@ def _identify(pixels: Pixels, part: Bools, background: Pixels, style: str) -> Fo
     fits = []
     for colour in _likely_colours(pixels[part], background):
         for shape in SHAPES:
-            # Faint parts may be lost in small pictures: what is plainly seen may be less.
+            # Small images lose faint parts: the visible extent may be smaller.
             for extent in {_extent(shape, colour, tuple(background), least) for least in (_SEEN, 2 * _SEEN)}:
                 guess = _fitted(shape, colour, inner, window, extent)
                 fits.append(Found(guess, _overlap(guess, seen, background, style)))
@@ -226,7 +226,7 @@ def _identify(pixels: Pixels, part: Bools, background: Pixels, style: str) -> Fo
 def _fitted(
     shape: str, colour: str, box: npt.NDArray[np.int_], side: int, extent: tuple[float, float, float, float]
 ) -> Object:
-    """A shape so large and so placed that what is seen of it (`extent`) fills a box (left, top, right, bottom)."""
+    """A shape sized and placed so that its visible `extent` fills a box (left, top, right, bottom)."""
     left, top, right, bottom = extent
     radius = ((box[2] - box[0]) / (right - left) + (box[3] - box[1]) / (bottom - top)) / 2
     x, y = (box[0] + box[2] - radius * (left + right)) / 2, (box[1] + box[3] - radius * (top + bottom)) / 2
@@ -264,7 +264,7 @@ def _refined(start: Found, pixels: Pixels, background: Pixels, style: str) -> Fo
 def _overlap(guess: Object, pixels: Pixels, background: Pixels, style: str) -> float:
     """1 - |P - T| / (|P - B| + |T - B|): picture P, template T, background B, sums of absolute differences.
 
-    1 for equal pictures, 0 where nothing of one is in the other: the Dice coefficient of masks, with colours.
+    1 for equal images, 0 for disjoint ones: the Dice coefficient of masks, with colours.
     """
     if guess.radius * len(pixels) < 1 or guess.radius > 0.75:
         return 0.0
@@ -283,7 +283,7 @@ def _template(guess: Object, side: int, background: Sequence[float] | Pixels, st
 
 @cache
 def _extent(shape: str, colour: str, background: tuple[float, ...], least: float) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of what differs from the background by `least`, in radii from the centre of a shape."""
+    """Left, top, right, bottom of pixels that differ from the background by `least`, in radii from a shape's centre."""
     side, radius = 96, 40
     pixels = _template(Object(shape, colour, 0.5, 0.5, radius / side), side, background, "flat")
     seen = np.linalg.norm(pixels - background, axis=2) > least

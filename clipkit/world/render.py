@@ -1,4 +1,4 @@
-"""Scenes -> pictures, with the truth about each pixel."""
+"""Renderer: scene -> image at any size, with exact masks, edges and boxes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PIXELS = 24
 """Blocks along a side in the style "pixels"."""
 
 SUPERSAMPLE = 4
-_KEY = (1, 2, 3)  # a colour that no object has: where nothing was painted
+_KEY = (1, 2, 3)  # a colour of no object, for unpainted pixels
 
 Bytes = npt.NDArray[np.uint8]
 Bools = npt.NDArray[np.bool_]
@@ -100,7 +100,7 @@ def _layer(thing: Object, side: int) -> Bytes:
 
 
 def _outlines(colours: Bytes, width: int) -> Bools:
-    """Where an object is, and a pixel of another part (or none) lies no farther than `width` along an axis."""
+    """Pixels of an object with a pixel of another part (or none) within `width` along an axis."""
     red, green, blue = np.moveaxis(colours.astype(np.int32), 2, 0)
     low = high = red << 16 | green << 8 | blue
     for axis in (0, 1):

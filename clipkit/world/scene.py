@@ -1,4 +1,4 @@
-"""Scenes: one to three objects with shape, colour, size and place on a background, and the facts that hold in them."""
+"""Scenes: one to three objects with shape, colour, size and place on a background, and their checkable facts."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Object:
 
     @property
     def place(self) -> str:
-        """Which side of the picture its centre lies at, where that is plain; or ""."""
+        """The side of the image that clearly contains its centre; or ""."""
         dx, dy = self.x - 0.5, self.y - 0.5
         if max(abs(dx), abs(dy)) < 1 / 6 or abs(abs(dx) - abs(dy)) < 0.08:
             return ""
@@ -93,7 +93,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Fact:
-    """One checkable fact. `of` names the objects it is about as (shape, colour), or nothing for the whole picture.
+    """One checkable fact. `of` names its objects as (shape, colour); it is empty for a fact about the whole image.
 
     kind and value: object (shape), colour, count (as a number), size (big, small), place (left, right, top, bottom),
     relation (left of, above; of two), background, style, direction.
@@ -165,7 +165,7 @@ _LAYOUTS: tuple[tuple[int, ...], ...] = ((1,), (1,), (1,), (2,), (3,), (1, 1), (
 
 
 def _objects(split: str, rng: np.random.Generator) -> Iterator[Object]:
-    """Objects of a random layout, none too near to another; nothing where they found no place."""
+    """Objects of a random layout with a minimum distance; yields none if they do not fit."""
     layouts = [x for x in _LAYOUTS if len(x) > 1] if split == "relations" else _LAYOUTS
     layout = layouts[rng.integers(len(layouts))]
     known, unknown = ([p for p in PAIRS if held_out(*p) == kept] for kept in (False, True))

@@ -84,7 +84,7 @@ def test_an_image_that_is_not_one(folder, tmp_path):
 
 def test_a_folder_without_classes(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises(DataError, match=r"no <class>/<image> layout: a\.png lies in no class folder"):
+    with pytest.raises(DataError, match=r"no <class>/<image> layout: a\.png is in no class folder"):
         open_set(f"folder:{tmp_path}", tmp_path)
 
 
@@ -255,9 +255,9 @@ def test_what_is_not_taken_is_counted(folder, tmp_path, kind, capsys):
             archive.add(folder, "set")
     images = open_set(f"{kind}:{place}", tmp_path)
     check(images)
-    assert images.skipped == {"other format": 2, "not a picture": 1}
+    assert images.skipped == {"other format": 2, "not an image": 1}
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-1] == f"clipkit: {place}: no picture that is read in gifs; left out of the classes"
+    assert lines[-1] == f"clipkit: {place}: no JPEG, PNG or WebP image in gifs; omitted from the classes"
 
 
 def test_a_linked_subset(folder, tmp_path):

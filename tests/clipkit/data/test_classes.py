@@ -52,7 +52,7 @@ def test_deeper_folders_belong_to_the_class_as_in_torchvision(names, above, caps
     assert found == {above + name: name.split("/")[0] for name in names}
     assert classes == in_order(name.split("/")[0] for name in names)
     lines = capsys.readouterr().err.splitlines()
-    assert "are of the class of the first" in lines[-1]
+    assert "have the class of the first" in lines[-1]
     assert len(lines) == (2 if above else 1)  # what holds all others is passed over, and said
 
 
@@ -106,7 +106,7 @@ def test_an_outer_and_an_inner_folder_that_may_both_be_the_class():
 
 
 def test_pictures_in_no_class_folder():
-    with pytest.raises(DataError, match=r"no <class>/<image> layout: cover\.jpg lies in no class folder"):
+    with pytest.raises(DataError, match=r"no <class>/<image> layout: cover\.jpg is in no class folder"):
         layout(SOURCE, ["red/0.jpg", "cover.jpg"])
     found = named_layout(SOURCE, ["red/0.jpg", "cover.jpg", "old/red/more/1.jpg"], ["blue", "red"])
     assert [found.label_of(n) for n in ("red/0.jpg", "cover.jpg", "old/red/more/1.jpg")] == [1, None, 1]

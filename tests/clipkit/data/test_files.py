@@ -52,7 +52,7 @@ def test_every_suffix_is_read_or_counted(tmp_path):
     read, aside = found(tmp_path)
     assert set(read) == {f"a/{n}" for s in SUFFIXES for n in (f"x{s}", f"Y{s.upper()}")}
     assert list(aside.values()).count("other format") == 2 * len(OTHER_SUFFIXES)
-    assert list(aside.values()).count("not a picture") == 4
+    assert list(aside.values()).count("not an image") == 4
     assert not set(SUFFIXES) & set(OTHER_SUFFIXES)
 
 

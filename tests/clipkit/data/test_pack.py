@@ -110,10 +110,16 @@ def test_csv_with_several_captions_and_every_kind_of_gap(folder, tmp_path):
     assert index["skipped"] == {"not in the table": 10, "no caption": 1, "image missing": 1}
 
 
-def test_unreadable_images_are_skipped_and_counted(folder, tmp_path):
+def test_unreadable_images_are_skipped_counted_and_named(folder, tmp_path, capsys):
     (folder / "n01" / "broken.png").write_bytes(b"not an image")
     index = pack(class_source(folder, CLASSES, ["a {}."], 0), tmp_path / "out")
     assert (index["samples"], index["skipped"]) == (12, {"not an image": 1})
+    assert "clipkit: not an image: n01/broken.png\n" in capsys.readouterr().err
+    for i in range(1, 6):
+        (folder / "n01" / f"broken{i}.png").write_bytes(b"not an image")
+    pack(class_source(folder, CLASSES, ["a {}."], 0), tmp_path / "more")
+    named = "n01/broken.png, n01/broken1.png, n01/broken2.png and 3 more"
+    assert f"clipkit: not an image: {named}\n" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "pack.json").read_text())["skipped"] == {"not an image": 1}
 
 

@@ -30,14 +30,17 @@ def test_what_is_set_aside_is_no_sample(tmp_path, capsys):
     source = class_source(tmp_path, None, ["a {}"], 0)
     assert source.classes == [["blue"], ["red"]]
     assert source.count() == len(list(source.samples)) == 2
-    assert source.aside() == {"other format": 2, "not a picture": 1, "broken link": 1}
-    assert capsys.readouterr().err == f"clipkit: {tmp_path}: no picture that is read in gifs; left out of the classes\n"
+    assert source.aside() == {"other format": 2, "not an image": 1, "broken link": 1}
+    assert (
+        capsys.readouterr().err
+        == f"clipkit: {tmp_path}: no JPEG, PNG or WebP image in gifs; omitted from the classes\n"
+    )
 
 
 def test_nothing_that_is_read_says_what_there_is(tmp_path):
     put(tmp_path / "red/0.gif")
     put(tmp_path / "red/1.HEIC")
-    with pytest.raises(DataError, match=r"no picture in a format that is read .*; not taken: 2 other format"):
+    with pytest.raises(DataError, match=r"no JPEG, PNG or WebP image; not taken: 2 other format"):
         class_source(tmp_path, None, ["a {}"], 0)
 
 
@@ -137,7 +140,7 @@ def test_rows_that_are_of_no_picture(pics):
 def test_the_table_is_no_file_that_was_not_taken(pics):
     path = table(pics / "pics", "0.jpg,a")
     put(pics / "pics/readme.md")
-    assert csv_source(path, pics / "pics").aside() == {"not a picture": 1, "not in the table": 2}
+    assert csv_source(path, pics / "pics").aside() == {"not an image": 1, "not in the table": 2}
 
 
 def test_a_tar_with_a_folder_around(pics):
