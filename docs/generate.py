@@ -15,6 +15,7 @@ import re
 import textwrap
 import typing
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -142,10 +143,10 @@ def options(command: click.Command) -> Iterator[str]:
 def commands() -> str:
     """Every command: usage, help, options."""
     lines = [NOTE.format("the commands") + "# Commands\n"]
-    lines += [
-        "`clipkit --help` lists the commands and `clipkit COMMAND --help` prints what stands here. Exit codes: 0 success,"
-    ]
-    lines += ["1 something failed, 2 the command was wrong, 3 training diverged, 130 interrupted.\n"]
+    lines.append(
+        "`clipkit --help` lists the commands, `clipkit COMMAND --help` prints its part of this page. Exit codes:"
+    )
+    lines.append("0 success, 1 failure, 2 a wrong command, 3 diverged training, 130 interrupted.\n")
     for name in sorted(cli.commands):
         command = cli.commands[name]
         usage = " ".join(command.collect_usage_pieces(click.Context(command)))
@@ -153,6 +154,15 @@ def commands() -> str:
         if rows := list(options(command)):
             lines += ["| option | meaning |\n|---|---|", *rows, ""]
     return "\n".join(lines)
+
+
+def undocumented(found: Any) -> Iterator[str]:
+    """The public methods and properties that a class defines without a docstring; `forward` is called by torch."""
+    for name, member in vars(found).items() if inspect.isclass(found) else ():
+        function = member.__func__ if isinstance(member, classmethod | staticmethod) else member
+        is_method = inspect.isroutine(function) or isinstance(function, property | cached_property)
+        if is_method and not name.startswith("_") and name != "forward" and not function.__doc__:
+            yield name
 
 
 def api() -> str:
@@ -168,8 +178,9 @@ def api() -> str:
             found = getattr(module, name)
             if not (inspect.isclass(found) or inspect.isroutine(found)):
                 continue  # constants stand in the text of the module
-            if not inspect.getdoc(found):
-                raise SystemExit(f"{package}.{name} is public and has no docstring")
+            for public in (name, *(f"{name}.{member}" for member in undocumented(found))):
+                if public != name or not inspect.getdoc(found):
+                    raise SystemExit(f"{package}.{public} is public and has no docstring")
             lines.append(f"::: {found.__module__}.{found.__qualname__}\n")
     return "\n".join(lines)
 
