@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from clipkit.config import OptimConfig
+from clipkit.malloc import keep_pages
 from clipkit.models.clip import CLIP, CLIPConfig
 from clipkit.train.losses import info_nce
-from clipkit.train.malloc import keep_pages
 from clipkit.train.optim import make_optimizer
 
 VOCABULARY, END = 49408, 49407

@@ -52,14 +52,16 @@ MODULES = {
     "clipkit.tokenizer": "clipkit.models.tokenizer",
     "clipkit.towers": "clipkit.models.towers",
     "clipkit.train.average": "clipkit.train.averaging",
-    "clipkit.train.pages": "clipkit.train.malloc",
+    "clipkit.train.pages": "clipkit.malloc",
     "clipkit.train.tune": "clipkit.train.finetune",
     "clipkit.weights": "clipkit.convert.weights",
     "clipkit.words": "clipkit.models.words",
 }
 """Former module -> present module."""
 
-NAMES: dict[str, dict[str, str]] = {}
+NAMES: dict[str, dict[str, str]] = {
+    "clipkit.train.finetune": {"TuneConfig": "FinetuneConfig", "hold_still": "eval_locked"},
+}
 """Present module -> former name -> present name."""
 
 

@@ -47,8 +47,8 @@ from clipkit.guidance.config import SEEDS
 from clipkit.guidance.image_grid import grid
 from clipkit.guidance.pipeline import Steering, Studio
 from clipkit.log import say
+from clipkit.malloc import give_back_large_blocks
 from clipkit.models.pretrained import Pretrained, fingerprint, load
-from clipkit.train.malloc import give_back_large_blocks
 from clipkit.zeroshot.galleries import Gallery, open_gallery
 from clipkit.zeroshot.heads import CACHE, embed_texts
 from clipkit.zeroshot.index import Hit, Index, build

@@ -1,4 +1,4 @@
-"""What a run does with its folder: hold it, and save into it while it goes on."""
+"""Async checkpointing: a thread writes checkpoints while the run continues; and the lock of a run's folder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from clipkit import checkpoint, distributed
-from clipkit.checkpoint import Part
+from clipkit.checkpoint import Shard
 from clipkit.errors import CheckpointError
 
 
 class Saver:
-    """Saves in the background: `save` copies the tensors and returns, a thread writes them. Leaving it waits."""
+    """Saves in the background: `save` copies the tensors and returns, a thread writes them. On exit it waits."""
 
     def __init__(self, run: Path, keep_last: int, keep_every: int) -> None:
         self.run, self.keep_last, self.keep_every = run, keep_last, keep_every
@@ -32,20 +32,20 @@ class Saver:
         state: Mapping[str, Any],
         tensors: Mapping[str, Mapping[str, Tensor]],
         texts: Mapping[str, str],
-        in_parts: bool = False,
+        sharded: bool = False,
     ) -> None:
-        """Begin to save, when the save before is done: on one rank, or `in_parts` on all of them, each its piece.
+        """Start to save once the previous save is done: on one rank, or `sharded`, on all ranks, each its shard.
 
-        Raises what the save before raised.
+        Raises the error of the previous save.
         """
         self.wait()
-        part = Part(distributed.rank(), distributed.world_size()) if in_parts else Part()
-        if part.of > 1:
-            if not part.rank:
+        shard = Shard(distributed.rank(), distributed.world_size()) if sharded else Shard()
+        if shard.of > 1:
+            if not shard.rank:
                 checkpoint.begin(self.run, int(state["step"]))
             distributed.barrier()
         copies = {group: {n: _copy(t) for n, t in named.items()} for group, named in tensors.items()}
-        self._thread = threading.Thread(target=self._write, args=(dict(state), copies, dict(texts), part))
+        self._thread = threading.Thread(target=self._write, args=(dict(state), copies, dict(texts), shard))
         self._thread.start()
 
     def _write(
@@ -53,10 +53,10 @@ class Saver:
         state: dict[str, Any],
         tensors: Mapping[str, Mapping[str, Tensor]],
         texts: Mapping[str, str],
-        part: Part,
+        shard: Shard,
     ) -> None:
         try:
-            checkpoint.save(self.run, state, tensors, texts, self.keep_last, self.keep_every, part)
+            checkpoint.save(self.run, state, tensors, texts, self.keep_last, self.keep_every, shard)
         except BaseException as error:
             self._error = error
 
@@ -70,13 +70,13 @@ class Saver:
             self.check()
 
     def check(self) -> None:
-        """Raise what a finished save raised."""
+        """Raise the error of a finished save."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
     def wait(self) -> None:
-        """Until everything is on the disk. Raises CheckpointError if it could not be put there."""
+        """Wait until everything is on the disk. Raises CheckpointError if it cannot be written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -89,11 +89,9 @@ def _copy(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def lock(run: Path) -> Iterator[None]:
-    """Hold a run's folder. Raises CheckpointError naming the process that already does; a dead one holds nothing.
+    """Lock a run's folder. Raises CheckpointError naming the process that holds it, or if the file system has no locks.
 
-    It raises one too where the file system has no locks.
-
-    The lock is the process's own (POSIX): loader processes forked from it do not hold it on when it is killed.
+    A POSIX lock of the process: a dead process holds none, and loader processes forked from it do not inherit it.
     """
     run.mkdir(parents=True, exist_ok=True)
     with (run / ".lock").open("a+") as file:

@@ -1,16 +1,15 @@
-"""Atomic checkpoints: a directory of safetensors and JSON, written aside, fsynced, listed in a manifest, then renamed.
+"""Atomic checkpoints: a directory of safetensors and JSON, written under another name, fsynced, hashed, then renamed.
 
-A kill or a full disk at any moment leaves the previous checkpoint loadable; a flipped bit is found by its sha256 and
-named. Nothing in here is pickled, so that loading never runs code.
+A kill or a full disk at any moment leaves the previous checkpoint loadable; a flipped bit is found by the manifest's
+sha256, and its file is named. Nothing is pickled, so that loading never runs code.
 
     RUN/checkpoints/step-00000500/
         model.safetensors  ema.safetensors  optimizer.safetensors
         state.json         step, kind of model, recipe, versions, samples skipped so far
         manifest.json      size and sha256 of every other file
-        tokenizer.json ... what else belongs to the model
+        tokenizer.json ... other text files of the model
 
-Ranks that hold a piece of the model each write it themselves, as model-00001-of-00004.safetensors and so on; reading
-puts the pieces together, for any number of ranks.
+Under FSDP each rank writes its shard, as model-00001-of-00004.safetensors and so on. Any number of ranks can read them.
 """
 
 from __future__ import annotations
@@ -25,15 +24,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipkit.errors import CheckpointError
+from clipkit.config import with_present_names
+from clipkit.errors import CheckpointError, RecipeError
 from clipkit.io import sha256, write_atomically
+from clipkit.registry import TASKS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = 1
 _STEP = "step-"
-_PART = ".part-"
+_WRITTEN = ".shard-"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Checkpoint:
         return dict(self.stream(name))
 
     def stream(self, name: str) -> Iterator[tuple[str, Tensor]]:
-        """The same one by one, for what is too large to hold twice; pieces are put together, rank after rank."""
+        """The same one by one, for tensors too large to hold twice; shards are concatenated."""
         import torch
         from safetensors import SafetensorError, safe_open
 
@@ -63,11 +64,11 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} has no {whole.name}; it is a {self.state.get('kind')} checkpoint")
         try:
             opened: list[Any] = [safe_open(file, framework="pt") for file in files]
-            for key in opened[0].keys():  # noqa: SIM118 - not a dict; what is not cut in pieces is in the first alone
-                pieces = [file.get_tensor(key) for file in opened if key in file.keys()]  # noqa: SIM118
-                yield key, pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            for key in opened[0].keys():  # noqa: SIM118 - not a dict; unsharded tensors are in the first alone
+                shards = [file.get_tensor(key) for file in opened if key in file.keys()]  # noqa: SIM118
+                yield key, shards[0] if len(shards) == 1 else torch.cat(shards)
         except SafetensorError as error:
-            raise CheckpointError(f"{files[0]} is not what its name says: {error}") from None
+            raise CheckpointError(f"{files[0]} is no safetensors file: {error}") from None
 
     def text(self, name: str, default: str | None = None) -> str:
         """A text file of the checkpoint. Raises CheckpointError if it has none of that name and there is no default."""
@@ -79,20 +80,20 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Which piece of a checkpoint a rank writes: all of it, or number `rank` of `of`."""
+class Shard:
+    """Which shard of a checkpoint a rank writes: all of it, or number `rank` of `of`."""
 
     rank: int = 0
     of: int = 1
 
     def file(self, name: str) -> str:
-        """Where the tensors called `name` go."""
-        piece = f"-{self.rank + 1:05d}-of-{self.of:05d}" if self.of > 1 else ""
-        return f"{name}{piece}.safetensors"
+        """Name of the file of the tensors called `name`."""
+        suffix = f"-{self.rank + 1:05d}-of-{self.of:05d}" if self.of > 1 else ""
+        return f"{name}{suffix}.safetensors"
 
 
 def begin(run: Path, step: int) -> Path:
-    """An empty directory for the files of a step's checkpoint; what killed saves left goes. Raises OSError."""
+    """An empty directory for the files of a step's checkpoint; remains of killed saves are deleted. Raises OSError."""
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     for left_over in folder.glob(".*.tmp"):
@@ -113,33 +114,33 @@ def save(
     texts: Mapping[str, str],
     keep_last: int,
     keep_every: int = 0,
-    part: Part | None = None,
+    shard: Shard | None = None,
 ) -> Path:
     """Write the checkpoint of `state["step"]` into RUN/checkpoints, then drop old ones.
 
-    The newest `keep_last` stay, and those whose step `keep_every` divides, if it is not 0. With a `part`, every rank
-    calls this with its piece after the first has called `begin`; the first waits for the others and finishes.
+    The newest `keep_last` stay, and those whose step `keep_every` divides, if it is not 0. With a `shard`, every
+    rank calls this with its own after the first has called `begin`; the first waits for the others and finishes.
 
-    Raises CheckpointError naming the path and the free space when it cannot be written; what was there before is
-    untouched.
+    Raises CheckpointError naming the path and the free space when it cannot be written; earlier
+    checkpoints are untouched.
     """
     from safetensors import SafetensorError
 
-    step, part = int(state["step"]), part or Part()
+    step, shard = int(state["step"]), shard or Shard()
     folder, aside = run / "checkpoints", _aside(run, step)
     final = folder / f"{_STEP}{step:08d}"
     try:
-        if part.of == 1:
+        if shard.of == 1:
             begin(run, step)
-        entries = _write_files(aside, {"format": FORMAT, **state}, tensors, texts, part)
-        if part.rank:
-            _report(aside, part, {"files": entries})
+        entries = _write_files(aside, {"format": FORMAT, **state}, tensors, texts, shard)
+        if shard.rank:
+            _report(aside, shard, {"files": entries})
             return final
-        _finish(aside, final, {**entries, **_gathered(aside, part)})
+        _finish(aside, final, {**entries, **_gathered(aside, shard)})
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        if part.rank:
-            _report(aside, part, {"error": reason})
+        if shard.rank:
+            _report(aside, shard, {"error": reason})
         else:
             shutil.rmtree(aside, ignore_errors=True)
         free = shutil.disk_usage(run).free
@@ -157,15 +158,15 @@ def _write_files(
     state: Mapping[str, Any],
     tensors: Mapping[str, Mapping[str, Tensor]],
     texts: Mapping[str, str],
-    part: Part,
+    shard: Shard,
 ) -> dict[str, Any]:
-    """Write and fsync what is this part's -> its entries of the manifest."""
+    """Write and fsync the files of this shard -> their entries in the manifest."""
     from safetensors.torch import save_file
 
-    files = [folder / part.file(name) for name in tensors]
+    files = [folder / shard.file(name) for name in tensors]
     for file, group in zip(files, tensors.values(), strict=True):
         save_file({k: v.detach().cpu().contiguous() for k, v in group.items()}, file)
-    if not part.rank:
+    if not shard.rank:
         for name, text in {**texts, "state.json": json.dumps(state, indent=1)}.items():
             (folder / name).write_text(text, encoding="utf-8")
             files.append(folder / name)
@@ -174,20 +175,20 @@ def _write_files(
     return {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
 
 
-def _report(aside: Path, part: Part, report: Mapping[str, Any]) -> None:
-    """Tell the first rank, through the file system they share, that this part is written, or why it is not."""
-    write_atomically(aside / f"{_PART}{part.rank}", json.dumps(report))
+def _report(aside: Path, shard: Shard, report: Mapping[str, Any]) -> None:
+    """Report to the first rank, through the file system they share, that this shard is written, or why not."""
+    write_atomically(aside / f"{_WRITTEN}{shard.rank}", json.dumps(report))
 
 
-def _gathered(aside: Path, part: Part, patience: float = 1800.0) -> dict[str, Any]:
-    """The other parts' entries, when all are there. Raises OSError when one failed or does not come."""
+def _gathered(aside: Path, shard: Shard, patience: float = 1800.0) -> dict[str, Any]:
+    """The entries of the other ranks' shards, when all are written. Raises OSError when one fails or times out."""
     entries: dict[str, Any] = {}
     limit = time.monotonic() + patience
-    for rank in range(1, part.of):
-        file = aside / f"{_PART}{rank}"
+    for rank in range(1, shard.of):
+        file = aside / f"{_WRITTEN}{rank}"
         while not file.is_file():
             if time.monotonic() > limit:
-                raise OSError(f"rank {rank} did not write its part in {patience:g} s")
+                raise OSError(f"rank {rank} did not write its shard in {patience:g} s")
             time.sleep(0.02)
         report = json.loads(file.read_text(encoding="utf-8"))
         if "error" in report:
@@ -241,6 +242,11 @@ def verify(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from None
     if state.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {state.get('format')!r}; this version of clipkit reads {FORMAT}")
+    if state.get("kind") in TASKS.own and "recipe" in state:  # of another package: its own keys
+        try:
+            state["recipe"], _ = with_present_names(state["recipe"])
+        except (RecipeError, AttributeError) as error:
+            raise CheckpointError(f"{path / 'state.json'} is damaged: {error}") from None
     return Checkpoint(path, state)
 
 

@@ -1,4 +1,4 @@
-"""The `clipkit` command. Nothing heavy is imported before a command runs, so that --help answers at once."""
+"""The `clipkit` command line. Torch is not imported before a command runs, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -17,18 +17,39 @@ from click.exceptions import Abort
 from clipkit._version import __version__
 from clipkit.commands import drawing, evaluation, measuring, models, packs, pictures, serving, training
 from clipkit.errors import ClipkitError, UsageError
+from clipkit.registry import TASKS, task_entry
 
 
 class _Commands(click.Group):
-    """The commands; one that is interrupted says whether it resumes."""
+    """clipkit's commands, and one for each trainable task that another package registers.
+
+    Packages are only looked through for the list of all commands, and for a name that is none of clipkit's.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names."""
+        return sorted({*self.commands, *_foreign_tasks()})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of this name, if any."""
+        if cmd_name in self.commands:
+            return self.commands[cmd_name]
+        kind = _foreign_tasks().get(cmd_name)
+        return None if kind is None else training.training_command(kind)
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run the command that was asked for."""
+        """Run the command; when it is interrupted, say whether the same command resumes."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             command = self.commands.get(ctx.invoked_subcommand or "")
-            raise Abort("; the same command resumes" if command in RESUMED else "") from None
+            trains = command is None  # a task of another package
+            raise Abort("; the same command resumes" if trains or command in RESUMED else "") from None
+
+
+def _foreign_tasks() -> dict[str, str]:
+    """Command -> kind of the tasks that other packages register."""
+    return {task_entry(kind).command: kind for kind in TASKS if kind not in TASKS.own}
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -38,7 +59,7 @@ def cli() -> None:
 
     \b
     Start with:
-      clipkit guided-sample "a rocket"                with the small model that comes along
+      clipkit guided-sample "a rocket"                with the small model of the package
       clipkit classify photo.jpg --labels "dog,cat"
       clipkit app                                     both, in the browser
       clipkit demo                                    the whole chain on drawings, some minutes
@@ -48,17 +69,12 @@ def cli() -> None:
     """
 
 
+TRAINING = tuple(map(training.training_command, TASKS.own))
+
 for command in (
     *(packs.pack, packs.verify, packs.inspect),
-    *(
-        training.pretrain,
-        training.autoencoder,
-        training.denoiser,
-        training.noisy_clip,
-        training.noisy_classifier,
-        training.plan,
-        training.demo,
-    ),
+    *TRAINING,
+    *(training.recipe, training.plan, training.demo),
     *(models.models, models.export, models.average, models.release),
     *(evaluation.zeroshot, evaluation.retrieval, evaluation.probe),
     *(pictures.similarity, pictures.classify, pictures.index, pictures.embed, pictures.search),
@@ -66,26 +82,23 @@ for command in (
 ):
     cli.add_command(command)
 
-RESUMED = (
-    *(packs.pack, pictures.index, pictures.embed, training.demo),
-    *(training.pretrain, training.autoencoder, training.denoiser, training.noisy_clip, training.noisy_classifier),
-)
-"""Commands that, run again, take up what was interrupted."""
+RESUMED = (*TRAINING, packs.pack, pictures.index, pictures.embed, training.demo)
+"""Commands that resume when they are run again."""
 
 
 TURN = 5.0
-"""Seconds for which ranks leave the word to rank 0, where all have the same to say."""
+"""Seconds that other ranks wait for rank 0 to print an error that all have."""
 
 
 def _complain(message: str, every_rank: bool) -> None:
-    """One line on stderr. What was asked for is wrong on all ranks alike; what happens to one may not to the others.
+    """Print one line on stderr. Errors in the arguments are the same on all ranks; others may happen on one of them.
 
-    torchrun ends all ranks as soon as one has failed: were the others quicker than rank 0, nobody would have spoken.
-    A rank that is still there afterwards was alone with its complaint.
+    torchrun ends all ranks as soon as one has failed: if the others were faster than rank 0, no line would be printed.
+    A rank that still runs after the wait is the only one with this error.
     """
     rank = os.environ.get("RANK", "0")
     if rank != "0" and not every_rank:
-        with suppress(KeyboardInterrupt):  # Ctrl-C ends the wait, not the word
+        with suppress(KeyboardInterrupt):  # Ctrl-C ends the wait, not the message
             time.sleep(TURN)
     click.echo(f"clipkit: {message}" + (f" [rank {rank}]" if rank != "0" else ""), err=True)
 
@@ -101,11 +114,11 @@ def _os_reason(error: OSError) -> str:
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""What a disk, or stdout on one, can say without a file name."""
+"""Errors of a disk, or of stdout on one, that have no file name."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Entry point: runs the command and turns what went wrong into one line and an exit code."""
+    """Entry point: run the command; errors become one line on stderr and an exit code."""
     for stream in (sys.stdout, sys.stderr):
         # A file name that the terminal's encoding cannot show is escaped; it must not end the command.
         if isinstance(stream, io.TextIOWrapper):
@@ -121,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except ClipkitError as error:
         _complain(str(error), every_rank=not isinstance(error, UsageError))
         sys.exit(error.exit_code)
-    except BrokenPipeError:  # `clipkit models | head`: the reader has seen enough
+    except BrokenPipeError:  # `clipkit models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
         sys.exit(1)
     except OSError as error:

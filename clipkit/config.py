@@ -1,6 +1,7 @@
-"""Recipes: TOML files that fill typed, frozen dataclasses; overrides are `section.key=value` words after them.
+"""Recipes: TOML files that fill typed, frozen dataclasses; `section.key=value` words override their keys.
 
-A recipe is data, never code. Every key is known and has a type; a wrong one is refused with a suggestion.
+A recipe is data, never code. Every key is known and has a type; a wrong one is refused with a suggestion. A key's help
+is the docstring of its field (clipkit/reference.py reads it).
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from clipkit.errors import RecipeError, did_you_mean
+from clipkit.log import remark
+from clipkit.registry import Registry
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,18 +30,29 @@ R = TypeVar("R")
 
 SHIPPED = Path(__file__).resolve().parent / "train" / "recipes"
 
+RENAMED = {
+    "condition.drop": "condition.dropout",
+    "data.enlarge": "data.upscale_crops",
+    "data.window": "data.shuffle_window",
+    "model.bank": "model.negative_captions",
+    "model.early_size": "data.progressive_size",
+    "optim.decay_share": "optim.decay_fraction",
+    "optim.final_lr": "optim.final_lr_fraction",
+    "tune": "finetune",
+}
+"""Former key or section of recipes -> present one. Recipes, overrides and checkpoints may have either."""
 
 Unbounded = Annotated[float, "may be infinite"]
-"""A recipe's number that may be inf; every other one is refused when it is."""
+"""A number of a recipe that may be inf; other numbers may not."""
 
 _LARGEST = 2**63 - 1
 """Largest integer of TOML, torch and numpy."""
 
 _LONGEST = 1e6
-"""Minutes, some two years: beyond what they are counted in overflows."""
+"""Minutes, some two years; larger numbers overflow."""
 
 SMALLEST_SHARE = 1e-3
-"""Smallest share of a pack among several; order.py keeps shares in blocks of its inverse."""
+"""Smallest share of a pack among several; data/sample_order.py draws from the packs in blocks of its inverse."""
 
 _BOUNDS: dict[str, Callable[[Any], bool]] = {
     "above 0": lambda x: x > 0,
@@ -60,47 +74,48 @@ def require(bound: str, section: str, config: object, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """What every training run has, whatever it trains."""
+    """The training run: its folder, length, batch, precision, checkpoints and ranks."""
 
     out: str
-    """Folder of the run; the same command resumes what it finds there."""
+    """Folder of the run; the same command resumes the run in it."""
     steps: int
-    """Optimizer steps in all. A run may be resumed with more, or with fewer if it has not come that far: what depends
-    on this number, such as the learning rate, is from then on that of the new one."""
+    """Optimizer steps in all. A run may be resumed with more steps, or with fewer if it has not done that many; its
+    learning-rate schedule is then that of the new number."""
     batch_size: int = 256
     """Samples per step over all ranks."""
     micro_batches: int = 1
-    """Parts in which each rank computes its share of a batch, to save memory; the gradient is that of the whole, but
-    for BatchNorm, which normalises each part by itself: a run that has some says so."""
+    """Gradient accumulation (GradCache): micro-batches that each rank splits its samples into, to save memory. The
+    gradient is that of the whole batch, except that BatchNorm normalises each micro-batch by itself, which the run
+    says."""
     seed: int = 0
     """Decides the initial weights, the order of the data and all noise."""
     device: str = "auto"
     """"auto" takes cuda, then mps, then cpu."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """"auto" autocasts to bf16 where the hardware computes in it."""
+    """Mixed precision: "bf16" autocasts the networks, "auto" does so where the hardware computes in it."""
     log_every: int = 20
     """Steps between log lines."""
     save_every: int = 500
     """Steps between checkpoints; the last step is always saved, and the one at which SIGTERM or Ctrl-C comes."""
     save_minutes: Unbounded = 30.0
-    """Minutes after which a checkpoint is due whatever the step."""
+    """Minutes after which a checkpoint is written whatever the step."""
     keep_last: int = 2
     """Newest checkpoints kept."""
     keep_every: int = 0
-    """Checkpoints of steps that this divides are kept for good; 0 keeps none."""
+    """Checkpoints of the multiples of this step are never deleted; 0 keeps none of them."""
     eval_every: int = 0
     """Steps between evaluations; 0 evaluates after the last step only."""
     ema_decay: float = 0.999
-    """Decay of the weights' moving average, which is what evaluation and `clipkit.load` use."""
+    """Decay of the exponential moving average of the weights, which evaluation and `clipkit.load` use."""
     compile: bool = False
     """Compile the networks with torch.compile; needs a C++ compiler on CPUs, and minutes before the first step."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """What each rank holds of the model: "ddp" all of it, "fsdp" its share (FSDP2)."""
+    """Data parallel training: "ddp" replicates the model on each rank, "fsdp" shards it over the ranks (FSDP2)."""
     timeout_minutes: float = 10.0
     """How long a rank waits for the others before it gives up."""
     sync_batchnorm: bool = True
-    """BatchNorm over the batch of all ranks, so that it is that of one process; false is faster and lets each rank use
-    the statistics of its own samples."""
+    """BatchNorm over the samples of all ranks, as on one process; false is faster, and each rank normalises its own
+    samples."""
     grad_clip: Unbounded = 1.0
     """Largest norm of the whole gradient; 0 does not clip."""
     tensorboard: bool = False
@@ -125,40 +140,43 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where the samples come from and how they are varied."""
+    """Where the samples come from and how they are augmented."""
 
     shards: str
     """Folder made by `clipkit pack`, or the http(s) or fsspec (s3://, gs://) URL of one."""
     mix: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Further packs: folder -> its share of the samples; `shards` has what they leave."""
+    """Further packs to mix in: folder -> its share of the samples; the rest comes from `shards`."""
     val: str = ""
-    """Packed validation set, or none."""
+    """Pack of the validation set; empty: none."""
     workers: int = 1
     """Loader processes per rank; the order of the data does not depend on it."""
     crop_scale: float = 1.0
-    """Smallest share of the area kept by the random resized crop; 1 turns it off."""
-    enlarge: float = 0.0
-    """Share of the crops smaller than image_size that are enlarged to it; of a picture that is large enough, the others
-    become windows of that size. At 1 all are, as by torchvision's RandomResizedCrop."""
+    """Smallest fraction of the area that the random resized crop keeps; 1 turns it off."""
+    upscale_crops: float = 0.0
+    """Fraction of the crops smaller than image_size that are upscaled to it, if the image is large enough for a window
+    of that size; the others become such windows. 1 is torchvision's RandomResizedCrop."""
+    progressive_size: int = 0
+    """Progressive resizing: side of the images in the first three fifths of the steps, which costs less; 0: off. For
+    CLIPs whose image tower takes any size (train/progressive.py)."""
     flip: bool = False
     """Flip half of the images left to right."""
     colour_jitter: float = 0.0
     """Brightness, contrast and saturation are each scaled by 1 - this to 1 + this."""
     sharpness_jitter: float = 0.0
-    """Sharpness is scaled by 1 - this to 1 + this: programs that resize pictures differ in it."""
-    window: int = 0
+    """Sharpness is scaled by 1 - this to 1 + this, as programs that resize images differ in it."""
+    shuffle_window: int = 0
     """Shards whose samples are shuffled together; 0 takes all of a folder, and 16 at a time behind a URL."""
     cache: str = "~/.cache/clipkit"
     """Folder for shards fetched from a URL."""
     cache_gb: float = 100.0
-    """GiB of fetched shards to keep; two windows must fit."""
+    """GiB of fetched shards to keep; two shuffle windows must fit."""
     max_bad_fraction: float = 0.01
     """Share of unreadable samples at which the run stops; below it they are skipped, counted and reported."""
 
     def __post_init__(self) -> None:
         require("in (0, 1]", "data", self, "crop_scale")
-        require("in [0, 1]", "data", self, "enlarge", "colour_jitter", "sharpness_jitter", "max_bad_fraction")
-        require("at least 0", "data", self, "workers", "window", "cache_gb")
+        require("in [0, 1]", "data", self, "upscale_crops", "colour_jitter", "sharpness_jitter", "max_bad_fraction")
+        require("at least 0", "data", self, "workers", "shuffle_window", "cache_gb", "progressive_size")
         rest = 1 - sum(self.mix.values())
         if self.mix and not (min(*self.mix.values(), rest) >= SMALLEST_SHARE - 1e-9):
             raise RecipeError(
@@ -169,22 +187,23 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW (Loshchilov & Hutter 2019) or Muon (Jordan et al. 2024), with linear warm-up and a schedule."""
+    """AdamW (Loshchilov & Hutter 2019) or Muon (Jordan et al. 2024), with linear warmup and a schedule."""
 
     method: Literal["adamw", "muon"] = "adamw"
-    """"muon" orthogonalises the updates of hidden matrices and convolutions; AdamW keeps the rest, at the same rate."""
+    """"muon" orthogonalises the updates of hidden matrices and convolutions; AdamW updates the rest, at the same lr."""
     lr: float = 1e-3
     """Peak learning rate."""
     warmup: int = 100
-    """Steps of linear warm-up."""
+    """Steps of linear warmup."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """How the rate goes on after the warm-up; "wsd" stays at the peak and falls in a straight line at the end."""
-    decay_share: float = 0.2
-    """Share of all steps in which "wsd" falls."""
-    final_lr: float = 0.0
-    """Learning rate at the last step, as a share of the peak."""
+    """Learning-rate schedule after the warmup: cosine decay, "wsd" (the peak, then linear decay at the end), or the
+    peak."""
+    decay_fraction: float = 0.2
+    """Fraction of the steps in which "wsd" decays."""
+    final_lr_fraction: float = 0.0
+    """Learning rate at the last step, as a fraction of the peak."""
     weight_decay: float = 0.05
-    """Applied to matrices and convolutions only: not to biases, norms, embeddings or the logit scale."""
+    """Weight decay of matrices and convolutions; biases, norms, embeddings and the logit scale have none."""
     beta1: float = 0.9
     """Decay of the first moment."""
     beta2: float = 0.98
@@ -193,54 +212,127 @@ class OptimConfig:
     def __post_init__(self) -> None:
         require("above 0", "optim", self, "lr")
         require("at least 0", "optim", self, "warmup", "weight_decay")
-        require("in (0, 1]", "optim", self, "decay_share")
-        require("in [0, 1]", "optim", self, "final_lr")
+        require("in (0, 1]", "optim", self, "decay_fraction")
+        require("in [0, 1]", "optim", self, "final_lr_fraction")
         require("in [0, 1)", "optim", self, "beta1", "beta2")
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The sections that every recipe has; each training script adds its model's."""
+    """The sections that every recipe has; each task adds its own."""
 
     run: RunConfig
     data: DataConfig
     optim: OptimConfig
 
 
+def shipped() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.toml"))
+
+
 def load_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) -> R:
     """Read the recipe at `path` (or the shipped one of that name), apply the overrides, check everything.
 
-    Raises RecipeError naming the key, what was found and what would have been right.
+    Raises RecipeError naming the key, its value and the values that are valid.
     """
     file = Path(path)
     if not file.is_file() and (SHIPPED / f"{file.stem}.toml").is_file() and file.parent == Path("."):
         file = SHIPPED / f"{file.stem}.toml"
     if not file.is_file():
-        shipped = sorted(p.stem for p in SHIPPED.glob("*.toml"))
-        raise RecipeError(f"no recipe at {path}; give a TOML file or a shipped recipe ({', '.join(shipped)})")
+        raise RecipeError(f"no recipe at {path}; give a TOML file or a shipped recipe ({', '.join(shipped())})")
     try:
         data = tomllib.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # no TOML, no UTF-8, or a number of thousands of digits
         raise RecipeError(f"{file} is not valid TOML: {error}") from None
-    for override in overrides:
-        _apply(data, override)
+    known = {name for key, *_ in keys_of(kind) for name in (key, key.partition(".")[0])}
+    data, former = with_present_names(data, known)
+    words = dict(_override(override) for override in overrides)
+    for key, value in words.items():
+        old, new = _present_name(key, known)
+        if new != key:
+            former[old] = RENAMED[old]
+            if new in words:
+                raise RecipeError(_both(key, new))
+        _set(data, new, value)
+    for old, new in former.items():
+        remark(f"clipkit: {old} is now {new}")
     return from_dict(kind, data)
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    path = key.split(".")
-    if not equals or len(path) < 2 or not all(path):
-        raise RecipeError(f"override {override!r} is not of the form section.key=value")
+def with_present_names(
+    recipe: Mapping[str, Any], known: Container[str] | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """A recipe's sections under the present names of `RENAMED` -> a copy, and the former names in it with the present.
+
+    known: keys and sections of the recipe's class; only names among them are given. None: any name is.
+    Raises RecipeError for a key under both names.
+    """
+    found = {section: dict(keys) if isinstance(keys, Mapping) else keys for section, keys in recipe.items()}
+    former: dict[str, str] = {}
+    for old, new in RENAMED.items():
+        section, _, key = old.partition(".")
+        source: Any = found.get(section) if key else found
+        if not isinstance(source, dict) or (key or section) not in source or (known is not None and new not in known):
+            continue
+        value = source.pop(key or section)
+        section, _, key = new.partition(".")
+        target: Any = found.setdefault(section, {}) if key else found
+        if not isinstance(target, dict) or (key or section) in target:
+            raise RecipeError(_both(old, new))
+        target[key or section] = value
+        former[old] = new
+    return found, former
+
+
+def section_of(kind: type[R], section: str, stored: Mapping[str, Any]) -> R:
+    """The dataclass of a recipe's section, as a checkpoint of any age stores it."""
+    present, _ = with_present_names({section: stored})
+    return from_dict(kind, present[section])
+
+
+def _both(old: str, new: str) -> str:
+    return f"{old} is now {new}; give one of them, not both"
+
+
+def _present_name(key: str, known: Container[str]) -> tuple[str, str]:
+    """An override's key -> the entry of `RENAMED` that it is or lies in, and the key under its present name."""
+    for old, new in RENAMED.items():
+        if new in known and f"{key}.".startswith(f"{old}."):
+            return old, new + key.removeprefix(old)
+    return "", key
+
+
+def _override(word: str) -> tuple[str, Any]:
+    """ "section.key=value" -> key and value."""
+    key, equals, text = word.partition("=")
+    if not equals or key.count(".") < 1 or not all(key.split(".")):
+        raise RecipeError(f"override {word!r} is not of the form section.key=value")
     try:
-        value = tomllib.loads(f"x = {text}")["x"]
+        return key, tomllib.loads(f"x = {text}")["x"]
     except ValueError:
-        value = text  # a bare word is a string, as on any command line
-    for part in path[:-1]:
-        data = data.setdefault(part, {})
+        return key, text  # a bare word is a string, as on any command line
+
+
+def _set(data: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        data = data.setdefault(section, {})
         if not isinstance(data, dict):
-            raise RecipeError(f"override {override!r}: {part!r} is a value, not a section")
-    data[path[-1]] = value
+            raise RecipeError(f"override of {key}: {section!r} is a value, not a section")
+    data[name] = value
+
+
+def keys_of(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any], type[Any]]]:
+    """Every key of a recipe's class -> its dotted name, type, field, and the dataclass that declares it."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        inner = next((a for a in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(a)), None)
+        if inner is None:
+            yield f"{prefix}{field.name}", hint, field, kind
+        else:
+            yield from keys_of(typing.cast(type[Any], inner), f"{prefix}{field.name}.")
 
 
 def from_dict(kind: type[R], data: Mapping[str, Any], where: str = "") -> R:
@@ -279,11 +371,15 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         return tuple(_coerce(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is dict and isinstance(value, dict):
         return {k: _coerce(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
-    if hint is Any:  # arguments of others' constructors; they are held to the same numbers
+    if hint is Any:  # arguments of other libraries' constructors; their numbers are checked too
         if isinstance(value, (dict, list)):
             for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
                 _coerce(Any, inner, f"{where}.{key}")
         return _finite(value, where)
+    if origin is Annotated and isinstance(arguments[1], Registry):
+        if not isinstance(value, str) or value not in arguments[1]:
+            raise RecipeError(f"{where} is {value!r}; {did_you_mean(str(value), arguments[1])}")
+        return value
     if origin is Annotated:
         return value if value == math.inf else _coerce(arguments[0], value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -295,7 +391,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
 
 
 def _finite(value: Any, where: str) -> Any:
-    """The value, unless it is a number that is none, or too large to compute with. Raises RecipeError."""
+    """The value. Raises RecipeError for NaN, infinities and integers beyond 64 bits."""
     if isinstance(value, float) and not math.isfinite(value):
         raise RecipeError(f"{where} is {value}; it must be a finite number")
     if isinstance(value, int) and abs(value) > _LARGEST:
@@ -313,7 +409,7 @@ def to_toml(recipe: Any) -> str:
 
     def emit(value: Mapping[str, Any], prefix: str) -> None:
         plain = {k: v for k, v in value.items() if not (isinstance(v, dict) and prefix == "")}
-        lines.extend(f"{k} = {_toml_value(v)}" for k, v in plain.items() if v is not None)
+        lines.extend(f"{k} = {toml_value(v)}" for k, v in plain.items() if v is not None)
         for key, section in value.items():
             if key not in plain:
                 lines.append(f"\n[{key}]")
@@ -327,13 +423,12 @@ def _toml_key(key: str) -> str:
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key)
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A recipe's value in TOML."""
     if isinstance(value, dict):
-        return (
-            "{ " + ", ".join(f"{_toml_key(k)} = {_toml_value(v)}" for k, v in value.items()) + " }" if value else "{}"
-        )
+        return "{ " + ", ".join(f"{_toml_key(k)} = {toml_value(v)}" for k, v in value.items()) + " }" if value else "{}"
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_toml_value, value)) + "]"
+        return "[" + ", ".join(map(toml_value, value)) + "]"
     if value == math.inf:
         return "inf"
     return json.dumps(value)  # strings, booleans, ints and finite floats are written alike in JSON and TOML

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +17,29 @@ from clipkit.data import drawings
 from clipkit.data.pack import pack
 from clipkit.data.sources import drawings_source
 from clipkit.models.pretrained import Pretrained, load
+from clipkit.registry import TASKS, task_entry
 
 PROMPTS = ("a red rocket", "a yellow star", "a blue fish", "a pink house")
-_PARTS = (  # run, module of clipkit.train, recipe
-    ("clip", "pretrain", "clip"),
-    ("judge", "pretrain", "clip"),
-    ("denoiser", "denoiser", "denoiser"),
-    ("noisy_clip", "noisy_clip", "noisy_clip"),
-)
-# Told captions, but for two pictures of five: so that it also draws untold, for the CLIP alone to steer.
-_TOLD = ("condition.kind=text", "condition.drop=0.4", "run.steps=1300")
+_RUNS = {"clip": "clip", "judge": "clip", "denoiser": "denoiser", "noisy_clip": "noisy_clip"}
+"""Run -> kind of its task."""
+# Captions with condition dropout: the denoiser is unconditional too, so that the noise-aware CLIP alone can guide it.
+_CONDITIONAL = ("condition.kind=text", "condition.dropout=0.4", "run.steps=1300")
 _QUICK = ("run.steps=4", "run.batch_size=32", "optim.warmup=1", "run.log_every=2", "data.workers=0")
 
 
 def run(out: Path, seed: int = 0, quick: bool = False) -> dict[str, Any]:
     """Pack, pretrain (twice: the second CLIP only judges), train denoiser and noise-aware CLIP, draw -> the metrics.
 
-    Everything lands in `out`; each part that is already there is not done again.
+    Everything is written into `out`; runs and packs that are there are not repeated.
     """
     began = time.perf_counter()
     packs = _pack(out, quick)
-    for name, module, recipe in _PARTS:
+    for name, kind in _RUNS.items():
         words = [f"run.out={out / name}", f"run.seed={seed + (name == 'judge')}", f"data.shards={packs['train']}"]
-        words += [f"data.val={packs['heldout']}"] if recipe != "denoiser" else []
-        words += [f"model.clip={out / 'clip'}"] if recipe == "noisy_clip" else []
-        words += [*_TOLD, f"condition.clip={out / 'clip'}"] if recipe == "denoiser" else []
-        train = import_module(f"clipkit.train.{module}").run
-        train(f"drawings_{recipe}.toml", [*words, *(_QUICK if quick else ())])
+        words += [f"data.val={packs['heldout']}"] if kind != "denoiser" else []
+        words += [f"model.clip={out / 'clip'}"] if kind == "noisy_clip" else []
+        words += [*_CONDITIONAL, f"condition.clip={out / 'clip'}"] if kind == "denoiser" else []
+        TASKS[kind].run(task_entry(kind).example, [*words, *(_QUICK if quick else ())])
     metrics = {"seed": seed, **_score_clip(out, packs["heldout"]), **_draw(out, seed, quick)}
     _plot(out)
     metrics["minutes"] = round((time.perf_counter() - began) / 60, 2)
@@ -64,7 +59,7 @@ def _pack(out: Path, quick: bool) -> dict[str, Path]:
 
 
 def _score_clip(out: Path, heldout: Path) -> dict[str, float]:
-    """Zero-shot top-1 on drawings of pairs never seen in training, among all pairs."""
+    """Zero-shot top-1 on drawings of held-out pairs, among all pairs."""
     from clipkit.data.shards import Shards
     from clipkit.zeroshot import classify, heads
     from clipkit.zeroshot.datasets import from_shards
@@ -78,25 +73,29 @@ def _score_clip(out: Path, heldout: Path) -> dict[str, float]:
 
 
 def _draw(out: Path, seed: int, quick: bool) -> dict[str, float]:
-    """Draw every object and the four prompts, unguided and guided, and let the judge name what it sees."""
+    """Draw every object and the four prompts, unguided and guided; the judge classifies the objects."""
     from clipkit.guidance.pipeline import DEFAULT_SCALE, Steering, Studio
 
     studio, judge, steps = Studio.open(out), load(out / "judge"), 3 if quick else 25
     objects, each = list(drawings.OBJECTS), 1 if quick else 8
-    # The noise-aware CLIP's scale, and 1 if the denoiser is told the prompt.
-    kinds = {"unguided": (0.0, 0.0), "guided": (DEFAULT_SCALE, 0.0), "told": (DEFAULT_SCALE, 1.0)}
-    right = dict.fromkeys(kinds, 0)
-    strips: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
-    for kind, (scale, cfg_scale) in kinds.items():
+    # Metric -> scale of the noise-aware CLIP, and of classifier-free guidance.
+    scales = {
+        "judge_names_unguided": (0.0, 0.0),
+        "judge_names_guided": (DEFAULT_SCALE, 0.0),
+        "judge_names_told": (DEFAULT_SCALE, 1.0),
+    }
+    right = dict.fromkeys(scales, 0)
+    strips: dict[str, list[Tensor]] = {metric: [] for metric in scales}
+    for metric, (scale, cfg_scale) in scales.items():
         how = Steering(cfg_scale)
-        for i, name in enumerate(log.progress(objects, len(objects), kind)):
+        for i, name in enumerate(log.progress(objects, len(objects), metric)):
             drawn = studio.draw(f"a {name}", n=each, steps=steps, scale=scale, seed=seed + i, steering=how)
-            right[kind] += named(judge, drawn.images).count(name)
+            right[metric] += named(judge, drawn.images).count(name)
         for prompt in PROMPTS:
             drawn = studio.draw(prompt, n=3, steps=steps, scale=scale, seed=seed, steering=how)
-            strips[kind].append(drawn.images)
+            strips[metric].append(drawn.images)
     _comparison(strips).save(out / "grid.png")
-    return {f"judge_names_{kind}": round(n / (each * len(objects)), 4) for kind, n in right.items()}
+    return {metric: round(n / (each * len(objects)), 4) for metric, n in right.items()}
 
 
 @torch.no_grad()
@@ -116,14 +115,14 @@ def named(
 
 
 def _comparison(strips: dict[str, list[Tensor]]) -> Image.Image:
-    """One row per prompt: its words, and the pictures of each kind."""
+    """One row per prompt: its words, and its pictures at each scale."""
     from clipkit.guidance.image_grid import grid
 
     rows = [grid(torch.cat(of_prompt), columns=3 * len(strips)) for of_prompt in zip(*strips.values(), strict=True)]
     width, height, margin = rows[0].width, rows[0].height, 96
     sheet = Image.new("RGB", (margin + width, 18 + height * len(rows)), (255, 255, 255))
     pen = ImageDraw.Draw(sheet)
-    heads = ("unguided", "guided by the noise-aware CLIP", "and told the prompt")
+    heads = ("unguided", "guided by the noise-aware CLIP", "and conditional on the prompt")
     for i, head in enumerate(heads):
         pen.text((margin + (2 * i + 1) * width // (2 * len(heads)), 3), head, fill=(0, 0, 0), anchor="ma")
     for i, (prompt, row) in enumerate(zip(PROMPTS, rows, strict=True)):
@@ -133,10 +132,10 @@ def _comparison(strips: dict[str, list[Tensor]]) -> Image.Image:
 
 
 def _plot(out: Path) -> None:
-    """loss.png: the loss of each part over its steps, drawn with Pillow so that the demo needs no extra."""
+    """loss.png: the loss of each run over its steps, drawn with Pillow so that the demo needs no extra."""
     sheet = Image.new("RGB", (4 * 240, 180), (255, 255, 255))
     pen = ImageDraw.Draw(sheet)
-    for k, name in enumerate(("clip", "judge", "denoiser", "noisy_clip")):
+    for k, name in enumerate(_RUNS):
         lines = [line for line in log.read(out / name / "log.jsonl") if "loss" in line]
         steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
         low, high = min(losses), max(losses)
@@ -153,9 +152,9 @@ def _report(out: Path, metrics: dict[str, Any]) -> None:
     device = distributed.choose_device()
     log.say(
         f"\nDone in {metrics['minutes']:.1f} minutes on {device}:\n"
-        f"  zero-shot on pairs never seen: {metrics['clip_heldout_top1']:.1%} (chance {1 / len(drawings.PAIRS):.1%})\n"
+        f"  zero-shot on held-out pairs: {metrics['clip_heldout_top1']:.1%} (chance {1 / len(drawings.PAIRS):.1%})\n"
         f"  the judge names the object in {metrics['judge_names_guided']:.1%} of what the noise-aware CLIP guided,\n"
-        f"  in {metrics['judge_names_told']:.1%} where the denoiser was told the prompt too, in "
+        f"  in {metrics['judge_names_told']:.1%} where the denoiser is conditional on the prompt too, in "
         f"{metrics['judge_names_unguided']:.1%} of unguided ones (chance {1 / len(drawings.OBJECTS):.1%})\n"
         f"  look at {out / 'grid.png'} and {out / 'loss.png'}; more with\n"
         f'  clipkit guided-sample "a green cat" --model {out}'

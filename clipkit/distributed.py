@@ -1,19 +1,20 @@
-"""Ranks: starting and ending the process group that torchrun asks for, and the few collectives clipkit needs.
+"""Distributed training: the process group of torchrun, and collectives (all-reduce, all-gather, ring exchange).
 
-Everything here is right on a single process too, where it does nothing.
+Everything here also works on a single process, where it does nothing.
 """
 
 from __future__ import annotations
 
 import json
+import operator
 import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator
     store = dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=timeout)
     _Group.store = store
-    dist.barrier()  # a rank that left at once, with an error of its own, would end the others while they connect to it
+    dist.barrier()  # a rank that fails at once would end the others while they connect to it
     try:
         yield
     finally:
@@ -93,18 +94,18 @@ def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator
 
 
 class _Group:
-    """What ranks can tell each other when their collectives fail."""
+    """The store through which ranks communicate when their collectives fail."""
 
     store: Any = None
 
 
-def meet(wish: int) -> int:
-    """The largest wish of any rank; on the CPU, so that no GPU is waited for."""
+def all_reduce_max(value: int) -> int:
+    """The largest value of any rank; on the CPU, so that no GPU is waited for."""
     if not active():
-        return wish
-    wishes = torch.tensor([wish])
-    dist.all_reduce(wishes, dist.ReduceOp.MAX)
-    return int(wishes)
+        return value
+    values = torch.tensor([value])
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return int(values)
 
 
 def explain(error: Exception, step: int, timeout_minutes: float) -> Exception:
@@ -124,7 +125,7 @@ _PATIENCE = 3.0
 
 
 def _silent_ranks() -> list[int]:
-    """Ranks that do not say within `_PATIENCE` seconds that they have given up too."""
+    """Ranks that do not report within `_PATIENCE` seconds that they failed too."""
     others = [r for r in range(world_size()) if r != rank()]
     try:
         _Group.store.set(f"gave_up_{rank()}", "1")
@@ -154,7 +155,7 @@ def barrier() -> None:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Elementwise sum over all ranks, on every rank; no gradient."""
+    """All-reduce: the elementwise sum over all ranks, on every rank; no gradient."""
     if active():
         values = values.clone()
         dist.all_reduce(values)
@@ -163,7 +164,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average_buffers(model: nn.Module) -> None:
-    """Make the floating buffers (running statistics of a rank by itself) the same on all ranks: their mean."""
+    """All-reduce floating-point buffers (running statistics of each rank) to their mean."""
     buffers = [b for b in model.buffers() if b.is_floating_point() and b.numel()]
     if not active() or not buffers:
         return
@@ -174,9 +175,9 @@ def average_buffers(model: nn.Module) -> None:
 
 
 def batch_sizes(local: int) -> list[int]:
-    """Rows of the batch that each rank holds; ranks may differ when samples were skipped.
+    """Rows of the batch on each rank; ranks may differ when samples were skipped.
 
-    Asked for on the CPU, so that no GPU is waited for.
+    Gathered on the CPU, so that no GPU is waited for.
     """
     if not active():
         return [local]
@@ -185,24 +186,59 @@ def batch_sizes(local: int) -> list[int]:
     return [int(n) for n in torch.cat(sizes).tolist()]
 
 
+def mean_weight(sizes: Sequence[int]) -> float:
+    """W / B for `batch_sizes`: a sum over a rank's samples times this has the batch's mean as its mean over ranks."""
+    return len(sizes) / sum(sizes)
+
+
+def mean_over_batch(*terms: Tensor) -> Tensor:
+    """Losses of this rank's samples, each [b, ...] -> a scalar whose mean over ranks is the mean over all samples.
+
+    Summed over the terms and over all dimensions but the first. Ranks may hold different numbers of samples; DDP and
+    FSDP average gradients over ranks.
+    """
+    total = reduce(operator.add, (term.sum() for term in terms))
+    return total * mean_weight(batch_sizes(len(terms[0])))
+
+
 def gather_rows(local: Tensor, sizes: list[int]) -> Tensor:
-    """[b_r, ...] of each rank -> [sum b_r, ...] on every rank; no gradient."""
+    """All-gather: [b_r, ...] of each rank -> [sum b_r, ...] on every rank; no gradient."""
     if len(sizes) == 1:
         return local
     # Collectives want equal shapes: ranks with fewer rows are padded, and the padding dropped again.
     padded = local.new_zeros(max(sizes), *local.shape[1:])
     padded[: len(local)] = local
-    pieces = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(pieces, padded)
-    return torch.cat([piece[:n] for piece, n in zip(pieces, sizes, strict=True)])
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded)
+    return torch.cat([rows[:n] for rows, n in zip(gathered, sizes, strict=True)])
+
+
+def all_gather(local: Tensor) -> Tensor:
+    """[b_r, ...] of each rank -> [sum b_r, ...] on every rank, with gradients.
+
+    For losses that compare samples across ranks. A row's gradient is summed over the losses of all ranks, so that DDP's
+    mean of the parameters' gradients is the gradient of the mean loss.
+    """
+    return _Gather.apply(local, batch_sizes(len(local))) if active() else local
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, sizes: list[int]) -> Tensor:
+        ctx.sizes = sizes
+        return gather_rows(local, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return torch.split(sum_over_ranks(gradients[0]), ctx.sizes)[rank()], None
 
 
 def blocks(held: Tensor, sizes: list[int], gathered: bool) -> Iterator[tuple[slice, Tensor, Callable[..., Tensor]]]:
-    """The rows of all ranks: at once, if `held` is what `gather_rows` gave, else one rank's after the other's.
+    """The rows of all ranks: in one block if `held` is the result of `gather_rows`, else one rank's rows at a time.
 
-    With each block come its place among all rows, and a function that takes what this rank has to add to the block's
-    rows and returns the sum of what others have for this rank's own. One rank's after the other's go round a ring:
-    rank r begins with its own, which it holds, and has those of r + 1 on the way while they are used.
+    Each block comes with its slice of all rows, and a function: it takes this rank's contribution to the block's rows
+    and returns other ranks' contributions to this rank's rows. Blocks are passed around a ring: rank r starts with its
+    own rows, and receives those of r + 1 while it uses them.
     """
     if gathered:
         yield slice(0, len(held)), held, lambda sums: torch.split(sum_over_ranks(sums), sizes)[rank()]
@@ -217,7 +253,7 @@ def blocks(held: Tensor, sizes: list[int], gathered: bool) -> Iterator[tuple[sli
 
 
 def _exchange(values: Tensor, by: int, rows: int) -> Callable[[], Tensor]:
-    """Send `values` to the rank `by` places back; what is returned waits for `rows` rows of that `by` places on."""
+    """Send `values` to rank - by -> a function that waits for `rows` rows from rank + by."""
     if by % world_size() == 0:
         return lambda: values
     found = values.new_empty(rows, *values.shape[1:])

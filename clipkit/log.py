@@ -1,4 +1,4 @@
-"""What a run logs: log.jsonl always, TensorBoard if asked, a progress bar; and lines for the person at the terminal."""
+"""Logging of a run: log.jsonl, TensorBoard if asked, a progress bar; and messages on stderr."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def progress(things: Iterable[T], total: int | None, what: str) -> Iterable[T]:
 
 
 def say(message: str) -> None:
-    """A line for the person at the terminal, on stderr: stdout is for results. If the terminal is gone, for nobody."""
+    """Print a message on stderr: stdout is for results. A terminal that is gone is ignored."""
     with suppress(OSError):
         print(message, file=sys.stderr, flush=True)
 
 
 def remark(message: str) -> None:
-    """`say` what all ranks of torchrun would say alike: rank 0 does."""
+    """`say` on rank 0 a message that is the same on all ranks."""
     if os.environ.get("RANK", "0") == "0":
         say(message)
 
@@ -39,7 +39,7 @@ def remark(message: str) -> None:
 class Records:
     """Log lines of one run, on rank 0; other ranks make one with `enabled=False`.
 
-    A resumed run drops the lines of steps that it does again, so that the log reads as that of one uninterrupted run.
+    A resumed run drops the lines of steps that it repeats, so that the log reads as that of one uninterrupted run.
     """
 
     def __init__(self, folder: Path, start: int, steps: int, name: str, tensorboard: bool, enabled: bool) -> None:
@@ -95,7 +95,7 @@ def _summary_writer(folder: Path, start: int) -> Any:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log.jsonl; a line cut by a kill is left out."""
+    """The lines of a log.jsonl; a line cut by a kill is skipped."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -10,7 +10,7 @@ Importing this module is light: commands, choices and help texts are made from i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -20,6 +20,10 @@ from clipkit.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
+
+    from torch import Tensor
+
+    from clipkit.train.launch import TaskSpec
 
 T = TypeVar("T")
 
@@ -41,7 +45,8 @@ class Registry(Mapping[str, T], Generic[T]):
     """A table of one kind of thing: clipkit's own, then those that installed packages register by entry points.
 
     Args:
-        noun: what an entry is, for messages, such as "sampler"; the entry points' group is "clipkit.<noun>s".
+        noun: what an entry is, for messages, such as "sampler"; its plural is the entry points' group:
+            "clipkit.samplers".
         own: clipkit's entries.
     """
 
@@ -51,7 +56,8 @@ class Registry(Mapping[str, T], Generic[T]):
     @property
     def group(self) -> str:
         """The entry points' group."""
-        return f"clipkit.{self.noun.replace(' ', '_')}s"
+        plural = "es" if self.noun.endswith("s") else "s"
+        return f"clipkit.{self.noun.replace(' ', '_')}{plural}"
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
@@ -97,3 +103,68 @@ class Registry(Mapping[str, T], Generic[T]):
 
 def _package(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else point.value.partition(":")[0]
+
+
+@dataclass(frozen=True)
+class TaskEntry(Entry):
+    """A trainable task, and the command that trains it."""
+
+    command: str
+    example: str
+    """A shipped recipe."""
+
+
+TASKS: Registry[TaskSpec[Any]] = Registry(
+    "task",
+    {
+        "clip": TaskEntry("clipkit.train.pretrain:SPEC", "Pretrain CLIP on a pack.", "pretrain", "drawings_clip.toml"),
+        "denoiser": TaskEntry(
+            "clipkit.train.denoiser:SPEC",
+            "Train a diffusion denoiser on a pack's images.",
+            "denoiser",
+            "drawings_denoiser.toml",
+        ),
+        "noisy_clip": TaskEntry(
+            "clipkit.train.noisy_clip:SPEC",
+            "Fine-tune a CLIP on noised images.",
+            "noisy-clip",
+            "drawings_noisy_clip.toml",
+        ),
+        "noisy_classifier": TaskEntry(
+            "clipkit.train.noisy_classifier:SPEC",
+            "Train a noise-aware classifier on a classed pack.",
+            "noisy-classifier",
+            "drawings_noisy_classifier.toml",
+        ),
+        "autoencoder": TaskEntry(
+            "clipkit.train.autoencoder:SPEC",
+            "Train an autoencoder for latents on a pack's images.",
+            "autoencoder",
+            "emoji_autoencoder.toml",
+        ),
+    },
+)
+"""Kind of a run, as its checkpoints record it -> how it is trained and loaded. Entry points: clipkit.tasks."""
+
+
+LOSSES: Registry[Callable[..., Tensor]] = Registry(
+    "loss",
+    {
+        "info_nce": Entry("clipkit.train.losses:info_nce", "a pair against all others of the batch (CLIP, InfoNCE)"),
+        "sigmoid": Entry("clipkit.train.losses:sigmoid_loss", "each image and text by themselves (SigLIP)"),
+    },
+)
+"""Contrastive losses of pretraining, `loss.kind`. Entry points: clipkit.losses.
+
+A loss is a function of `image` and `text`, unit vectors [b, D] of this rank's pairs, and `logit_scale` [b]; of
+`logit_bias` [b], `groups` (int64 [b] or None) and `label_smoothing` it takes those that it uses. It returns a scalar
+whose mean over ranks is minimised (`distributed.mean_over_batch`, `distributed.all_gather`).
+"""
+
+
+def task_entry(kind: str) -> TaskEntry:
+    """A task's entry; another package's command is named after its kind. Raises UsageError for an unknown kind."""
+    entry = TASKS.own.get(kind) or TASKS.entry(kind)
+    if isinstance(entry, TaskEntry):
+        return entry
+    return TaskEntry(entry.target, f"Train a {kind} ({entry.help}).", kind.replace("_", "-"), "RECIPE.toml")

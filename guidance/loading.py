@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clipkit.checkpoint import Checkpoint
-from clipkit.config import from_dict
+from clipkit.config import from_dict, section_of
 from clipkit.errors import CheckpointError
 from clipkit.guidance.denoiser import Denoiser, DiffusionConfig, NetworkConfig
 from clipkit.guidance.networks.autoencoder import Autoencoder, AutoencoderConfig, from_diffusers, is_diffusers
@@ -70,7 +70,7 @@ def _words(found: Checkpoint) -> list[str]:
 
 def _towers(found: Checkpoint) -> tuple[CLIP, Tokenizer]:
     """A CLIP of the shape that the checkpoint's texts give, with weights yet to be filled in."""
-    config = from_dict(CLIPConfig, json.loads(found.text("clip.json")))
+    config = section_of(CLIPConfig, "model", json.loads(found.text("clip.json")))
     tokenizer = Tokenizer.from_json(found.text("tokenizer.json"), config.context_length)
     return CLIP(config, tokenizer.vocab_size, tokenizer.end_id), tokenizer
 
@@ -115,7 +115,9 @@ def load_classifier(path: str | Path) -> tuple[NoisyClassifier, list[list[str]]]
     """
     found = find(path, "noisy_classifier")
     shape, classes = json.loads(found.text("clip.json")), json.loads(found.text("classes.json"))
-    clip = CLIP(from_dict(CLIPConfig, shape["config"]), int(shape["vocab_size"]), end_id=0)  # its texts are not used
+    clip = CLIP(
+        section_of(CLIPConfig, "model", shape["config"]), int(shape["vocab_size"]), end_id=0
+    )  # its texts are not used
     tower = NoisyCLIP(clip, int(found.state["recipe"]["model"]["width"]))
     model = NoisyClassifier(tower, len(classes))
     load_weights(model, found)

@@ -1,7 +1,8 @@
-"""Train an autoencoder, whose latents a denoiser can learn instead of pixels.
+"""Training of an autoencoder (VAE or VQGAN), whose latents a denoiser can learn instead of pixels.
 
-torchrun --nproc_per_node 2 train/autoencoder.py emoji_autoencoder.toml
-clipkit autoencoder emoji_autoencoder.toml run.batch_size=8   # the same on one process
+# Launch command, on two processes and on one:
+#   torchrun --nproc_per_node 2 train/autoencoder.py emoji_autoencoder.toml
+#   clipkit autoencoder emoji_autoencoder.toml run.batch_size=8
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,30 +22,31 @@ from clipkit.data.images import decode, preprocess
 from clipkit.data.loader import Batch, validation_of
 from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError
+from clipkit.guidance.loading import load_autoencoder
 from clipkit.guidance.metrics.extractors import activations
 from clipkit.guidance.metrics.pairwise import lpips, mean_psnr, psnr
 from clipkit.guidance.networks.autoencoder import SMALLEST, Autoencoder, AutoencoderConfig, Discriminator, frozen_scores
 from clipkit.models.pretrained import TRAINED_WITH, identity, load
-from clipkit.train.launch import launch
-from clipkit.train.step import Features, Task
+from clipkit.train.launch import TaskSpec
+from clipkit.train.task import Features, Task
 
 _EVALUATED = 200
 
 
 @dataclass(frozen=True)
 class ReconstructionConfig:
-    """What the pictures that come back are judged by."""
+    """Terms of the reconstruction loss."""
 
     perceptual: float = 1.0
-    """Weight of the distance between features of a CLIP's image tower (unlearned LPIPS)."""
+    """Weight of the perceptual loss: the distance between features of a CLIP's image tower (unlearned LPIPS)."""
     features: str = DEFAULT_MODEL
-    """The CLIP whose image tower it is."""
+    """CLIP of the perceptual loss."""
     regularisation: float = 1e-4
-    """Weight of the KL term, or of a codebook's commitment loss (0.25 is usual there)."""
+    """Weight of the KL term, or of a codebook's commitment loss (there 0.25 is usual)."""
     adversarial: float = 0.5
-    """Weight of the discriminator, beside the adaptive one; 0 trains none."""
+    """Weight of the discriminator's score, times the adaptive weight; 0 trains no discriminator."""
     adversarial_from: int = 1000
-    """Step at which the discriminator comes in."""
+    """Step from which the discriminator is trained and used."""
 
     def __post_init__(self) -> None:
         names = ("perceptual", "regularisation", "adversarial", "adversarial_from")
@@ -58,7 +59,7 @@ class ReconstructionConfig:
 
 @dataclass(frozen=True)
 class AutoencoderRecipe(Recipe):
-    """Everything that decides what an autoencoder's training does."""
+    """Recipe of an autoencoder."""
 
     autoencoder: AutoencoderConfig
     reconstruction: ReconstructionConfig
@@ -80,7 +81,7 @@ class AutoencoderRecipe(Recipe):
 
 
 class Adversaries(nn.Module):
-    """The autoencoder, its discriminator, and how many steps they have had: what a checkpoint holds."""
+    """The autoencoder, its discriminator, and the steps that they have been trained."""
 
     steps: Tensor
 
@@ -93,8 +94,8 @@ class Adversaries(nn.Module):
 class Reconstruction(Task):
     """Pixels, features, a discriminator and a prior, as in VQGAN (Esser et al. 2021, arXiv 2012.09841, section 3.1).
 
-    Both players learn in the same step, from the same pictures: the autoencoder's loss has no gradient to the
-    discriminator, nor the discriminator's to the autoencoder.
+    Autoencoder and discriminator are trained in the same step, on the same images: neither's loss has a gradient to the
+    other.
     """
 
     kind = "autoencoder"
@@ -112,14 +113,14 @@ class Reconstruction(Task):
         self._logged: dict[str, Tensor] = {}
 
     def train(self, mode: bool = True) -> Reconstruction:
-        """Training mode, but for the network that judges."""
+        """Training mode, except for the perceptual loss's tower."""
         super().train(mode)
         if self.tower is not None:
             self.tower.eval()
         return self
 
     def forward(self, batch: Batch) -> Features:
-        """Each picture's loss as the autoencoder has it, and as the discriminator has it: [b] both."""
+        """Of each image the autoencoder's loss, the discriminator's loss and the reconstruction loss: [b] each."""
         x = batch.images.float() / 127.5 - 1
         model = self.model.autoencoder
         z, regularising = model.embed(x)
@@ -129,7 +130,7 @@ class Reconstruction(Task):
         y = model.decoder.head(hidden).float()
         loss = self.distance(y, x)
         total = loss + self.weights.regularisation * regularising
-        # Nothing yet, but from every weight of the discriminator: ranks wait for the gradients of all.
+        # Zero, with a graph to every weight of the discriminator: DDP expects a gradient of each.
         judged = torch.zeros_like(total) + sum(0.0 * p.sum() for p in self.model.discriminator.parameters())
         if self.weights.adversarial and self.model.steps >= self.weights.adversarial_from:
             weight = self.weights.adversarial * self._balance(hidden, x)
@@ -138,12 +139,12 @@ class Reconstruction(Task):
             judged = (F.relu(1 - real).mean(dim=1) + F.relu(1 + made).mean(dim=1)) / 2  # the hinge
         return total, judged, loss.detach()
 
-    def networks(self) -> Sequence[nn.Module]:
-        """The encoder and the discriminator; the decoder is taken in two parts."""
+    def compile_targets(self) -> Sequence[nn.Module]:
+        """The encoder and the discriminator; the decoder is called in two parts."""
         return [self.model.autoencoder.encoder, self.model.discriminator]
 
     def distance(self, y: Tensor, x: Tensor) -> Tensor:
-        """Of pictures [b, 3, S, S] from what they should be: absolute difference, and that of features -> [b]."""
+        """Reconstruction loss of images y [b, 3, S, S] for x: absolute difference, and perceptual loss -> [b]."""
         apart = (y - x).abs().flatten(1).mean(dim=1)
         if self.tower is None:
             return apart
@@ -154,7 +155,7 @@ class Reconstruction(Task):
     def _balance(self, hidden: Tensor, x: Tensor) -> Tensor:
         """Gradient of the distance over that of the score, at the last layer: the adaptive weight (equation 7).
 
-        It is that of the pictures at hand: of one rank, and of one of its micro-batches.
+        Computed on the images at hand: those of one rank, and of one micro-batch.
         """
         head = self.model.autoencoder.decoder.head
         bias = head.bias.detach() if head.bias is not None else None
@@ -167,47 +168,47 @@ class Reconstruction(Task):
         return balance
 
     def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Both players' means over the images of all ranks."""
+        """The means of both losses over the images of all ranks."""
         total, judged, distance = features
-        sizes = distributed.batch_sizes(len(total))
-        share = len(sizes) / sum(sizes)
         values = {"distance": distance.mean(), "discriminator": judged.detach().mean(), **self._logged}
-        return (total.sum() + judged.sum()) * share, values
+        return distributed.mean_over_batch(total, judged), values
 
-    def texts(self) -> Mapping[str, str]:
-        """What the training used."""
+    def extra_files(self) -> Mapping[str, str]:
+        """Identity of the perceptual loss's CLIP."""
         return {TRAINED_WITH: json.dumps(self.trained_with)}
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Measure the latents' spread, move the codebook, count the step."""
+        """Update the latents' standard deviation and the codebook, count the step."""
         model = self.model.autoencoder
         variance = distributed.sum_over_ranks(self._variance.float()) / distributed.world_size()
         done = int(self.model.steps)
-        kept = min(0.99, done / (10 + done))  # early values are soon forgotten
+        kept = min(0.99, done / (10 + done))  # warmed up, so that early values are soon forgotten
         model.spread.copy_((kept * model.spread.square() + (1 - kept) * variance).sqrt())
         if model.codebook is not None:
             self._logged = {"codebook_used": model.codebook.follow()}
         self.model.steps += 1
 
     def evaluate(self, device: torch.device) -> dict[str, float]:
-        """PSNR in dB of pictures that came back, on the first of the validation set; exact ones are counted."""
+        """PSNR in dB of reconstructions of the first validation images; exact ones are counted apart."""
         shards, model = validation_of(self.recipe.data), self.model.autoencoder
         if shards is None:
             return {}
-        found = []
+        ratios = []
         with torch.no_grad():
             for i in range(min(_EVALUATED, len(shards))):
                 pixels = preprocess(decode(shards.read(i).image), self.image_size)[None].to(device)
                 x = pixels.float() / 127.5 - 1
-                found.append(psnr(model.decode(model.encode(x)).clamp(-1, 1), x))
-        decibels, exact = mean_psnr(torch.cat(found))
+                ratios.append(psnr(model.decode(model.encode(x)).clamp(-1, 1), x))
+        decibels, exact = mean_psnr(torch.cat(ratios))
         scores = {"latent_spread": float(model.spread), **({"exact": exact} if exact else {})}
-        return scores if exact == len(found) else {"psnr": decibels, **scores}
+        return scores if exact == len(ratios) else {"psnr": decibels, **scores}
 
 
-run = partial(launch, AutoencoderRecipe, Reconstruction)
-"""Run a recipe: `run(path, overrides, dry_run)` -> the run's folder."""
+SPEC = TaskSpec(AutoencoderRecipe, Reconstruction, load_autoencoder)
+
+run = SPEC.run
+"""Train a recipe: `run(path, overrides, dry_run)` -> the run's folder."""
 
 
 if __name__ == "__main__":

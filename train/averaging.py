@@ -1,8 +1,8 @@
-"""The average of several runs' weights: one model, as fast as each, and often better than the best of them.
+"""Weight averaging of several CLIPs: one model, as fast as each, and often better than the best of them.
 
-A fine-tuned model and the one it started from (WiSE-FT, Wortsman et al. 2021, arXiv 2109.01903), or several that
-started alike (model soups, Wortsman et al. 2022, arXiv 2203.05482). Between runs that started from different random
-weights there is nothing.
+A fine-tuned model with its initial weights (WiSE-FT, Wortsman et al. 2021, arXiv 2109.01903), or several fine-tuned
+from the same weights (model soups, Wortsman et al. 2022, arXiv 2203.05482). Averages of models that were trained from
+different random weights are useless.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _BATCH, _BATCHES = 256, 20
 
 
 def average(runs: Sequence[str | Path], out: Path, shares: Sequence[float] = ()) -> Path:
-    """Write the average of the CLIPs `runs`, each with its share (equal ones if none are given) -> the folder.
+    """Write the average of the CLIPs `runs`, each with its share (equal shares if none are given) -> the folder.
 
-    `out` loads as a run does, and others start from it by `tune.init_from`; it cannot be trained on. Statistics of
-    BatchNorms are not averaged: those of the averaged weights are measured, on some 5,000 views of the last run's data
-    (Izmailov et al. 2018, arXiv 1803.05407, section 3.2).
+    `out` loads as a run does, and `finetune.init_from` takes it; its training cannot be resumed. BatchNorm statistics
+    are not averaged but measured for the averaged weights, on some 5,000 views of the last run's data (Izmailov et al.
+    2018, arXiv 1803.05407, section 3.2).
 
     Raises UsageError for fewer than two runs, shares that are not theirs, or an `out` that holds something or cannot be
     written; CheckpointError for runs that do not fit each other, ShardError when the data for the statistics is gone.
@@ -67,9 +67,9 @@ def _weights(runs: int, shares: Sequence[float]) -> list[float]:
 
 
 def _add(total: dict[str, Tensor], found: Checkpoint, weight: float, like: Checkpoint) -> None:
-    """Add a run's weights, if they are of the same kind as those of `like`."""
+    """Add a run's weights, if tokenizer and towers are those of `like`."""
     if found.text("tokenizer.json") != like.text("tokenizer.json"):
-        raise CheckpointError(f"{found.path} has another tokenizer than {like.path}; average runs that started alike")
+        raise CheckpointError(f"{found.path} has another tokenizer than {like.path}; average runs that share one")
     tensors = found.tensors("ema")
     unlike = [n for n in tensors.keys() | total.keys() if n not in tensors or n not in total]
     unlike += [n for n in tensors.keys() & total.keys() if tensors[n].shape != total[n].shape]
@@ -81,11 +81,11 @@ def _add(total: dict[str, Tensor], found: Checkpoint, weight: float, like: Check
 
 
 def _measure_statistics(model: CLIP, found: Checkpoint) -> None:
-    """Give the model's BatchNorms the mean statistics of batches of the run's own data."""
+    """Set BatchNorm statistics to their means over batches of the run's data."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         return
-    recipe = found.state["recipe"]  # of another day: only what is used is checked
+    recipe = found.state["recipe"]  # maybe of an older version: only the keys used here are checked
     data = from_dict(DataConfig, recipe["data"], "data.")
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

@@ -1,8 +1,8 @@
-"""BatchNorm over the batch of all ranks, on any device; and passes that leave running statistics as they are.
+"""Synchronised BatchNorm, over the samples of all ranks on any device; and passes that keep running statistics.
 
-Ioffe & Szegedy 2015 (arXiv 1502.03167, algorithm 1). Micro-batches are another matter: a layer's statistics of the
-whole batch need the activations of every micro-batch at once, which is the memory that micro-batches save; computed
-again for each layer they would cost as many passes as there are layers. So each micro-batch is normalised by itself.
+Ioffe & Szegedy 2015 (arXiv 1502.03167, algorithm 1). It does not reach over micro-batches: a layer's statistics
+of the whole batch need the activations of every micro-batch at once, the memory that gradient accumulation saves;
+recomputing them would cost one pass per layer. So each micro-batch is normalised by itself.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def over_ranks(model: nn.Module) -> bool:
 
 
 def limits(model: nn.Module, run: RunConfig) -> list[str]:
-    """One line for each way in which the statistics of `model`, in training mode, are not those of the whole batch."""
+    """One line for each reason why training statistics of `model` are not those of the whole batch."""
     found: list[str] = []
     if not any(module.training for module in _batchnorms(model)):
         return found
@@ -60,8 +60,8 @@ def _batchnorms(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put running statistics back at the end: for passes over samples that another pass counts."""
+def keep_running_stats(model: nn.Module) -> Iterator[None]:
+    """Restore running statistics at the end: for further passes over samples that are counted already."""
     tracking = [module for module in model.modules() if module.training and hasattr(module, "running_var")]
     buffers = [buffer for module in tracking for buffer in module.buffers(recurse=False)]
     before = [buffer.clone() for buffer in buffers]
@@ -72,7 +72,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 class _Synchronised(nn.Module):
-    """Mixin of a BatchNorm class: its own forward pass, activation and all, with `batch_norm` for torch's."""
+    """Mixin of a BatchNorm class: its forward pass, activation included, with `batch_norm` in place of torch's."""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Any:
@@ -112,8 +112,8 @@ def batch_norm(
 class _Normalise(torch.autograd.Function):
     """x [b, C, ...] of each rank -> the same normalised, and mean [C], biased variance [C] and count of all ranks' x.
 
-    torch's own kernels do what touches x: they give each rank's moments, which are added up in float64, where
-    E[x^2] - E[x]^2 does not cancel, and normalise with those of all.
+    torch's kernels read x: they compute each rank's moments, which are summed in float64, where E[x^2] - E[x]^2 does
+    not cancel, and they normalise with the moments of all ranks.
     """
 
     @staticmethod
@@ -125,7 +125,7 @@ class _Normalise(torch.autograd.Function):
         shift = torch.zeros_like(gain) if bias is None else bias
         if x.numel():
             _, mean, inverse = torch.native_batch_norm(x, gain, shift, None, None, True, 0.0, 0.0)
-        else:  # all of this rank's samples were skipped; the kernels take none
+        else:  # all of this rank's samples were skipped; the kernels need one
             mean, inverse = torch.zeros_like(gain), torch.zeros_like(gain)
         mean, var = mean.double(), torch.where(inverse > 0, inverse.double().pow(-2), 0.0)  # 0 stands for 1 / 0
         count = mean.new_full((1,), x.numel() // len(mean))

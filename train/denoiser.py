@@ -1,7 +1,8 @@
-"""Train a diffusion denoiser on the images of a pack, alone or with their classes or captions ([condition]).
+"""Training of a diffusion denoiser on a pack: unconditional, or conditional on classes or captions ([condition]).
 
-torchrun --nproc_per_node 2 train/denoiser.py tiny_imagenet_denoiser.toml
-clipkit denoiser drawings_denoiser.toml run.steps=200      # the same on one process
+# Launch command, on two processes and on one:
+#   torchrun --nproc_per_node 2 train/denoiser.py tiny_imagenet_denoiser.toml
+#   clipkit denoiser drawings_denoiser.toml run.steps=200
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from clipkit.guidance.denoiser import (
     target,
     variational_loss,
 )
-from clipkit.guidance.loading import load_autoencoder
+from clipkit.guidance.loading import load_autoencoder, load_denoiser
 from clipkit.guidance.networks.autoencoder import LatentConfig
 from clipkit.guidance.networks.condition import (
     ClassCondition,
@@ -44,13 +44,13 @@ from clipkit.guidance.networks.unet import UNetConfig
 from clipkit.guidance.schedule import add_noise, later_log_snr, sample_log_snr
 from clipkit.models.pretrained import TRAINED_WITH, identity, load
 from clipkit.models.tokenizer import Tokenizer
-from clipkit.train.launch import launch
-from clipkit.train.step import Features, Task
+from clipkit.train.launch import TaskSpec
+from clipkit.train.task import Features, Task
 
 
 @dataclass(frozen=True)
 class DenoiserRecipe(Recipe):
-    """Everything that decides what a denoiser's training does; its network is the section [unet] or [dit]."""
+    """Recipe of a denoiser; its network is the section [unet] or [dit]."""
 
     diffusion: DiffusionConfig
     condition: ConditionConfig
@@ -61,19 +61,19 @@ class DenoiserRecipe(Recipe):
     def __post_init__(self) -> None:
         if (self.unet is None) == (self.dit is None):
             raise RecipeError("a denoiser needs one network: give the recipe a section [unet] or [dit], not both")
-        if self.condition.kind != "none" and self.condition.drop == 1:
-            raise RecipeError("condition.drop is 1, so that no description would be learned; it must be below 1")
+        if self.condition.kind != "none" and self.condition.dropout == 1:
+            raise RecipeError("condition.dropout is 1, so that no description would be learned; it must be below 1")
 
     @property
     def network(self) -> NetworkConfig:
-        """The section that is there."""
-        found = self.unet or self.dit
-        assert found is not None
-        return found
+        """The section that the recipe has."""
+        network = self.unet or self.dit
+        assert network is not None
+        return network
 
 
 class Denoising(Task):
-    """A denoiser, by default under the simple loss: squared error of what it predicts (Ho et al. 2020, eq. 14)."""
+    """A denoiser, by default under the simple loss: the squared error of its prediction (Ho et al. 2020, eq. 14)."""
 
     kind = "denoiser"
 
@@ -107,7 +107,7 @@ class Denoising(Task):
         drawn, eps = sample_log_snr(config.schedule, len(x0)), torch.randn_like(x0)
         lam = drawn.to(x0.device)
         x = add_noise(x0, eps, lam)
-        output, fraction = self.model.output(x, lam, self._described(batch))
+        output, fraction = self.model.output(x, lam, self._condition(batch))
         errors = loss_of(config, output, target(config.prediction, x0, eps, lam), lam)
         if fraction is not None:  # the hybrid loss: 0.001 of the bound, whose 1,000 terms one level stands for
             later = later_log_snr(config.schedule, drawn)  # in float64, which not every device has
@@ -115,24 +115,24 @@ class Denoising(Task):
             errors = errors + variational_loss(x0, said, fraction, drawn, later)
         return (errors,)
 
-    def _described(self, batch: Batch) -> Condition | None:
-        """Classes or captions, a share of them dropped."""
+    def _condition(self, batch: Batch) -> Condition | None:
+        """Classes or captions, with condition dropout (Ho & Salimans 2022, arXiv 2207.12598, algorithm 1)."""
         conditioner = self.model.conditioner
         if conditioner is None:
             return None
-        dropped = torch.rand(len(batch)) < self.condition.drop
+        dropped = torch.rand(len(batch)) < self.condition.dropout
         if isinstance(conditioner, ClassCondition):
             return conditioner.of_labels(batch.groups, dropped.to(batch.groups.device))
         kept = ["" if gone else c for c, gone in zip(batch.captions, dropped.tolist(), strict=True)]
         condition: Condition = conditioner(kept)
         return condition
 
-    def networks(self) -> Sequence[nn.Module]:
-        """The network; its parametrisation is a few products."""
+    def compile_targets(self) -> Sequence[nn.Module]:
+        """The network."""
         return [self.model.network]
 
-    def texts(self) -> Mapping[str, str]:
-        """What descriptions and latents need beside the weights."""
+    def extra_files(self) -> Mapping[str, str]:
+        """The conditioner's files, the latents' shape, and the identities of the frozen models."""
         found = dict(self.model.conditioner.texts()) if self.model.conditioner is not None else {}
         if self.autoencoder is not None:
             found["latent.json"] = json.dumps({"channels": self.model.latent_channels})
@@ -141,9 +141,7 @@ class Denoising(Task):
     def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over the images of all ranks."""
         (errors,) = features
-        # Ranks may hold different numbers of images: weighted so that the mean over ranks is the mean over all images.
-        sizes = distributed.batch_sizes(len(errors))
-        return errors.sum() * (len(sizes) / sum(sizes)), {}
+        return distributed.mean_over_batch(errors), {}
 
 
 def _conditioner(recipe: DenoiserRecipe, shards: Shards) -> Conditioner | None:
@@ -162,8 +160,10 @@ def _conditioner(recipe: DenoiserRecipe, shards: Shards) -> Conditioner | None:
     return None
 
 
-run = partial(launch, DenoiserRecipe, Denoising)
-"""Run a recipe: `run(path, overrides, dry_run)` -> the run's folder."""
+SPEC = TaskSpec(DenoiserRecipe, Denoising, load_denoiser)
+
+run = SPEC.run
+"""Train a recipe: `run(path, overrides, dry_run)` -> the run's folder."""
 
 
 if __name__ == "__main__":

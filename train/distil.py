@@ -1,6 +1,6 @@
-"""Distillation: a CLIP learns to make the features that others make of the same pictures and captions.
+"""Distillation: a CLIP regresses the features of teacher CLIPs for the same images and captions.
 
-Feature mimicry, of all that CLIP-KD compares what works best (Yang et al. 2024, arXiv 2307.12732, section 3.2); teacher
+Feature mimicry, the best of the losses that CLIP-KD compares (Yang et al. 2024, arXiv 2307.12732, section 3.2); teacher
 and student see the same views (Beyer et al. 2022, arXiv 2106.05237, section 3.1).
 """
 
@@ -22,21 +22,21 @@ from clipkit.models.pretrained import load
 
 @dataclass(frozen=True)
 class DistilConfig:
-    """Whose features are learned beside the pairs."""
+    """Distillation: teachers, and the weight of the distance to their features."""
 
     teachers: tuple[str, ...] = ()
-    """CLIPs to learn from, each as `--model` takes it. Of several the mean of the features is learned, so that their
-    texts must mean the same: those of runs that started from one another, or were trained against one locked tower.
-    With data.flip they see each picture mirrored as well."""
+    """Teacher CLIPs, each a name or folder that `clipkit.load` takes. Of several the mean feature is learned, so that
+    they must share one embedding: fine-tuned from one another, or trained against one locked tower. With data.flip they
+    see each image mirrored as well."""
     weight: float = 10.0
-    """What the squared distance to the teachers' features weighs beside the contrastive loss."""
+    """Weight of the squared distance to the teachers' features, beside the contrastive loss."""
 
     def __post_init__(self) -> None:
         require("above 0", "distil", self, "weight")
 
 
 class Teachers:
-    """The CLIPs of a recipe, as they are: not trained, not saved, and no part of the model."""
+    """The teacher CLIPs of a recipe: frozen, not saved, and not a submodule of the task."""
 
     def __init__(self, config: DistilConfig, embed_dim: int) -> None:
         """Raises CheckpointError for a teacher that is none, or whose features are of another width."""
@@ -52,7 +52,7 @@ class Teachers:
     def __call__(
         self, student: CLIP, images: Tensor, captions: Sequence[str], mirrored: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The direction of the mean of what teachers make of images and captions, [b, D] each.
+        """The direction of the teachers' mean features of images and captions, [b, D] each.
 
         images: uint8 [b, 3, S, S]; seen mirrored, too, if they may be. None for a tower of which nothing is trained.
         """
@@ -85,5 +85,4 @@ def _resized(images: Tensor, model: CLIP) -> Tensor:
 
 def squared_distance(made: Tensor, wanted: Tensor) -> Tensor:
     """Of rows [b, D], summed over D: a scalar whose mean over ranks is the mean over the rows of all of them."""
-    sizes = distributed.batch_sizes(len(made))
-    return (made.float() - wanted.float()).square().sum() * (len(sizes) / sum(sizes))
+    return distributed.mean_over_batch((made.float() - wanted.float()).square())

@@ -1,4 +1,4 @@
-"""Fine-tuning: start from another run's weights, lock a tower, and let what lies deep learn slowly."""
+"""Fine-tuning: initial weights from another CLIP, locked towers (LiT), and layer-wise learning-rate decay."""
 
 from __future__ import annotations
 
@@ -17,27 +17,32 @@ from clipkit.models.towers import residual_blocks
 
 
 @dataclass(frozen=True)
-class TuneConfig:
-    """What of a CLIP is taken from another run, and what of it stays as it is."""
+class FinetuneConfig:
+    """Fine-tuning: which weights to start from, which to lock, and slower learning rates of early layers."""
 
     init_from: str = ""
     """Run of a CLIP to start from; its tokenizer comes with its text tower."""
     init: Literal["both", "image", "text"] = "both"
-    """Which of its towers are taken."""
+    """Towers to initialise from it."""
     lock: Literal["none", "image", "text"] = "none"
-    """Tower that is not trained (LiT, Zhai et al. 2021, arXiv 2111.07991); its BatchNorms keep their statistics too."""
+    """Tower to lock (LiT, Zhai et al. 2021, arXiv 2111.07991): not trained, its BatchNorm statistics fixed."""
     unlock_blocks: int = 0
-    """Last blocks of the locked tower that are trained all the same, with everything after them."""
+    """Last blocks of the locked tower to train all the same, with everything after them."""
     layer_decay: float = 1.0
-    """Learning rate of a block as a share of the next one's (ELECTRA, Clark et al. 2020, arXiv 2003.10555)."""
+    """Layer-wise learning-rate decay: a block's rate as a fraction of the next block's, so that early layers learn
+    slower (ELECTRA, Clark et al. 2020, arXiv 2003.10555). 1: all alike."""
 
     def __post_init__(self) -> None:
         require("in (0, 1]", "tune", self, "layer_decay")
         require("at least 0", "tune", self, "unlock_blocks")
         if self.unlock_blocks and self.lock == "none":
-            raise RecipeError(f"tune.unlock_blocks is {self.unlock_blocks}, but no tower is locked; give tune.lock too")
+            raise RecipeError(
+                f"finetune.unlock_blocks is {self.unlock_blocks}, and no tower is locked; set finetune.lock"
+            )
         if self.init != "both" and not self.init_from:
-            raise RecipeError(f"tune.init is {self.init!r}, but there is no run to start from; give tune.init_from too")
+            raise RecipeError(
+                f"finetune.init is {self.init!r}, and finetune.init_from names no CLIP to start from; set it"
+            )
 
     @property
     def source(self) -> Checkpoint | None:
@@ -46,16 +51,16 @@ class TuneConfig:
 
 
 def depths(clip: CLIP) -> tuple[dict[str, int], dict[str, int]]:
-    """Parameter names of the image and the text tower, each with its depth.
+    """Parameter name -> depth, of the image tower and of the text tower.
 
-    0 for embeddings and stems, i for the i-th block, and one more than there are blocks for what comes after them.
+    0 for embeddings and stems, i for the i-th block, and the number of blocks plus 1 for layers after them.
     """
     image = [block for block, _ in residual_blocks(clip.image.trunk)]
     return _depths("image", clip.image, image), _depths("text", clip.text, list(clip.text.blocks))
 
 
 def _depths(prefix: str, tower: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, int]:
-    """By order of registration, which is that of execution in all of timm's towers."""
+    """By order of registration, which is the order of execution in timm's models."""
     owner = {id(p): i + 1 for i, block in enumerate(blocks) for p in block.parameters()}
     found, deepest = {}, 0
     for name, parameter in tower.named_parameters():
@@ -65,13 +70,13 @@ def _depths(prefix: str, tower: nn.Module, blocks: Sequence[nn.Module]) -> dict[
     return found
 
 
-def lr_scales(clip: CLIP, config: TuneConfig) -> dict[str, float]:
-    """Parameter name -> share of the learning rate."""
+def lr_scales(clip: CLIP, config: FinetuneConfig) -> dict[str, float]:
+    """Layer-wise learning-rate decay: parameter name -> multiple of the learning rate, smallest in early layers."""
     return {n: config.layer_decay ** (max(tower.values()) - d) for tower in depths(clip) for n, d in tower.items()}
 
 
-def lock(clip: CLIP, config: TuneConfig) -> None:
-    """Take the gradient from the parameters of the locked tower."""
+def lock(clip: CLIP, config: FinetuneConfig) -> None:
+    """Turn off the gradients of the locked tower's parameters."""
     if config.lock == "none":
         return
     tower = depths(clip)[config.lock == "text"]
@@ -81,18 +86,19 @@ def lock(clip: CLIP, config: TuneConfig) -> None:
             parameter.requires_grad_(tower[name] >= first_trained)
 
 
-def hold_still(model: nn.Module) -> None:
-    """Put into evaluation mode every module whose parameters are all locked: its statistics and dropouts rest too."""
+def eval_locked(model: nn.Module) -> None:
+    """Evaluation mode for every module whose parameters are all locked: fixed BatchNorm statistics, no dropout."""
     for module in model.modules():
         parameters = list(module.parameters())
         if parameters and not any(p.requires_grad for p in parameters):
             module.eval()
 
 
-def initialise(clip: CLIP, config: TuneConfig) -> None:
-    """Fill `clip` with the averaged weights of the run it starts from.
+def initialise(clip: CLIP, config: FinetuneConfig) -> None:
+    """Load the averaged weights of the CLIP to start from.
 
-    A ViT's positions are interpolated to another image size. Raises CheckpointError naming what does not fit.
+    A ViT's position embedding is interpolated to another image size. Raises CheckpointError naming a tensor that does
+    not fit.
     """
     if (found := config.source) is None:
         return
@@ -108,13 +114,13 @@ def initialise(clip: CLIP, config: TuneConfig) -> None:
     if missing or unlike:
         what = f"lacks {missing[0]}" if missing else f"has {unlike[0]}"
         raise CheckpointError(
-            f"{found.path} does not fit this model: it {what}; give tune.init_from a run with these towers"
+            f"{found.path} does not fit this model: it {what}; give finetune.init_from a run with these towers"
         )
     clip.load_state_dict(there, strict=False)
 
 
 def resized(clip: CLIP, image_size: int) -> CLIP:
-    """The same CLIP for images of another size; a ViT's positions are interpolated."""
+    """The same CLIP for another image size; a ViT's position embedding is interpolated."""
     made = CLIP(replace(clip.config, image_size=image_size), clip.text.tokens.num_embeddings, clip.text.end_id)
     made.load_state_dict({n: _positions(n, t, made.image.trunk) for n, t in clip.state_dict().items()})
     return made
@@ -125,7 +131,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _positions(name: str, tensor: Tensor, trunk: Any) -> Tensor:
-    """A ViT's position embedding, for the number of patches that `trunk` has; anything else as it is."""
+    """A ViT's position embedding, interpolated to the patches of `trunk`; any other tensor as it is."""
     if name != "image.trunk.pos_embed" or tensor.shape == trunk.pos_embed.shape:
         return tensor
     from timm.layers import resample_abs_pos_embed

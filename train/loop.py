@@ -1,27 +1,22 @@
-"""The one training loop: pretraining, denoisers and noise-aware CLIPs all go through `train`.
+"""The training loop of every task: `train`.
 
-A run is a folder. Each step's randomness is a function of (seed, step, rank), so the state of a run is its weights, its
-optimizer and its step: the same command resumes, and on a CPU ends with the bits of an uninterrupted run. It saves by
-steps, by time, and when it is told to stop.
+A run is a folder. The randomness of a step is a function of (seed, step, rank), so that the state of a run is its
+weights, its optimizer and its step: the same command resumes, and on a CPU the resumed run is bit-identical to an
+uninterrupted one. Checkpoints are saved every so many steps and minutes, and when a signal ends the run.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import json
-import os
 import platform
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,33 +26,35 @@ from clipkit._version import __version__
 from clipkit.async_checkpoint import Saver, lock
 from clipkit.config import Recipe
 from clipkit.data.loader import Batch, Stream
-from clipkit.errors import CheckpointError, NonFiniteError, StoppedError, UsageError
+from clipkit.errors import CheckpointError, NonFiniteError, UsageError
 from clipkit.log import Records, say
-from clipkit.models.pretrained import TRAINED_WITH
+from clipkit.malloc import keep_pages
 from clipkit.train import batchnorm, optim, parallel
-from clipkit.train.malloc import keep_pages
-from clipkit.train.step import Task, backward
+from clipkit.train.resume import check_models, check_recipe
+from clipkit.train.signals import Interruption
+from clipkit.train.step import backward
+from clipkit.train.task import Task
 
 
 def precision_of(device: torch.device, asked: str) -> Literal["fp32", "bf16"]:
-    """bf16 where asked for, or where "auto" finds the hardware."""
+    """Mixed precision of a device: bf16 if asked for, or if "auto" finds hardware for it."""
     return "bf16" if asked == "bf16" or (asked == "auto" and distributed.computes_in_bf16(device.type)) else "fp32"
 
 
 def autocast(device: torch.device, asked: str) -> AbstractContextManager[Any]:
-    """The context in which the networks are called."""
+    """Mixed precision: the context in which the networks are called."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision_of(device, asked) == "bf16")
 
 
 def seed_everything(seed: int, step: int, rank: int) -> None:
-    """Make what follows a function of these three numbers."""
+    """Seed the generators with a function of these three numbers."""
     torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**64)  # both factors are odd: seeds stay apart
 
 
 def train(task: Task, stream: Stream, recipe: Recipe, device: torch.device) -> Path:
-    """Train `task` on `stream` as the recipe says, resuming what lies in its `run.out` -> that folder.
+    """Train `task` on `stream` by the recipe, resuming the run in its `run.out` -> that folder.
 
-    Ends early, saved, at SIGTERM and SIGHUP (StoppedError) and Ctrl-C (KeyboardInterrupt). Raises CheckpointError if
+    Ends early, saved, on SIGTERM and SIGHUP (StoppedError) and Ctrl-C (KeyboardInterrupt). Raises CheckpointError if
     that folder holds a run of another recipe or is being trained by another process, NonFiniteError when the loss or
     the gradient is no longer a number, RankError when another rank dies or hangs.
     """
@@ -85,26 +82,28 @@ def train(task: Task, stream: Stream, recipe: Recipe, device: torch.device) -> P
 
 
 class _Loop:
-    """State of one run, and its steps."""
+    """A run: its model, optimizer, moving average and checkpoints, and its steps."""
 
     def __init__(self, task: Task, recipe: Recipe, device: torch.device) -> None:
         self.task, self.recipe, self.device = task, recipe, device
-        self.run, self.config = run, config = recipe.run, recipe.optim
+        self.run = run = recipe.run
+        self.config = config = recipe.optim
         if run.sync_batchnorm and distributed.world_size() > 1:
             batchnorm.synchronise(task)
         if run.compile:
-            for network in task.networks():
+            for network in task.compile_targets():
                 network.compile(dynamic=False)
-        self.parallel = parallel.share(task, run.parallel, device)
+        self.parallel = parallel.wrap(task, run.parallel, device)
         self.optimizer = optim.make_optimizer(task.model, config, task.lr_scales())
         self.ema = optim.EMA(task.model, run.ema_decay)
         self.guard = _Guard(device)
         self.saver = Saver(Path(run.out), run.keep_last, run.keep_every)
-        self.saved, self.saved_at = 0, time.monotonic()
-        self.epoch: Counter[str] = Counter()  # samples seen in it, and skipped by reason; rank 0 has what was resumed
+        self.saved = 0
+        self.saved_at = time.monotonic()
+        self.epoch: Counter[str] = Counter()  # samples seen, and skipped by reason; rank 0 has the resumed counts
 
     def resume(self, folder: Path) -> int:
-        """Load the newest checkpoint of the run -> steps already done."""
+        """Load the newest checkpoint of the run, if any -> steps already done."""
         folder.mkdir(parents=True, exist_ok=True)
         found = checkpoint.latest(folder)
         if found is None:
@@ -114,16 +113,16 @@ class _Loop:
                 f"{folder} holds a run of another kind ({found.state.get('kind')} there, {self.task.kind} here); "
                 "give run.out another folder"
             )
-        news = _same_recipe(found, self.recipe)
-        _same_models(found, self.task.texts())
+        news = check_recipe(found, self.recipe)
+        check_models(found, self.task.extra_files())
         if batchnorm.over_ranks(self.task) and found.state["recipe"]["run"].get("sync_batchnorm") is not True:
             news.append(f"run.sync_batchnorm: from step {found.step} on BatchNorm takes its statistics over all ranks")
         if distributed.rank() == 0:
             for line in news:
                 say(line)
-        for there, here in (("model", self.task.model.state_dict()), ("ema", self.ema.shadow)):
-            for name, tensor in found.stream(there):
-                here[name].copy_(parallel.like(tensor, here[name]))
+        for name_there, here in (("model", self.task.model.state_dict()), ("ema", self.ema.shadow)):
+            for name, tensor in found.stream(name_there):
+                here[name].copy_(parallel.shard_like(tensor, here[name]))
         _load_optimizer(self.optimizer, found.stream("optimizer"))
         if distributed.rank() == 0:
             self.epoch.update(found.state.get("epoch", {}))
@@ -134,10 +133,10 @@ class _Loop:
         """Run from step `start` to the end, logging, evaluating and saving when due."""
         run, meter = self.run, _Meter(self.device)
         batches, step = stream.batches(start, run.steps), start
-        with _Interruption() as interruption:
+        with Interruption() as interruption:
             try:
                 for step in range(start, run.steps):
-                    self.meet(step, interruption)
+                    self.save_or_stop(step, interruption)
                     meter.waiting()
                     batch = next(batches)
                     meter.working()
@@ -146,7 +145,7 @@ class _Loop:
                     self.epoch.update({"seen": len(batch) + batch.skipped.total(), **batch.skipped})
                     records.bar.update(1)
                     self.record(stream, step + 1, meter, records)
-                next(batches, None)  # the last word on the shards' hashes
+                next(batches, None)  # reports damage found by hashing the shards
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):
                     raise
@@ -159,17 +158,17 @@ class _Loop:
                     explained if explained is not error else distributed.explain(error, step, run.timeout_minutes)
                 ) from error
 
-    def meet(self, step: int, interruption: _Interruption) -> None:
-        """Before a step, agree with the other ranks on whether to save or stop."""
+    def save_or_stop(self, step: int, interruption: Interruption) -> None:
+        """Before a step, save or stop if any rank's clock or signal asks for it; all ranks do the same."""
         overdue = distributed.rank() == 0 and time.monotonic() - self.saved_at > 60 * self.run.save_minutes
         stop = 1 + interruption.signal if interruption.signal else 0
-        wish = distributed.meet(max(int(overdue), stop))
-        if wish:
+        asked = distributed.all_reduce_max(max(int(overdue), stop))
+        if asked:
             self.guard.check()
             self.save(step)
-        if wish > 1:
+        if asked > 1:
             self.saver.wait()
-            interruption.obey(wish - 1, step)
+            interruption.obey(asked - 1, step)
 
     def record(self, stream: Stream, done: int, meter: _Meter, records: Records) -> None:
         """After a step: log line, end of the epoch, evaluation, checkpoint."""
@@ -210,7 +209,7 @@ class _Loop:
         return {"loss": loss, "grad_norm": norm, **values}
 
     def evaluate(self) -> dict[str, float]:
-        """Scores of the averaged weights; the trained ones come back afterwards."""
+        """Scores of the moving average of the weights; the trained weights are restored afterwards."""
         trained = copy.deepcopy(self.task.model.state_dict())
         self.task.model.load_state_dict(self.ema.shadow)
         self.task.eval()
@@ -221,14 +220,14 @@ class _Loop:
         return scores
 
     def save(self, step: int) -> None:
-        """Put the state together, and write it as a checkpoint while the run goes on.
+        """Collect the state and write it as a checkpoint in the background.
 
-        Ranks that hold pieces write their own, but for the last checkpoint, which is made whole.
+        Under FSDP each rank writes its shards; the last checkpoint is unsharded.
         """
         if self.saved == step:
             return
-        in_parts = self.run.parallel == "fsdp" and distributed.active() and step < self.run.steps
-        collect = parallel.shares if in_parts else parallel.whole
+        sharded = self.run.parallel == "fsdp" and distributed.active() and step < self.run.steps
+        collect = parallel.local_shards if sharded else parallel.full_state
         tensors = {
             "model": collect(self.task.model.state_dict()),
             "ema": collect(self.ema.shadow),
@@ -241,73 +240,31 @@ class _Loop:
             "recipe": dataclasses.asdict(self.recipe),
             "versions": _versions(),
         }
-        if in_parts or distributed.rank() == 0:
-            self.saver.save(state, tensors, self.task.texts(), in_parts)
-        self.saved, self.saved_at = step, time.monotonic()
+        if sharded or distributed.rank() == 0:
+            self.saver.save(state, tensors, self.task.extra_files(), sharded)
+        self.saved = step
+        self.saved_at = time.monotonic()
 
 
 def _without_seen(counts: Mapping[str, int]) -> dict[str, int]:
     return {reason: n for reason, n in counts.items() if reason != "seen"}
 
 
-class _Interruption:
-    """SIGTERM, Ctrl-C and the terminal's end while it is entered: noted, so that the run saves first.
-
-    A second Ctrl-C does not wait; under nohup the terminal's end is nothing.
-    """
-
-    def __init__(self) -> None:
-        self.signal = 0
-        self._before: dict[int, Any] = {}
-        self._terminals = [number for number in (1, 2) if os.isatty(number)]
-
-    def __enter__(self) -> _Interruption:
-        if threading.current_thread() is threading.main_thread():  # Python hears signals nowhere else
-            numbers = [signal.SIGINT, signal.SIGTERM]
-            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-                numbers.append(signal.SIGHUP)
-            self._before = {number: signal.signal(number, self._note) for number in numbers}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == self.signal == signal.SIGINT:
-            raise KeyboardInterrupt
-        if number == signal.SIGHUP:  # what is written to a terminal that is gone fails
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            for terminal in self._terminals:
-                os.dup2(nowhere, terminal)
-            os.close(nowhere)
-        self.signal = number
-
-    @staticmethod
-    def obey(number: int, step: int) -> NoReturn:
-        """End as the signal asks."""
-        done = f"saved at step {step}; the same command resumes" if step else "no step was done, nothing is saved"
-        if number == signal.SIGINT:
-            if distributed.rank() == 0:
-                say(done)
-            raise KeyboardInterrupt
-        raise StoppedError(f"stopped by {signal.Signals(number).name}, {done}")
-
-
 class _Guard:
-    """Stops a run whose loss or gradient is no longer a number, before the optimizer step that it would spoil.
+    """Stops a run whose loss or gradient is not finite, before the optimizer step changes any weight.
 
-    A GPU is not waited for at each step: from the first bad one on, the optimizer is told on the device to change
-    nothing, and the run stops when the host next looks. A CPU looks at once.
+    No step waits for a GPU: from the first non-finite step on, a flag on the device makes optimizer steps change
+    nothing, and the run stops when the host next reads the flag. On a CPU it is read at once.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.halted, self.waits = torch.zeros((), device=device), device.type == "cpu"
+        self.halted = torch.zeros((), device=device)
+        self.waits = device.type == "cpu"
         self.recent: list[tuple[int, Tensor, Tensor, list[str]]] = []
 
     def watch(self, step: int, loss: Tensor, norm: Tensor, keys: list[str]) -> Tensor:
-        """Take in a step -> 1 from the first bad one on, else 0; what AdamW's kernels call found_inf."""
-        # A bad loss on one rank reaches every rank through the averaged gradient, so all stop at the same step.
+        """Add a step -> 1 from the first non-finite one on, else 0: `found_inf` of AdamW's kernels."""
+        # A non-finite loss on one rank reaches every rank through the averaged gradient: all stop at the same step.
         self.halted = torch.maximum(self.halted, (~torch.isfinite(norm)).to(self.halted))
         self.recent.append((step, loss, norm, keys))
         if self.waits:
@@ -315,7 +272,7 @@ class _Guard:
         return self.halted
 
     def check(self) -> None:
-        """Raises NonFiniteError naming the first bad step since the last look, on every rank."""
+        """Raises NonFiniteError on every rank, naming the first non-finite step since the last check."""
         if float(self.halted):
             step, loss, norm, keys = next(r for r in self.recent if not torch.isfinite(r[2]))
             raise NonFiniteError(
@@ -378,87 +335,5 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Iterable[tuple[st
         parameter = parameters[int(number)]
         # In the parameter's own memory format: the fused kernel walks all of a parameter's tensors in one order.
         if tensor.shape == parameter.shape:
-            tensor = torch.empty_like(parameter).copy_(parallel.like(tensor, parameter))
+            tensor = torch.empty_like(parameter).copy_(parallel.shard_like(tensor, parameter))
         optimizer.state[parameter][quantity] = tensor
-
-
-_FREE_TO_CHANGE = {"data.workers", "data.cache", "data.cache_gb"} | {
-    f"run.{key}"
-    for key in (
-        *("out", "device", "log_every", "save_every", "save_minutes", "keep_last", "keep_every", "eval_every"),
-        *("tensorboard", "parallel", "timeout_minutes", "sync_batchnorm", "steps"),
-    )
-}
-
-
-def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """{"section.key": value}; a section that is not there has no keys."""
-    return {f"{section}.{key}": v for section, values in recipe.items() for key, v in (values or {}).items()}
-
-
-def _filled(stored: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """A stored recipe or section with the defaults of keys that are younger than the run.
-
-    It is compared with today's, not used, and so not checked: today's bounds need not hold for it.
-    """
-    found = dict(stored)
-    for field in dataclasses.fields(config):
-        ours = getattr(config, field.name)
-        if isinstance(stored.get(field.name), Mapping) and dataclasses.is_dataclass(ours):
-            found[field.name] = _filled(stored[field.name], ours)
-        elif field.name not in stored and field.default is not dataclasses.MISSING:
-            found[field.name] = field.default
-        elif field.name not in stored and field.default_factory is not dataclasses.MISSING:
-            value = field.default_factory()
-            found[field.name] = _filled({}, value) if dataclasses.is_dataclass(value) else value
-        elif field.name not in stored and dataclasses.is_dataclass(ours):
-            found[field.name] = _filled({}, ours)
-    return found
-
-
-def _same_recipe(found: checkpoint.Checkpoint, recipe: Recipe) -> list[str]:
-    """Refuse to resume a run with a recipe that would have trained something else -> lines on what is new from here.
-
-    A run may be of another length, as long as that has not been reached: what depends on `run.steps` (the learning
-    rate, early_size) is from here on that of the new length. Raises CheckpointError.
-    """
-    ours = _flat(json.loads(json.dumps(dataclasses.asdict(recipe))))
-    theirs = _flat(json.loads(json.dumps(_filled(found.state["recipe"], recipe))))
-    keys = [key for key in {**theirs, **ours} if key not in _FREE_TO_CHANGE]
-    changed = [
-        f"{key}: {_show(theirs.get(key))} there, {_show(ours.get(key))} here"
-        for key in keys
-        if theirs.get(key) != ours.get(key)
-    ]
-    run = found.path.parent.parent
-    if changed:
-        tune = f"; to fine-tune from it, tune.init_from={run} and a new run.out" if "tune.init_from" in ours else ""
-        raise CheckpointError(
-            f"{run} holds a run of another recipe ({'; '.join(changed)}); give run.out another folder, or the recipe "
-            f"its old values{tune}"
-        )
-    steps, before = recipe.run.steps, theirs["run.steps"]
-    if steps == before:
-        return []
-    if steps <= found.step:
-        raise CheckpointError(
-            f"{run} has done {found.step} of {before} steps; run.steps={steps} must be more than it has done"
-        )
-    return [f"run.steps: {before} there, {steps} here; from step {found.step} on the schedule is that of {steps} steps"]
-
-
-def _same_models(found: checkpoint.Checkpoint, texts: Mapping[str, str]) -> None:
-    """Refuse to resume with other models than the run was trained with so far. Raises CheckpointError."""
-    there, here = (json.loads(text) for text in (found.text(TRAINED_WITH, "{}"), texts.get(TRAINED_WITH, "{}")))
-    for key in here:
-        if there.get(key, here[key]) != here[key]:
-            section, name = key.split(".")
-            raise CheckpointError(
-                f"{found.path.parent.parent} was trained with another {key}: {found.state['recipe'][section][name]} "
-                f"has changed since ({there[key]} then, {here[key]} now); put it back, or give run.out another folder"
-            )
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."

@@ -4,19 +4,19 @@ InfoNCE (van den Oord et al. 2018, arXiv 1807.03748, eq. 4), symmetric over imag
 2021, figure 3); the sigmoid loss of SigLIP (Zhai et al. 2023, arXiv 2303.15343, eq. 1); and their extension to several
 positives per row (UniCL, Yang et al. 2022, arXiv 2204.03610, eq. 3-5).
 
-The logits of B images against B texts exist only in strips of a few rows, made once in the forward pass and again in
-the backward pass. Every rank makes the strips of its own images, against the texts of all ranks: gathered while they
-are small, else one rank's after the other's as they go round a ring. What it learns about all texts is summed over
-ranks.
+The B x B logits are computed in chunks ("strips") of a few rows, in the forward pass and once more in the backward
+pass. Every rank computes the strips of its own images against the texts of all ranks, which are all-gathered while they
+are small, and else passed around a ring. Gradients of the texts are summed over ranks.
 """
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,32 +25,53 @@ from torch import Tensor
 from clipkit import distributed
 from clipkit.config import require
 from clipkit.errors import RecipeError
+from clipkit.registry import LOSSES
 
 _STRIP = 128
-"""Images whose logits are held at a time: a strip of B = 2,048 takes 1 MiB, one of B = 32,768 16 MiB."""
+"""Rows of a strip: for B = 2,048 it takes 1 MiB, for B = 32,768 16 MiB."""
 
 GATHERED = 64 * 2**20
-"""Bytes up to which the text features of all ranks are gathered, in one message; beyond, no rank ever holds more than
-its own and two others'."""
+"""Bytes up to which the text features of all ranks are all-gathered; beyond, a rank holds its own and two others'."""
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What pulls pairs together and pushes the others apart."""
+    """The contrastive loss."""
 
-    kind: Literal["info_nce", "sigmoid"] = "info_nce"
-    """InfoNCE compares a pair with all others of the batch; the sigmoid loss of SigLIP judges each one by itself."""
+    kind: Annotated[str, LOSSES] = "info_nce"
+    """"info_nce": a softmax over the batch (CLIP). "sigmoid": each image and text by themselves (SigLIP)."""
     positives: Literal["pair", "group"] = "pair"
     """"pair": an image and its own caption (CLIP). "group": all captions of its class (UniCL), so that interchangeable
     captions are not pushed apart; of use when a batch holds many samples of few classes."""
     label_smoothing: float = 0.0
-    """Share of InfoNCE's target that all pairs of the batch have alike (Szegedy et al. 2015, arXiv 1512.00567, section
-    7): a guard against learning few samples by heart."""
+    """Label smoothing: fraction of the target that is spread over the batch, against overfitting to few samples
+    (Szegedy et al. 2015, arXiv 1512.00567, section 7)."""
 
     def __post_init__(self) -> None:
         require("in [0, 1)", "loss", self, "label_smoothing")
-        if self.kind == "sigmoid" and self.label_smoothing:
-            raise RecipeError("loss.label_smoothing is for loss.kind=info_nce; the sigmoid loss has no target to share")
+        if self.label_smoothing and not self.takes("label_smoothing"):
+            raise RecipeError(f"loss.kind={self.kind} has no label smoothing; omit loss.label_smoothing")
+        if self.positives == "group" and not self.takes("groups"):
+            raise RecipeError(f"loss.kind={self.kind} has one positive per image; omit loss.positives")
+
+    def takes(self, option: str) -> bool:
+        """Whether the loss has this parameter: "logit_bias", "groups" or "label_smoothing"."""
+        return option in inspect.signature(LOSSES[self.kind]).parameters
+
+
+def contrastive_loss(
+    config: LossConfig, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, groups: Tensor
+) -> Tensor:
+    """The loss that a recipe names, of this rank's pairs: unit vectors [b, D]; scale, bias and groups are [b].
+
+    Returns a scalar whose mean over ranks is minimised.
+    """
+    options = {
+        "logit_bias": logit_bias,
+        "groups": groups if config.positives == "group" else None,
+        "label_smoothing": config.label_smoothing,
+    }
+    return LOSSES[config.kind](image, text, logit_scale, **{n: v for n, v in options.items() if config.takes(n)})
 
 
 def info_nce(
@@ -64,7 +85,7 @@ def info_nce(
     alike.
 
     Returns a scalar whose mean over ranks, and the mean of its gradients, are exactly those of one process holding the
-    whole batch; DDP takes that mean. Nothing needs to be chosen for that.
+    whole batch; DDP takes that mean. There is no option for that.
     """
     kind = partial(_InfoNCE, label_smoothing)
     return _contrast(kind, image, text, logit_scale, torch.zeros_like(logit_scale), groups)
@@ -100,7 +121,7 @@ class _Pairs:
     def __init__(self, rows: int, groups: Tensor | None, device: torch.device) -> None:
         self.sizes = distributed.batch_sizes(rows)
         start = sum(self.sizes[: distributed.rank()])
-        if groups is None:  # each pair is a group of its own
+        if groups is None:  # each pair is its own group
             groups = torch.arange(start, start + rows, device=device)
         self.own, self.everyone = groups, distributed.gather_rows(groups, self.sizes)
         self.mine = slice(start, start + rows)
@@ -109,6 +130,11 @@ class _Pairs:
     def total(self) -> int:
         """B: pairs on all ranks."""
         return sum(self.sizes)
+
+    @property
+    def weight(self) -> float:
+        """Of a sum over this rank's rows, so that the mean over ranks is the mean over all rows."""
+        return distributed.mean_weight(self.sizes)
 
     @cached_property
     def positives(self) -> Tensor:
@@ -123,11 +149,11 @@ class _Pairs:
 
 
 _Strip = tuple[slice, slice, Tensor]
-"""Rows, columns, and what is there [rows, columns]."""
+"""Rows, columns, and the logits [rows, columns]."""
 
 
 class _Objective(ABC):
-    """A loss over logits [b, B] that come in strips: what it must know of all of them first, its value, its slope."""
+    """A loss over logits [b, B] that are computed in strips: its value, and its derivative by the logits."""
 
     def __init__(self, pairs: _Pairs) -> None:
         self.pairs = pairs
@@ -165,7 +191,7 @@ class _InfoNCE(_Objective):
         return slope.div_(2).sub_(self._targets(rows, columns, logits.dtype))
 
     def _targets(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
-        """[rows, columns]: an equal share for each positive, on top of what all get; a group has as many
+        """Targets [rows, columns]: equal for all positives of a row, plus label smoothing; a group has as many
         images as texts."""
         everyone = self.smoothing / self.pairs.total
         positive = (1 - self.smoothing) / self.pairs.positives[rows, None].to(dtype) + everyone  # [rows, 1]
@@ -188,7 +214,7 @@ class _Sigmoid(_Objective):
 
 
 class _Strips(torch.autograd.Function):
-    """An objective of scale * image @ text.T + bias, without ever holding those logits."""
+    """An objective of scale * image @ text.T + bias, without holding all logits."""
 
     @staticmethod
     def forward(
@@ -209,15 +235,14 @@ class _Strips(torch.autograd.Function):
             for columns, texts, _ in distributed.blocks(held, pairs.sizes, ctx.gathered)
             for rows, cosines in _cosines(image, texts)
         )
-        # Ranks may hold different numbers of rows: the mean over ranks of W / B * their sum is the mean over all rows.
-        value: Tensor = ctx.objective.value(strips, image) * (len(pairs.sizes) / pairs.total)
+        value: Tensor = ctx.objective.value(strips, image) * pairs.weight
         return value
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         image, held, scale, bias = ctx.saved_tensors
         pairs = ctx.objective.pairs
-        weight = gradients[0] * (len(pairs.sizes) / pairs.total)
+        weight = gradients[0] * pairs.weight
         d_image, d_scale, d_bias = (torch.zeros_like(x) for x in (image, scale, bias))
         d_text: Tensor | None = None
         for columns, texts, home in distributed.blocks(held, pairs.sizes, ctx.gathered):

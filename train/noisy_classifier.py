@@ -1,7 +1,8 @@
-"""Train a noise-aware classifier on a classed pack, from a CLIP's image tower: the guide of before there were texts.
+"""Training of a noise-aware classifier, for classifier guidance, from a CLIP's image tower on a classed pack.
 
-torchrun --nproc_per_node 2 train/noisy_classifier.py drawings_noisy_classifier.toml
-clipkit noisy-classifier drawings_noisy_classifier.toml run.steps=200   # the same on one process
+# Launch command, on two processes and on one:
+#   torchrun --nproc_per_node 2 train/noisy_classifier.py drawings_noisy_classifier.toml
+#   clipkit noisy-classifier drawings_noisy_classifier.toml run.steps=200
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,27 +22,28 @@ from clipkit.config import Recipe
 from clipkit.data.loader import Batch
 from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError
+from clipkit.guidance.loading import load_classifier
 from clipkit.guidance.networks.classifier import NoisyClassifier
 from clipkit.guidance.networks.noisy_clip import NoisyCLIP, check_start, noised
 from clipkit.guidance.schedule import sample_log_snr
 from clipkit.models.pretrained import TRAINED_WITH, identity, load
 from clipkit.train.finetune import resized
-from clipkit.train.launch import launch
-from clipkit.train.step import Features, Task
+from clipkit.train.launch import TaskSpec
+from clipkit.train.task import Features, Task
 
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """Where the classifier starts, and what it sees."""
+    """The CLIP to start from, the noise embedding and the images."""
 
     clip: str
-    """Run of the CLIP whose image tower it takes over."""
+    """Run of the CLIP whose image tower to start from."""
     width: int = 128
     """Width of the noise embedding."""
     clean_fraction: float = 0.1
     """Share of clean images in each batch."""
     image_size: int = 0
-    """Pixels of the denoiser's pictures; 0: the CLIP's."""
+    """Side of the denoiser's images, in pixels; 0: the CLIP's."""
 
     def __post_init__(self) -> None:
         check_start(self.clip, self)
@@ -50,7 +51,7 @@ class ClassifierConfig:
 
 @dataclass(frozen=True)
 class ClassifierRecipe(Recipe):
-    """Everything that decides what this training does."""
+    """Recipe of a noise-aware classifier."""
 
     model: ClassifierConfig
 
@@ -86,10 +87,9 @@ class Classification(Task):
     def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over the images of all ranks; logs the accuracy."""
         errors, right = features
-        sizes = distributed.batch_sizes(len(errors))
-        return errors.sum() * (len(sizes) / sum(sizes)), {"accuracy": right.detach().mean()}
+        return distributed.mean_over_batch(errors), {"accuracy": right.detach().mean()}
 
-    def networks(self) -> Sequence[nn.Module]:
+    def compile_targets(self) -> Sequence[nn.Module]:
         """The image tower with its modulations."""
         return [self.model.tower.clip.image]
 
@@ -97,8 +97,8 @@ class Classification(Task):
         """Keep the tower's logit scale at 100 or less."""
         self.model.tower.clip.clamp_logit_scale()
 
-    def texts(self) -> Mapping[str, str]:
-        """The classes, the shape of the CLIP inside, and what the training used."""
+    def extra_files(self) -> Mapping[str, str]:
+        """The classes, the shape of the CLIP, and identities of the frozen models."""
         shape = {
             "config": dataclasses.asdict(self.shape),
             "vocab_size": self.model.tower.clip.text.tokens.num_embeddings,
@@ -110,8 +110,10 @@ class Classification(Task):
         }
 
 
-run = partial(launch, ClassifierRecipe, Classification)
-"""Run a recipe: `run(path, overrides, dry_run)` -> the run's folder."""
+SPEC = TaskSpec(ClassifierRecipe, Classification, load_classifier)
+
+run = SPEC.run
+"""Train a recipe: `run(path, overrides, dry_run)` -> the run's folder."""
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Teach a pretrained CLIP to see noise, so that it can guide a denoiser at every noise level.
+"""Fine-tuning of a CLIP on noised images, so that it can guide a denoiser at every noise level.
 
-torchrun --nproc_per_node 2 train/noisy_clip.py tiny_imagenet_noisy_clip.toml
-clipkit noisy-clip drawings_noisy_clip.toml run.steps=200  # the same on one process
+# Launch command, on two processes and on one:
+#   torchrun --nproc_per_node 2 train/noisy_clip.py tiny_imagenet_noisy_clip.toml
+#   clipkit noisy-clip drawings_noisy_clip.toml run.steps=200
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -22,16 +22,16 @@ from clipkit.data.images import decode, preprocess
 from clipkit.data.loader import Batch, packs_of, validation_of
 from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError
-from clipkit.guidance.loading import load_autoencoder
+from clipkit.guidance.loading import load_autoencoder, load_guide
 from clipkit.guidance.metrics.noise_curve import accuracy_at, noise_aware
 from clipkit.guidance.networks.condition import words_of
 from clipkit.guidance.networks.noisy_clip import NoisyCLIP, NoisyCLIPConfig, for_latents, noised
 from clipkit.guidance.schedule import sample_log_snr
 from clipkit.models.pretrained import TRAINED_WITH, identity, load
 from clipkit.train.finetune import resized
-from clipkit.train.launch import launch
+from clipkit.train.launch import TaskSpec
 from clipkit.train.losses import LossConfig, info_nce
-from clipkit.train.step import Features, Task
+from clipkit.train.task import Features, Task
 from clipkit.zeroshot.heads import class_head
 
 _LEVELS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, float("inf"))
@@ -40,7 +40,7 @@ _EVALUATED = 1000
 
 @dataclass(frozen=True)
 class NoisyCLIPRecipe(Recipe):
-    """Everything that decides what this training does."""
+    """Recipe of a noise-aware CLIP."""
 
     model: NoisyCLIPConfig
     loss: LossConfig
@@ -73,11 +73,11 @@ class NoisyPretraining(Task):
         self.model: NoisyCLIP = NoisyCLIP(clip, recipe.model.width)
         self.model.clip.text.requires_grad_(recipe.model.train_text)
         packs = packs_of(shards, recipe.data)
-        self.bank, self.words = caption_bank(packs, recipe.model.bank, recipe.run.seed), words_of(packs)
+        self.bank, self.words = caption_bank(packs, recipe.model.negative_captions, recipe.run.seed), words_of(packs)
 
     def forward(self, batch: Batch) -> Features:
         """Unit vectors of noised images and captions [b, D], and each image's temperature [b]."""
-        x0 = self._seen(batch.images)
+        x0 = self._clean_input(batch.images)
         lam = sample_log_snr("cosine", len(x0)).to(x0.device)
         clean = torch.rand(len(x0), device=x0.device) < self.recipe.model.clean_fraction
         x, lam = noised(x0, lam, torch.randn_like(x0), clean)
@@ -85,8 +85,8 @@ class NoisyPretraining(Task):
         text = self.model.encode_text(self.tokenizer(batch.captions))
         return image, text, tau
 
-    def _seen(self, images: Tensor) -> Tensor:
-        """uint8 [b, 3, S, S] -> what the tower sees of them without noise: images in [-1, 1], or latents."""
+    def _clean_input(self, images: Tensor) -> Tensor:
+        """uint8 [b, 3, S, S] -> images in [-1, 1], or their latents."""
         x0 = images.float() / 127.5 - 1
         return x0 if self.autoencoder is None else self.autoencoder.encode(x0)
 
@@ -97,7 +97,7 @@ class NoisyPretraining(Task):
         value = info_nce(image, text, tau, groups, self.recipe.loss.label_smoothing)
         return value, {"temperature": tau.detach().mean()}
 
-    def networks(self) -> Sequence[nn.Module]:
+    def compile_targets(self) -> Sequence[nn.Module]:
         """The image tower with its modulations."""
         return [self.model.clip.image]
 
@@ -113,13 +113,13 @@ class NoisyPretraining(Task):
         head = class_head(self.model.clip, self.tokenizer, shards.classes, shards.templates)
         samples = [shards.read(i) for i in np.linspace(0, len(shards) - 1, min(_EVALUATED, len(shards))).astype(int)]
         images = [preprocess(decode(s.image), self.image_size) for s in samples]
-        x0 = torch.cat([self._seen(part.to(device)) for part in torch.split(torch.stack(images), 100)])
+        x0 = torch.cat([self._clean_input(part.to(device)) for part in torch.split(torch.stack(images), 100)])
         labels = torch.tensor([s.label for s in samples], device=device)
         encode = noise_aware(self.model)
         return {f"top1_at_{level:g}": accuracy_at(encode, head, x0, labels, level) for level in _LEVELS}
 
-    def texts(self) -> Mapping[str, str]:
-        """Tokenizer, caption bank, words, the shape of the clean CLIP inside, and what the training used."""
+    def extra_files(self) -> Mapping[str, str]:
+        """Tokenizer, negative captions, words, shape of the clean CLIP, and identities of the frozen models."""
         shape = dataclasses.asdict(self.model.clip.config)
         return {
             "tokenizer.json": self.tokenizer.to_json(),
@@ -131,7 +131,7 @@ class NoisyPretraining(Task):
 
 
 def caption_bank(packs: Sequence[Shards], size: int, seed: int) -> list[str]:
-    """Up to `size` different captions, as many from each pack: the alternatives among which a prompt is chosen."""
+    """Up to `size` different captions, as many from each pack: the negatives of a prompt."""
     rng = np.random.default_rng([seed, 2])
     bank: set[str] = set()
     for i, shards in enumerate(packs):
@@ -142,8 +142,10 @@ def caption_bank(packs: Sequence[Shards], size: int, seed: int) -> list[str]:
     return sorted(bank)
 
 
-run = partial(launch, NoisyCLIPRecipe, NoisyPretraining)
-"""Run a recipe: `run(path, overrides, dry_run)` -> the run's folder."""
+SPEC = TaskSpec(NoisyCLIPRecipe, NoisyPretraining, load_guide)
+
+run = SPEC.run
+"""Train a recipe: `run(path, overrides, dry_run)` -> the run's folder."""
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What a recipe will take: time of a step and memory of a rank, worked out without running it.
+"""Estimates of a recipe's cost: time of a step and memory of a rank, computed without running it.
 
-Operations and kept activations are counted on torch's meta device; what a device does with them is an estimate from its
-published peaks (or, on a CPU, from a matrix product timed on the spot) and the shares of them that training reaches.
-Loading is timed on samples of the recipe's packs, where they are on this machine.
+FLOPs and kept activations are counted on torch's meta device. The time of a device is estimated from its published
+peaks (of a CPU from a timed matrix product) and the utilisation that training reaches. Loading is timed on samples of
+the recipe's packs, if they are on this machine.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from clipkit.data.shards import Shards
 from clipkit.distributed import computes_in_bf16
 from clipkit.errors import ClipkitError, UsageError
 from clipkit.models.clip import CLIP
+from clipkit.train import progressive
 from clipkit.train.distil import Teachers
 from clipkit.train.finetune import lock
 from clipkit.train.losses import GATHERED
 from clipkit.train.pretrain import PretrainRecipe
-from clipkit.train.step import EARLY
 
 CLIP_VOCABULARY = 49408
 _MESSAGE = 20e-6
@@ -84,11 +84,11 @@ def loading_time(recipe: PretrainRecipe, samples: int = 64) -> float | None:
     data, size = replace(recipe.data, workers=0), recipe.model.image_size
     if any("://" in source for source in (data.shards, *data.mix)):
         return None
-    early = recipe.model.early_size or size
+    early = recipe.data.progressive_size or size
     try:
         # A batch of small pictures, then one of the model's.
         stream = Stream(Shards(data.shards, verify=False), data, size, samples, 0, early_size=early, early_steps=1)
-        return EARLY * _timed_loading(stream, 0) + (1 - EARLY) * _timed_loading(stream, 1)
+        return progressive.mean_over_steps(_timed_loading(stream, 0), _timed_loading(stream, 1))
     except (ClipkitError, OSError):
         return None
 
@@ -105,7 +105,7 @@ def _timed_loading(stream: Stream, step: int) -> float:
 
 @dataclass(frozen=True)
 class Plan:
-    """Seconds of one step, bytes of one rank, and what they are made of."""
+    """Seconds of one step and bytes of one rank, with their terms."""
 
     ranks: int
     batch_per_rank: int
@@ -154,21 +154,23 @@ def plan(
         raise UsageError(f"batch_size {run.batch_size} does not divide over {ranks} ranks; change run.batch_size")
     batch = run.batch_size // ranks
     counted = _count_training(recipe, caption_tokens)
-    cut = ranks if run.parallel == "fsdp" else 1
+    shards = ranks if run.parallel == "fsdp" else 1
     bf16 = run.precision == "bf16" or (run.precision == "auto" and device.bf16 > 0)
     flops_per_s, half = (device.bf16 or device.fp32, 0.5) if bf16 else (device.fp32, 1.0)
     twice = 4 / 3 if run.micro_batches > 1 else 1.0  # GradCache's first forward pass
     compute = counted.flops * batch * twice / (flops_per_s * device.reached)
     trained = 4 * counted.trained
-    optimizer = 7 * trained / cut / device.memory  # gradient, weight and moments read; weight, moments, average written
+    optimizer = (
+        7 * trained / shards / device.memory
+    )  # gradient, weight and moments read; weight, moments, average written
     link = device.node if ranks <= per_node else device.network
-    gradients = (2 if cut == 1 else 3) * (ranks - 1) / ranks * trained / link
+    gradients = (2 if shards == 1 else 3) * (ranks - 1) / ranks * trained / link
     contrast = _count_contrast(run.batch_size, recipe.model.embed_dim, ranks, link)
     hidden = 0.0 if device.bytes == 0 else 0.8 * min(gradients, compute / 2)  # behind the backward pass
     computed = compute + optimizer + gradients - hidden + contrast.seconds
     load = None if loading is None else loading * batch
     step = _with_loading(computed, load or 0.0, recipe.data.workers)
-    state = (2 * 4 * counted.parameters + 3 * trained) // cut
+    state = (2 * 4 * counted.parameters + 3 * trained) // shards
     activations = int(counted.kept * half * -(-batch // run.micro_batches))
     return Plan(
         ranks=ranks,
@@ -207,11 +209,11 @@ def _count_contrast(batch: int, embed_dim: int, ranks: int, link: float) -> _Con
     features = 4 * batch * embed_dim
     gathered = 3 * (ranks - 1) / ranks * features / link
     ring = gathered + 3 * (ranks - 1) * _MESSAGE
-    turns = features > GATHERED and ranks > 1
-    columns, blocks = (batch // ranks, 6 * features // ranks) if turns else (batch, 4 * features)
+    ring_used = features > GATHERED and ranks > 1
+    columns, blocks = (batch // ranks, 6 * features // ranks) if ring_used else (batch, 4 * features)
     strips = 5 * 4 * 128 * columns
     # Beside the strips: features and gradients of all ranks, or of one other, and one's own.
-    return _Contrast(ring if turns else gathered, gathered, ring, strips + blocks)
+    return _Contrast(ring if ring_used else gathered, gathered, ring, strips + blocks)
 
 
 def _with_loading(computed: float, load: float, workers: int) -> float:
@@ -232,10 +234,10 @@ class _Counted:
 def _count_training(recipe: PretrainRecipe, caption_tokens: int) -> _Counted:
     """Mean operations and most bytes of a whole training."""
     counted = _count(recipe, caption_tokens, recipe.model.image_size)
-    if not recipe.model.early_size:
+    if not recipe.data.progressive_size:
         return counted
-    early = _count(recipe, caption_tokens, recipe.model.early_size)
-    flops = EARLY * early.flops + (1 - EARLY) * counted.flops
+    early = _count(recipe, caption_tokens, recipe.data.progressive_size)
+    flops = progressive.mean_over_steps(early.flops, counted.flops)
     return replace(counted, flops=flops, kept=max(early.kept, counted.kept))
 
 
@@ -245,7 +247,7 @@ def _count(recipe: PretrainRecipe, caption_tokens: int, size: int) -> _Counted:
     with torch.device("meta"):
         model = CLIP(config, vocabulary, end_id=2)
         images = torch.zeros(samples, 3, size, size)
-    lock(model, recipe.tune)
+    lock(model, recipe.finetune)
     ids = torch.zeros(samples, min(caption_tokens, config.context_length), dtype=torch.int64)
     ids[:, -1] = 2
     own = {id(p) for p in model.parameters()}

@@ -1,7 +1,8 @@
-"""Pretrain CLIP on a pack.
+"""Pretraining and fine-tuning of CLIP on a pack, by a contrastive loss.
 
-torchrun --nproc_per_node 2 train/pretrain.py tiny_imagenet_clip.toml data.shards=packs/tiny-imagenet
-clipkit pretrain drawings_clip.toml run.steps=200          # the same on one process
+# Launch command, on two processes and on one:
+#   torchrun --nproc_per_node 2 train/pretrain.py tiny_imagenet_clip.toml data.shards=packs/tiny-imagenet
+#   clipkit pretrain drawings_clip.toml run.steps=200
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -23,39 +24,41 @@ from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError
 from clipkit.io import write_atomically
 from clipkit.models.clip import CLIP, CLIPConfig
+from clipkit.models.pretrained import load
 from clipkit.models.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from clipkit.models.towers import residual_blocks
 from clipkit.models.words import split
-from clipkit.train import finetune as tune
+from clipkit.train import finetune
 from clipkit.train.distil import DistilConfig, Teachers, squared_distance
-from clipkit.train.finetune import TuneConfig
-from clipkit.train.launch import launch
-from clipkit.train.losses import LossConfig, info_nce, sigmoid_loss
-from clipkit.train.step import Features, Task
+from clipkit.train.finetune import FinetuneConfig
+from clipkit.train.launch import TaskSpec
+from clipkit.train.losses import LossConfig, contrastive_loss
+from clipkit.train.task import Features, Task
 
 _CAPTIONS = 500_000
-"""Samples whose captions are enough for a vocabulary."""
+"""Most samples whose captions a vocabulary is trained on."""
 
 
 @dataclass(frozen=True)
 class PretrainRecipe(Recipe):
-    """Everything that decides what a pretraining run does."""
+    """Recipe of a pretraining or fine-tuning run."""
 
     model: CLIPConfig
     loss: LossConfig
-    tune: TuneConfig
+    finetune: FinetuneConfig
     distil: DistilConfig
 
     def __post_init__(self) -> None:
-        biased = self.model.init_logit_bias is not None
-        if self.loss.kind == "sigmoid" and not biased:
+        has_bias = self.model.init_logit_bias is not None
+        if self.loss.takes("logit_bias") and not has_bias:
             raise RecipeError(
-                "loss.kind is sigmoid, which learns a logit bias too; "
+                f"loss.kind is {self.loss.kind}, which learns a logit bias; "
                 "set model.init_logit_bias=-10 and model.init_logit_scale=10"
             )
-        if self.loss.kind == "info_nce" and biased:
+        if has_bias and not self.loss.takes("logit_bias"):
             raise RecipeError(
-                "model.init_logit_bias is set, which InfoNCE cannot learn; it belongs to loss.kind=sigmoid"
+                f"model.init_logit_bias is set, and loss.kind={self.loss.kind} learns no logit bias; omit it, or set "
+                "loss.kind=sigmoid"
             )
 
 
@@ -63,59 +66,68 @@ class Pretraining(Task):
     """CLIP under a contrastive loss."""
 
     kind = "clip"
+    progressive = True
 
     def __init__(self, recipe: PretrainRecipe, shards: Shards) -> None:
         super().__init__()
         self.recipe = recipe
-        self.image_size, self.early_size = recipe.model.image_size, recipe.model.early_size
+        self.image_size = recipe.model.image_size
         self.tokenizer = make_tokenizer(recipe, shards)
         self.model: CLIP = CLIP(recipe.model, self.tokenizer.vocab_size, self.tokenizer.end_id)
-        tune.initialise(self.model, recipe.tune)
-        tune.lock(self.model, recipe.tune)
+        if recipe.data.progressive_size:
+            self.model.image.check_size(recipe.data.progressive_size)
+        finetune.initialise(self.model, recipe.finetune)
+        finetune.lock(self.model, recipe.finetune)
         self.teachers = Teachers(recipe.distil, recipe.model.embed_dim) if recipe.distil.teachers else None
 
     def forward(self, batch: Batch) -> Features:
-        """Unit vectors of images and captions [b, D], each pair's logit scale and bias [b], and what teachers make."""
+        """Unit vectors of images and captions [b, D], logit scale and bias [b], and the teachers' features [b, D]."""
         image = self.model.encode_image(batch.images)
         text = self.model.encode_text(self.tokenizer(batch.captions))
         # As rows beside the features, so that the loss is a function of features and nothing else; FSDP wants no views.
         scales = self.model.logit_scale.repeat(len(batch)), self.model.logit_bias.repeat(len(batch))
-        return image, text, *scales, *self._taught(batch, image, text)
+        return image, text, *scales, *self._teach(batch, image, text)
 
-    def _taught(self, batch: Batch, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
-        """Features [b, D] that the teachers make of images and captions; of a locked tower its own."""
+    def _teach(self, batch: Batch, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+        """The teachers' features [b, D] of images and captions; for a locked tower its own."""
         if self.teachers is None:
             return ()
         taught = self.teachers(self.model, batch.images, batch.captions, self.recipe.data.flip)
-        return tuple(own.detach() if made is None else made for made, own in zip(taught, (image, text), strict=True))
+        return tuple(
+            own.detach() if theirs is None else theirs for theirs, own in zip(taught, (image, text), strict=True)
+        )
 
     def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The recipe's contrastive loss over all ranks, and the distance to the teachers; logs the logit scale."""
         image, text, scale, bias, *taught = features
-        value, logged = _contrastive(self.recipe.loss, (image, text, scale, bias), batch)
+        config = self.recipe.loss
+        value = contrastive_loss(config, image, text, scale, bias, batch.groups)
+        logged = {"logit_scale": scale.detach().mean()}
+        if config.takes("logit_bias"):
+            logged["logit_bias"] = bias.detach().mean()
         if taught:
             distance = squared_distance(torch.cat([image, text], dim=1), torch.cat(taught, dim=1))
             value, logged = value + self.recipe.distil.weight * distance, {**logged, "distance": distance.detach()}
         return value, logged
 
     def train(self, mode: bool = True) -> Pretraining:
-        """Training mode, but for what is locked."""
+        """Training mode, except for locked modules."""
         super().train(mode)
-        tune.hold_still(self.model)
+        finetune.eval_locked(self.model)
         return self
 
-    def pieces(self) -> Sequence[nn.Module]:
+    def fsdp_units(self) -> Sequence[nn.Module]:
         """Blocks, then towers."""
         blocks = [block for block, _ in residual_blocks(self.model.image.trunk)]
         return [*blocks, *self.model.text.blocks, self.model.image, self.model.text]
 
-    def networks(self) -> Sequence[nn.Module]:
-        """The image tower; the text tower's inputs are as long as the captions are."""
+    def compile_targets(self) -> Sequence[nn.Module]:
+        """The image tower; the lengths of the text tower's inputs vary."""
         return [self.model.image]
 
     def lr_scales(self) -> Mapping[str, float]:
-        """Smaller for deeper blocks, if the recipe says so."""
-        return tune.lr_scales(self.model, self.recipe.tune)
+        """Layer-wise learning-rate decay: smaller for early blocks."""
+        return finetune.lr_scales(self.model, self.recipe.finetune)
 
     def after_step(self) -> None:
         """Keep the logit scale at 100 or less."""
@@ -140,36 +152,26 @@ class Pretraining(Task):
         scores = classify.evaluate(self.model, head, images)
         return {"zeroshot_top1": scores.top1, "zeroshot_top5": scores.top5}
 
-    def texts(self) -> Mapping[str, str]:
-        """The tokenizer belongs to the weights, and so do the words of the captions, if they are known."""
+    def extra_files(self) -> Mapping[str, str]:
+        """The tokenizer, and the words of the captions if they are known."""
         noted = Path(self.recipe.run.out) / "words.json"
         words = {"words.json": noted.read_text(encoding="utf-8")} if noted.is_file() else {}
         return {"tokenizer.json": self.tokenizer.to_json(), **words}
 
 
-def _contrastive(config: LossConfig, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    image, text, scale, bias = features
-    groups = batch.groups if config.positives == "group" else None
-    if config.kind == "sigmoid":
-        value = sigmoid_loss(image, text, scale, bias, groups)
-        return value, {"logit_scale": scale.detach().mean(), "logit_bias": bias.detach().mean()}
-    value = info_nce(image, text, scale, groups, config.label_smoothing)
-    return value, {"logit_scale": scale.detach().mean()}
-
-
 def make_tokenizer(recipe: PretrainRecipe, shards: Shards) -> Tokenizer:
-    """The tokenizer of the text tower to start from; or CLIP's, if the recipe names its merges file; or a trained one.
+    """The tokenizer of the text tower to start from, or CLIP's if the recipe names its merges file, or a trained one.
 
-    That is trained on captions of all packs, once, on rank 0, and kept in the run's folder; so are their words, if none
-    of the captions is left out.
+    Rank 0 trains it on captions of all packs once and writes it into the run's folder, with the captions' words if it
+    has read all captions.
     """
-    config, source = recipe.model, recipe.tune.source
-    if source is not None and recipe.tune.init != "image":
+    config, source = recipe.model, recipe.finetune.source
+    if source is not None and recipe.finetune.init != "image":
         return Tokenizer.from_json(source.text("tokenizer.json"), config.context_length)
     if config.merges:
         return Tokenizer.clip(config.merges, config.context_length)
     path = Path(recipe.run.out) / "tokenizer.json"
-    # One without checkpoints may be of another recipe, whose run did not begin.
+    # A folder without checkpoints may have one of another recipe, whose run did not start.
     kept = path.is_file() and (path.parent / "checkpoints").is_dir()
     if not kept and config.vocab_size < SMALLEST_VOCABULARY:  # said by all ranks, before the first writes
         raise RecipeError(
@@ -191,8 +193,10 @@ def make_tokenizer(recipe: PretrainRecipe, shards: Shards) -> Tokenizer:
     return Tokenizer.from_json(path.read_text(encoding="utf-8"), config.context_length)
 
 
-run = partial(launch, PretrainRecipe, Pretraining)
-"""Run a recipe: `run(path, overrides, dry_run)` -> the run's folder."""
+SPEC = TaskSpec(PretrainRecipe, Pretraining, load)
+
+run = SPEC.run
+"""Train a recipe: `run(path, overrides, dry_run)` -> the run's folder."""
 
 
 if __name__ == "__main__":

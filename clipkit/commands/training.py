@@ -1,4 +1,4 @@
-"""pretrain, autoencoder, denoiser, noisy-clip, noisy-classifier, plan, demo."""
+"""The command of each trainable task; recipe, plan, demo."""
 
 from __future__ import annotations
 
@@ -9,60 +9,95 @@ import click
 
 from clipkit.errors import UsageError
 from clipkit.inputs import print_json
+from clipkit.registry import TASKS, task_entry
 
 _RECIPE_HELP = """
     RECIPE is a TOML file or the name of a shipped recipe; OVERRIDES are section.key=value words. The same command
     resumes an interrupted run."""
 
 
-def _training_command(name: str, module: str, summary: str, recipe: str) -> click.Command:
-    """The command that trains with `clipkit.train.<module>`; the three differ in nothing else."""
+def training_command(kind: str) -> click.Command:
+    """The command that trains a task of the registry."""
+    entry = task_entry(kind)
 
     def command(recipe: str, overrides: Sequence[str], dry_run: bool) -> None:
-        from importlib import import_module
-
-        import_module(f"clipkit.train.{module}").run(recipe, overrides, dry_run)
+        TASKS[kind].run(recipe, overrides, dry_run)
 
     command.__doc__ = (
-        f"{summary}\n{_RECIPE_HELP}\n\n    \b\n    Example:\n      clipkit {name} {recipe} run.steps=500\n    "
+        f"{entry.help}\n{_RECIPE_HELP}\n\n    \b\n    Example:\n"
+        f"      clipkit {entry.command} {entry.example} run.steps=500\n    "
     )
     decorated: Callable[..., None] = click.argument("overrides", nargs=-1)(command)
     decorated = click.option("--dry-run", is_flag=True, help="Print the resolved recipe and stop.")(decorated)
-    return click.command(name)(click.argument("recipe")(decorated))
+    return click.command(entry.command)(click.argument("recipe")(decorated))
 
 
-pretrain = _training_command("pretrain", "pretrain", "Pretrain CLIP on a pack.", "drawings_clip.toml")
-denoiser = _training_command(
-    "denoiser", "denoiser", "Train a diffusion denoiser on a pack's images.", "drawings_denoiser.toml"
-)
-autoencoder = _training_command(
-    "autoencoder", "autoencoder", "Train an autoencoder for latents on a pack's images.", "emoji_autoencoder.toml"
-)
-noisy_classifier = _training_command(
-    "noisy-classifier",
-    "noisy_classifier",
-    "Train a noise-aware classifier on a classed pack.",
-    "drawings_noisy_classifier.toml",
-)
-noisy_clip = _training_command(
-    "noisy-clip", "noisy_clip", "Teach a pretrained CLIP to see noise.", "drawings_noisy_clip.toml"
-)
+@click.command()
+@click.argument("name", default="")
+@click.argument("overrides", nargs=-1)
+@click.option("--keys", is_flag=True, help="List the keys of all recipes instead, with type, default and help.")
+@click.option("--task", help="What NAME trains, if its name does not end with it, or whose keys to list.")
+def recipe(name: str, overrides: tuple[str, ...], keys: bool, task: str | None) -> None:
+    """Print a recipe with the help of each key.
+
+    NAME is a TOML file or the name of a shipped recipe; OVERRIDES are section.key=value words. Every key is printed,
+    also those that the file leaves at their defaults: the output is a recipe too. Without NAME, the shipped recipes are
+    listed.
+
+    \b
+    Example:
+      clipkit recipe drawings_clip.toml run.steps=500
+    """
+    from clipkit import reference
+    from clipkit.config import load_recipe, shipped
+
+    if keys and name:
+        raise UsageError(f"--keys lists the keys of all recipes; omit it, or {name}")
+    if keys:
+        _print_keys([task] if task else list(TASKS))
+    elif not name:
+        click.echo("\n".join(shipped()))
+    else:
+        kind = task or reference.kind_of(name)
+        click.echo(reference.annotated_toml(load_recipe(TASKS[kind].recipe, name, overrides), kind), nl=False)
+
+
+def _print_keys(kinds: Sequence[str]) -> None:
+    """The keys of these tasks' recipes; sections that several have, once."""
+    from clipkit.reference import Section, recipe_sections
+
+    users: dict[Section, list[str]] = {}
+    for kind in kinds:
+        for section in recipe_sections(kind):
+            users.setdefault(section, []).append(kind)
+    for section, tasks in users.items():
+        click.echo(f"[{section.name}] of {', '.join(tasks)}: {section.help}")
+        for key in section.keys:
+            default = "required" if key.default is None else f"default {key.default or 'none'}"
+            click.echo(f"  {key.name}  ({key.type}, {default})")
+            click.echo(click.wrap_text(key.help, 100, "      ", "      "))
 
 
 @click.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1)
-@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks in all.")
-@click.option("--gpu", default="cpu", show_default=True, help="h100, a100, v100, or cpu: this one.")
-@click.option("--per-node", type=click.IntRange(min=1), default=8, show_default=True, help="GPUs that share a node.")
-@click.option("--caption-tokens", type=click.IntRange(min=3), default=16, show_default=True, help="Usual length.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Number of ranks.")
+@click.option("--gpu", default="cpu", show_default=True, help="h100, a100, v100, or cpu for this machine's.")
+@click.option("--per-node", type=click.IntRange(min=1), default=8, show_default=True, help="GPUs of a node.")
+@click.option(
+    "--caption-tokens",
+    type=click.IntRange(min=3),
+    default=16,
+    show_default=True,
+    help="Tokens of a usual caption.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def plan(
     recipe: str, overrides: tuple[str, ...], gpus: int, gpu: str, per_node: int, caption_tokens: int, as_json: bool
 ) -> None:
     """Estimate time and memory of a pretraining step.
 
-    Operations and activations are counted; what a device makes of them is an estimate (docs/scaling.md says how good).
+    Operations and activations are counted; the time on a device is an estimate (docs/scaling.md says how good).
     With --gpu cpu, each rank is taken to have its share of this machine's threads. If the recipe's packs are here,
     loading them is timed on this machine too.
 
@@ -103,9 +138,9 @@ def plan(
     help="Folder of packs, runs and pictures.",
 )
 @click.option(
-    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of training and drawing."
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Seed of training and drawing."
 )
-@click.option("--quick", is_flag=True, help="A few steps of everything: shows that it runs, not that it works.")
+@click.option("--quick", is_flag=True, help="A few steps of everything, to see that it runs; the pictures are noise.")
 def demo(out: Path, seed: int, quick: bool) -> None:
     """Run the whole chain on embedded drawings.
 

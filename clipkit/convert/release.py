@@ -1,4 +1,4 @@
-"""A run's weights to give away: their average in half precision, and what the model needs beside it; nothing else."""
+"""Release of trained weights: their moving average in half precision, and the text files that the model needs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from clipkit import checkpoint, inputs
 from clipkit.checkpoint import Checkpoint
 from clipkit.errors import CheckpointError, UsageError
 from clipkit.io import written_whole
-
-KINDS = ("clip", "autoencoder", "denoiser", "noisy_clip")
+from clipkit.registry import TASKS
 
 
 def release(runs: Path, out: Path) -> list[Path]:
@@ -21,14 +20,14 @@ def release(runs: Path, out: Path) -> list[Path]:
 
     `out` is new, or holds other releases; those of the same kinds are replaced.
 
-    They load by `out`'s name as the runs do by theirs, and cannot be trained on: the optimizer's state stays behind. So
-    do the folders in which absolute paths of its record lay.
+    They load as the runs do. Training cannot be resumed from them, as the optimizer's state is left out; so are the
+    folders of absolute paths in their recipes.
     Raises CheckpointError when there is no run, UsageError when `out` holds something else or cannot be written.
     """
-    folders = [folder for folder in (runs, *(runs / kind for kind in KINDS)) if (folder / "checkpoints").is_dir()]
+    folders = [folder for folder in (runs, *(runs / kind for kind in TASKS)) if (folder / "checkpoints").is_dir()]
     found = [latest for folder in folders if (latest := checkpoint.latest(folder)) is not None]
     if not found:
-        raise CheckpointError(f"{runs} is not a run and holds none ({', '.join(KINDS)})")
+        raise CheckpointError(f"{runs} is not a run and holds none ({', '.join(TASKS)})")
     _check_place(out, [part.state["kind"] for part in found])
     with written_whole(out) as aside:
         written = [_write(part, aside / part.state["kind"]).relative_to(aside) for part in found]
@@ -42,7 +41,7 @@ def _check_place(out: Path, kinds: list[str]) -> None:
     """
     there = sorted(path for path in out.iterdir() if path.name != "README.md") if os.path.isdir(out) else []
     for path in there:
-        if path.name not in {*KINDS, *kinds} or not _is_release(path):
+        if path.name not in {*TASKS, *kinds} or not _is_release(path):
             raise UsageError(f"{out} holds {path.name}, which is no release; give a new folder, or one of releases")
     inputs.check_writable(out)
 
@@ -61,7 +60,7 @@ def _write(found: Checkpoint, out: Path) -> Path:
 
 
 def _without_folders(value: Any) -> Any:
-    """A checkpoint's state, or what is in it, with the names alone of absolute paths."""
+    """A checkpoint's state, or a value in it, with absolute paths reduced to their names."""
     if isinstance(value, dict):
         return {_without_folders(key): _without_folders(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -211,8 +211,8 @@ def random_view(data: bytes, size: int, config: DataConfig, rng: np.random.Gener
 
     The crop keeps a share of the area drawn from [config.crop_scale, 1], with a ratio of 3/4 to 4/3; at 1 it is the
     largest square in the middle. Where it would be enlarged though the picture need not be, a window of the picture as
-    it is takes its place, except for a share of config.enlarge: else evaluation would be the first to show anything so
-    sharp. Raises SampleError as `decode` does.
+    it is takes its place, except for a fraction config.upscale_crops: else evaluation would be the first to show
+    anything so sharp. Raises SampleError as `decode` does.
     """
     image = _open(data)
     if _is_plain_jpeg(image):
@@ -221,7 +221,9 @@ def random_view(data: bytes, size: int, config: DataConfig, rng: np.random.Gener
     else:
         pixels, scale = to_pixels(_finish(image)), 1.0
         box = _draw_box(pixels.shape[2], pixels.shape[1], config.crop_scale, rng)
-    if min(box[2:]) < size <= min(pixels.shape[1:]) and not (config.enlarge and rng.random() < config.enlarge):
+    if min(box[2:]) < size <= min(pixels.shape[1:]) and not (
+        config.upscale_crops and rng.random() < config.upscale_crops
+    ):
         return _window(pixels, size, config.crop_scale, rng)
     left, top, width, height = (int(n * scale) for n in box)
     return _resized(pixels, (left, top, max(1, width), max(1, height)), size)

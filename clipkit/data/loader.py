@@ -87,7 +87,7 @@ class _Samples(Dataset["Batch | ShardError"]):
     ) -> None:
         self.packs, self.config, self.image_size, self.seed, self.early = packs, config, image_size, seed, early
         self.mixture = Mixture([1 - sum(config.mix.values()), *config.mix.values()], seed)
-        windows = [config.window or (_REMOTE_WINDOW if pack.store.remote else 0) for pack in packs]
+        windows = [config.shuffle_window or (_REMOTE_WINDOW if pack.store.remote else 0) for pack in packs]
         self.orders = [Order(p.starts, w, seed, i) for i, (p, w) in enumerate(zip(packs, windows, strict=True))]
         # Per worker: its process and the position it is at, for the one who asks what a killed worker was reading.
         self.whereabouts = torch.full((max(1, config.workers), 2), -1, dtype=torch.int64)
@@ -359,5 +359,5 @@ def _fits(pack: Shards, order: Order, cache: Cache) -> None:
     if pack.store.remote and needed > cache.limit:
         raise DataError(
             f"{pack.source}: two windows of {order.window} shards are {needed / 2**30:.1f} GiB, data.cache_gb is "
-            f"{cache.limit / 2**30:.1f}; lower data.window or raise it"
+            f"{cache.limit / 2**30:.1f}; lower data.shuffle_window or raise it"
         )

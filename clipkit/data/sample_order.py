@@ -1,8 +1,8 @@
 """Which sample stands where in the endless sequence: a function of (seed, epoch, position) and of nothing else.
 
-Epoch e visits the shards in the order drawn from (seed, e), and permutes the samples of `data.window` shards at a time;
-for a pack in a folder that is all of them, and the epoch is one permutation of its samples. The epochs follow each
-other without a seam, each sample coming once in each.
+Epoch e visits the shards in the order drawn from (seed, e), and permutes the samples of `data.shuffle_window`
+shards at a time; for a pack in a folder that is all of them, and the epoch is one permutation of its samples. The
+epochs follow each other without a seam, each sample coming once in each.
 
 Several packs are mixed in fixed shares: which of them a position belongs to is a function of (seed, position) too, and
 each keeps its own epochs.

@@ -98,15 +98,10 @@ class CLIPConfig:
     """The logit bias before training, which only the sigmoid loss learns: -10 there."""
     conventions: Conventions = field(default_factory=Conventions)
     """In what weights trained elsewhere differ; nothing to set in a recipe, except to train alike."""
-    early_size: int = 0
-    """Side of the pictures in the first three fifths of the training, for towers that take any; 0 is image_size.
-    Smaller ones cost less, and what was learned on them goes over to larger ones in little time (Touvron et al. 2019,
-    arXiv 1906.06423; Tan and Le 2021, arXiv 2104.00298, section 4)."""
 
     def __post_init__(self) -> None:
         sizes = ("image_size", "embed_dim", "text_width", "text_layers", "text_heads", "vocab_size")
         require("at least 1", "model", self, *sizes)
-        require("at least 0", "model", self, "early_size")
         if self.text_width % self.text_heads:
             raise RecipeError(f"text_width {self.text_width} does not divide by text_heads {self.text_heads}")
         if self.context_length < 3:
@@ -131,8 +126,6 @@ class ImageTower(nn.Module):
             _checkpoint_blocks(self.trunk, config.image_tower)
         conventions = config.conventions
         width = self._width(len(conventions.image_mean), config.image_size)
-        if config.early_size:
-            self._width(len(conventions.image_mean), config.early_size)
         self.projection = _projection(conventions.image_projection, width, config.embed_dim)
         self.register_buffer("mean", torch.tensor(conventions.image_mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(conventions.image_std).view(1, -1, 1, 1), persistent=False)
@@ -148,6 +141,10 @@ class ImageTower(nn.Module):
             raise RecipeError(f"this image tower does not take {size}x{size} pixels: {str(error)[:120]}") from None
         self.trunk.train()
         return width
+
+    def check_size(self, image_size: int) -> None:
+        """Raises RecipeError if the trunk does not take images of this side."""
+        self._width(self.mean.shape[1], image_size)
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, S, S], or float in [0, 1] -> zero-mean, unit-variance float."""

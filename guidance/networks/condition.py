@@ -30,13 +30,13 @@ class ConditionConfig:
     """"class": a classed pack's classes. "text": captions, as a CLIP's frozen text tower understands them."""
     clip: str = ""
     """Run of the CLIP whose text tower reads the captions, for "text"."""
-    drop: float = 0.1
-    """Share of the samples that go without a description."""
+    dropout: float = 0.1
+    """Condition dropout: fraction of the samples that are trained unconditionally, for classifier-free guidance."""
     width: int = 128
     """Width of a class's embedding."""
 
     def __post_init__(self) -> None:
-        require("in [0, 1]", "condition", self, "drop")
+        require("in [0, 1]", "condition", self, "dropout")
         require("at least 1", "condition", self, "width")
         if (self.kind == "text") != bool(self.clip):
             raise RecipeError('condition.clip names the CLIP that reads captions: give it with condition.kind = "text"')

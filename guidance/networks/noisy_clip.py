@@ -35,8 +35,8 @@ class NoisyCLIPConfig:
     """Share of clean images in each batch."""
     train_text: bool = False
     """Also train the text tower, which is otherwise left as it is."""
-    bank: int = 256
-    """Captions kept beside the weights as the alternatives of a prompt."""
+    negative_captions: int = 256
+    """Captions of the packs that are kept beside the weights: the negatives of a prompt."""
     image_size: int = 0
     """Pixels of the denoiser's pictures; 0: the clean CLIP's."""
     autoencoder: str = ""
@@ -48,8 +48,8 @@ class NoisyCLIPConfig:
 
     def __post_init__(self) -> None:
         check_start(self.clip, self)
-        if self.bank < 2:
-            raise RecipeError(f"model.bank is {self.bank}; a prompt needs alternatives: at least 2 captions")
+        if self.negative_captions < 2:
+            raise RecipeError(f"model.negative_captions is {self.negative_captions}; a prompt needs at least 2")
         if self.autoencoder and self.image_size:
             raise RecipeError("model.image_size has no effect on latents; omit it, or model.autoencoder")
         if not self.autoencoder and (self.image_kwargs or self.image_tower != "clipkit_resnet"):

@@ -142,7 +142,7 @@ def _parts(run, step, of=3):
         yield (
             rank,
             lambda rank=rank, t=tensors: checkpoint.save(
-                run, {"step": step, "kind": "clip"}, t, {"tokenizer.json": "{}"}, 2, part=checkpoint.Part(rank, of)
+                run, {"step": step, "kind": "clip"}, t, {"tokenizer.json": "{}"}, 2, shard=checkpoint.Shard(rank, of)
             ),
         )
 
@@ -185,5 +185,5 @@ def test_a_part_that_fails_fails_the_checkpoint(tmp_path, monkeypatch):
 
 def test_a_part_that_does_not_come(tmp_path):
     aside = checkpoint.begin(tmp_path, 4)
-    with pytest.raises(OSError, match="rank 1 did not write its part in 0 s"):
-        checkpoint._gathered(aside, checkpoint.Part(0, 2), patience=0)
+    with pytest.raises(OSError, match="rank 1 did not write its shard in 0 s"):
+        checkpoint._gathered(aside, checkpoint.Shard(0, 2), patience=0)

@@ -1,31 +1,27 @@
 import dataclasses
+import json
 import math
-import typing
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipkit.config import SHIPPED, RunConfig, from_dict, load_recipe, to_toml
+from clipkit import checkpoint, reference
+from clipkit.config import RENAMED, SHIPPED, Recipe, RunConfig, from_dict, keys_of, load_recipe, to_toml
 from clipkit.errors import RecipeError
-from clipkit.train.autoencoder import AutoencoderRecipe
+from clipkit.registry import TASKS
 from clipkit.train.denoiser import DenoiserRecipe
 from clipkit.train.noisy_classifier import ClassifierRecipe
 from clipkit.train.noisy_clip import NoisyCLIPRecipe
 from clipkit.train.pretrain import PretrainRecipe
 
-KINDS = {
-    "noisy_clip": NoisyCLIPRecipe,
-    "noisy_classifier": ClassifierRecipe,
-    "autoencoder": AutoencoderRecipe,
-    "denoiser": DenoiserRecipe,
-    "clip": PretrainRecipe,
-}
+KINDS = {kind: TASKS[kind].recipe for kind in TASKS.own}
 
 
 def kind_of(path):
-    return next(kind for suffix, kind in KINDS.items() if path.stem.endswith(suffix))
+    return KINDS[reference.kind_of(path)]
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.toml")), ids=lambda p: p.stem)
@@ -96,17 +92,17 @@ def test_fields_are_frozen():
     """The options that users rely on; adding or renaming one is a decision, so it shows here."""
     run = "batch_size compile device ema_decay eval_every grad_clip keep_every keep_last log_every micro_batches out"
     run += " parallel"
-    model = "context_length conventions early_size embed_dim grad_checkpointing image_kwargs image_size image_tower"
+    model = "context_length conventions embed_dim grad_checkpointing image_kwargs image_size image_tower"
     model += " init_logit_bias init_logit_scale"
-    data = "cache cache_gb colour_jitter crop_scale enlarge flip"
+    data = "cache cache_gb colour_jitter crop_scale flip max_bad_fraction mix progressive_size shards"
     recipe = asdict(load_recipe(PretrainRecipe, "drawings_clip"))
     assert {section: " ".join(sorted(values)) for section, values in recipe.items()} == {
         "run": f"{run} precision save_every save_minutes seed steps sync_batchnorm tensorboard timeout_minutes",
-        "data": f"{data} max_bad_fraction mix shards sharpness_jitter val window workers",
-        "optim": "beta1 beta2 decay_share final_lr lr method schedule warmup weight_decay",
+        "data": f"{data} sharpness_jitter shuffle_window upscale_crops val workers",
+        "optim": "beta1 beta2 decay_fraction final_lr_fraction lr method schedule warmup weight_decay",
         "model": f"{model} merges text_heads text_layers text_width vocab_size",
         "loss": "kind label_smoothing positives",
-        "tune": "init init_from layer_decay lock unlock_blocks",
+        "finetune": "init init_from layer_decay lock unlock_blocks",
         "distil": "teachers weight",
     }
 
@@ -116,24 +112,26 @@ OF_CLIP = (
     "run.seed=9223372036854775808 run.log_every=0 run.save_every=0 run.save_minutes=-1 run.keep_last=0",
     "run.keep_every=-1 run.eval_every=-1 run.ema_decay=1 run.ema_decay=-0.1 run.timeout_minutes=0",
     "run.timeout_minutes=1e9 run.grad_clip=-1 run.grad_clip=-inf run.steps=-inf",
-    "data.workers=-1 data.crop_scale=1.1 data.enlarge=-1 data.colour_jitter=2 data.sharpness_jitter=-1",
-    "data.window=-1 data.cache_gb=-1 data.max_bad_fraction=1.5 data.max_bad_fraction=-1 data.mix={a='much'}",
+    "data.workers=-1 data.crop_scale=1.1 data.upscale_crops=-1 data.colour_jitter=2 data.sharpness_jitter=-1",
+    "data.shuffle_window=-1 data.cache_gb=-1 data.max_bad_fraction=1.5 data.max_bad_fraction=-1 data.mix={a='much'}",
     "data.mix={a=1} data.mix={a=0.0001} data.mix={a=0.9999} data.mix={a=true} data.mix=a",
-    "optim.lr=0 optim.lr=-1 optim.warmup=-1 optim.decay_share=0 optim.final_lr=-1 optim.final_lr=2",
+    "optim.lr=0 optim.lr=-1 optim.warmup=-1 optim.decay_fraction=0",
+    "optim.final_lr_fraction=-1 optim.final_lr_fraction=2",
     "optim.weight_decay=-1 optim.beta1=1 optim.beta1=-0.1 optim.beta2=1",
     "model.image_size=0 model.image_size=-32 model.embed_dim=0 model.text_width=0 model.text_layers=0",
-    "model.text_heads=0 model.text_heads=-4 model.context_length=2 model.vocab_size=0 model.early_size=-1",
+    "model.text_heads=0 model.text_heads=-4 model.context_length=2 model.vocab_size=0 data.progressive_size=-1",
     "model.init_logit_scale=0 model.init_logit_scale=101 model.init_logit_bias=nan",
     "model.image_kwargs={drop_path_rate=nan} model.image_kwargs={dims=[8,inf]}",
     "model.image_kwargs={act={slope=nan}} model.conventions={text_norm_eps=0}",
     "model.conventions={image_std=[1.0,0.0,1.0]} model.conventions={image_mean=[0.5]}",
     "model.conventions={pad_id=-1}",
     "loss.label_smoothing=1 loss.label_smoothing=-0.1",
-    "tune.layer_decay=0 tune.layer_decay=1.5 tune.unlock_blocks=-1 tune.unlock_blocks=1 tune.init=image",
+    "finetune.layer_decay=0 finetune.layer_decay=1.5 finetune.unlock_blocks=-1 finetune.unlock_blocks=1",
+    "finetune.init=image",
     "distil.weight=0 distil.weight=-1 distil.teachers=[1]",
 )
 OF_OTHERS = {
-    NoisyCLIPRecipe: "model.width=0 model.width=33 model.clean_fraction=2 model.bank=-1 model.image_size=-1",
+    NoisyCLIPRecipe: "model.width=0 model.width=33 model.clean_fraction=2 model.negative_captions=-1",
     ClassifierRecipe: "model.width=0 model.width=33 model.clean_fraction=-1 model.image_size=-1",
 }
 NAMES = {NoisyCLIPRecipe: "drawings_noisy_clip", ClassifierRecipe: "drawings_noisy_classifier"}
@@ -149,18 +147,8 @@ def test_a_value_out_of_its_range_is_refused_by_name(kind, word):
     assert "\n" not in str(error.value)
 
 
-def sections(kind, where=()):
-    """Every key of a recipe: path -> type."""
-    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-        inner = next((a for a in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(a)), None)
-        if inner is not None:
-            yield from sections(inner, (*where, name))
-        else:
-            yield (*where, name), hint
-
-
 INFINITE = {"run.save_minutes", "run.grad_clip"}
-KEYS = sorted({(kind.__name__, ".".join(path)) for kind in KINDS.values() for path, _ in sections(kind)})
+KEYS = sorted({(kind.__name__, key) for kind in KINDS.values() for key, *_ in keys_of(kind)})
 
 
 @pytest.mark.parametrize(("kind", "key"), KEYS, ids=[f"{kind}-{key}" for kind, key in KEYS])
@@ -219,3 +207,89 @@ def test_a_section_is_a_config_or_one_line(values):
         assert config.steps >= 1
         assert 0 <= config.seed < 2**63
         assert config.grad_clip >= 0
+
+
+def test_a_former_name_in_an_override_is_said_once_and_taken(capsys):
+    words = ["tune.init_from=runs/a", "tune.lock=text", "optim.final_lr=0.1", "data.enlarge=0.5", "model.early_size=16"]
+    recipe = load_recipe(PretrainRecipe, "drawings_clip", words)
+    assert (recipe.finetune.init_from, recipe.finetune.lock) == ("runs/a", "text")
+    assert (recipe.optim.final_lr_fraction, recipe.data.upscale_crops, recipe.data.progressive_size) == (0.1, 0.5, 16)
+    assert sorted(capsys.readouterr().err.splitlines()) == [
+        "clipkit: data.enlarge is now data.upscale_crops",
+        "clipkit: model.early_size is now data.progressive_size",
+        "clipkit: optim.final_lr is now optim.final_lr_fraction",
+        "clipkit: tune is now finetune",
+    ]
+    load_recipe(PretrainRecipe, "drawings_clip", ["finetune.lock=text"])
+    assert not capsys.readouterr().err
+
+
+def test_a_former_name_in_a_recipe_is_said_once_and_taken(tmp_path, capsys):
+    old = tmp_path / "old_clip.toml"
+    old.write_text(
+        "[run]\nout = 'x'\nsteps = 1\n[data]\nshards = 'y'\nwindow = 3\n[model]\nearly_size = 16\n"
+        "[optim]\ndecay_share = 0.3\n[tune]\nlock = 'image'\n"
+    )
+    recipe = load_recipe(PretrainRecipe, old, ["data.shuffle_window=4"])
+    assert (recipe.data.shuffle_window, recipe.data.progressive_size) == (4, 16)
+    assert (recipe.optim.decay_fraction, recipe.finetune.lock) == (0.3, "image")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 4
+    assert "clipkit: data.window is now data.shuffle_window" in said
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items(), ids=RENAMED)
+def test_both_names_of_a_key_are_refused(old, new, tmp_path):
+    if "." not in old:
+        old, new = f"{old}.lock", f"{new}.lock"
+    kind = next(kind for kind in KINDS if new in [key for key, *_ in keys_of(KINDS[kind])])
+    with pytest.raises(RecipeError, match=rf"^{old} is now {new}; give one of them, not both$"):
+        load_recipe(KINDS[kind], f"drawings_{kind}", [f"{old}=1", f"{new}=1"])
+
+
+def test_both_names_in_a_recipe_are_refused(tmp_path):
+    recipe = tmp_path / "both_clip.toml"
+    for text in ("[optim]\nfinal_lr = 0.1\nfinal_lr_fraction = 0.1\n", "[tune]\n[finetune]\n"):
+        recipe.write_text("[run]\nout = 'x'\nsteps = 1\n[data]\nshards = 'y'\n" + text)
+        with pytest.raises(RecipeError, match=r"is now finetune; give one|is now optim\.final_lr_fraction; give one"):
+            load_recipe(PretrainRecipe, recipe)
+
+
+def test_every_present_name_is_a_key_and_no_former_one():
+    keys = {key for kind in KINDS.values() for key, *_ in keys_of(kind)}
+    names = keys | {key.partition(".")[0] for key in keys}
+    assert set(RENAMED.values()) <= names
+    assert not names & set(RENAMED)
+
+
+def test_shipped_recipes_use_present_names(capsys):
+    for path in SHIPPED.glob("*.toml"):
+        load_recipe(kind_of(path), path)
+    assert not capsys.readouterr().err
+
+
+def test_a_former_name_that_another_recipe_class_uses_is_its_own(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Own:
+        bank: int = 1
+
+    @dataclasses.dataclass(frozen=True)
+    class Theirs(Recipe):
+        model: Own
+
+    recipe = tmp_path / "theirs.toml"
+    recipe.write_text("[run]\nout = 'x'\nsteps = 1\n[data]\nshards = 'y'\n[model]\nbank = 2\n")
+    globals()["Own"] = Own  # where the annotation is looked up
+    assert load_recipe(Theirs, recipe, ["model.bank=3"]).model.bank == 3
+
+
+def test_a_checkpoint_with_former_names_is_read_under_the_present_ones(capsys):
+    """The fixture was written by the first release."""
+    folder = Path(__file__).parents[1] / "fixtures" / "checkpoint-format-1"
+    stored = json.loads(next(folder.glob("checkpoints/*/state.json")).read_text())["recipe"]
+    assert {"decay_share", "final_lr"} <= stored["optim"].keys()
+    recipe = checkpoint.latest(folder).state["recipe"]
+    assert recipe["optim"]["decay_fraction"] == stored["optim"]["decay_share"]
+    assert recipe["finetune"] == stored["tune"]
+    assert from_dict(PretrainRecipe, recipe).data.shuffle_window == stored["data"]["window"]
+    assert not capsys.readouterr().err

@@ -34,7 +34,7 @@ def trained(packs, out, *more):
 
 
 def tuned(packs, source, out, *more):
-    return trained(packs, out, f"tune.init_from={source}", *more)
+    return trained(packs, out, f"finetune.init_from={source}", *more)
 
 
 @pytest.fixture(scope="module")
@@ -107,13 +107,13 @@ def test_an_average_is_released_and_trained_from_as_a_run_is(packs, pair, tmp_pa
 
 
 def test_runs_that_do_not_fit_each_other(packs, pair, tmp_path):
-    wider = tuned(packs, pair[0], tmp_path / "wider", "tune.init=text", *VIT)
+    wider = tuned(packs, pair[0], tmp_path / "wider", "finetune.init=text", *VIT)
     with pytest.raises(CheckpointError, match=r"has other towers than .*: image\..* is not alike in both"):
         average([pair[0], wider], tmp_path / "mean")
     found = pretrained.find(pair[0], "clip")
     texts = {"tokenizer.json": found.text("tokenizer.json").replace("red", "der")}
     checkpoint.save(tmp_path / "words", found.state, {"ema": weights(pair[0])}, texts, keep_last=1)
-    with pytest.raises(CheckpointError, match=r"has another tokenizer than .*; average runs that started alike"):
+    with pytest.raises(CheckpointError, match=r"has another tokenizer than .*; average runs that share one"):
         average([tmp_path / "words", pair[0]], tmp_path / "mean")
     assert not (tmp_path / "mean").exists()
 

@@ -238,13 +238,13 @@ def _on_rank(make, arguments, micro_batches, how):
         **{name: spread(getattr(batch, name), BOUNDS) for name in ("images", "captions", "groups", "keys")},
     )
     batchnorm.synchronise(task)
-    module = parallel.share(task, how, torch.device("cpu"))
+    module = parallel.wrap(task, how, torch.device("cpu"))
     torch.manual_seed(1)
     loss, _ = backward(task, batch, micro_batches, module)
     parallel.finish_gradients(task.parameters(), 0.0)
     found = {n: p.grad for n, p in task.model.named_parameters() if p.grad is not None}
     if how == "fsdp":
-        found = parallel.whole(found)
+        found = parallel.full_state(found)
     return {"loss": loss, **found}, statistics(task.model)
 
 
@@ -261,7 +261,7 @@ BOUNDS, PARTS = (0, 4, 11), 6
 
 def _tasks(packs, out, clip):
     """Name -> what makes the task, and its arguments."""
-    locked = (f"tune.init_from={clip}", "tune.init=both", "tune.lock=image", "tune.unlock_blocks=1")
+    locked = (f"finetune.init_from={clip}", "finetune.init=both", "finetune.lock=image", "finetune.unlock_blocks=1")
     return {
         **{name: (of_clip, name, packs, out) for name in TOWERS},
         "student": (of_clip, "pooled", packs, out, f'distil.teachers=["{clip}"]'),
@@ -379,13 +379,13 @@ def test_passes_that_do_not_count_leave_everything_as_it_was():
     module = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3, momentum=None))
     module(torch.randn(5, 3))
     before = {n: t.clone() for n, t in module.state_dict().items()}
-    with batchnorm.undisturbed(module), torch.no_grad():
+    with batchnorm.keep_running_stats(module), torch.no_grad():
         module(torch.full((4, 3), float("nan")))
     assert all(torch.equal(before[n], t) for n, t in module.state_dict().items())
     x = torch.randn(5, 3, requires_grad=True)
     out = checkpoint(module, x, use_reentrant=False).square().sum()
     once = {n: t.clone() for n, t in module.state_dict().items()}
-    with batchnorm.undisturbed(module):
+    with batchnorm.keep_running_stats(module):
         out.backward()
     assert all(torch.equal(once[n], t) for n, t in module.state_dict().items())
     assert not torch.equal(once["0.running_mean"], before["0.running_mean"])

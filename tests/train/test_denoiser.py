@@ -47,8 +47,8 @@ def test_a_variance_is_learned_and_drawn_with(chain, packs, tmp_path):
         ("unet.dropout=-0.1", "unet.dropout is -0.1"),
         ("unet.dropout=nan", "nan"),
         ("condition.width=0", "condition.width is 0"),
-        ("condition.drop=nan", "nan"),
-        ("condition.drop=-0.5", "condition.drop is -0.5"),
+        ("condition.dropout=nan", "nan"),
+        ("condition.dropout=-0.5", "condition.dropout is -0.5"),
         ("condition.clip=x", "condition.clip names"),
         ("dit.width=192", "not both"),
     ],
@@ -60,8 +60,8 @@ def test_recipes_that_cannot_be_trained_are_refused_when_they_are_read(word, mes
 
 
 def test_a_description_that_is_always_dropped_is_refused():
-    words = ["condition.kind=class", "condition.drop=1"]
-    with pytest.raises(RecipeError, match=r"condition\.drop is 1, so that no description"):
+    words = ["condition.kind=class", "condition.dropout=1"]
+    with pytest.raises(RecipeError, match=r"condition\.dropout is 1, so that no description"):
         load_recipe(denoiser.DenoiserRecipe, "drawings_denoiser", words)
 
 

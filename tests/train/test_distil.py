@@ -32,7 +32,7 @@ VIT = (
 def teachers(packs, tmp_path_factory):
     """Two CLIPs, the second of them what further training made of the first."""
     runs = [tmp_path_factory.mktemp(name) for name in ("first", "second")]
-    for run, more in zip(runs, ((), (f"tune.init_from={runs[0]}", "optim.lr=1e-2")), strict=True):
+    for run, more in zip(runs, ((), (f"finetune.init_from={runs[0]}", "optim.lr=1e-2")), strict=True):
         pretrain.run(
             "drawings_clip", [*TINY, *VIT, f"data.shards={packs / 'train'}", "data.val=", f"run.out={run}", *more]
         )
@@ -82,13 +82,13 @@ def test_teachers_are_no_part_of_the_model(packs, tmp_path, teachers):
 
 
 def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(packs, tmp_path, teachers):
-    task, batch = make(packs, tmp_path, teachers[:1], f"tune.init_from={teachers[0]}", "data.flip=false")
+    task, batch = make(packs, tmp_path, teachers[:1], f"finetune.init_from={teachers[0]}", "data.flip=false")
     assert backward(task, batch)[1]["distance"] < 1e-10
 
 
 @pytest.mark.parametrize("locked", ["image", "text"])
 def test_a_locked_tower_is_not_taught(packs, tmp_path, teachers, locked, monkeypatch):
-    task, batch = make(packs, tmp_path, teachers, f"tune.init_from={teachers[0]}", f"tune.lock={locked}")
+    task, batch = make(packs, tmp_path, teachers, f"finetune.init_from={teachers[0]}", f"finetune.lock={locked}")
     for clip in task.teachers.clips:
         monkeypatch.setattr(clip.model, f"encode_{locked}", lambda *_: pytest.fail("asked"))
     image, text, *_, wanted_image, wanted_text = task(batch)

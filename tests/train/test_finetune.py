@@ -6,9 +6,8 @@ from clipkit.config import load_recipe
 from clipkit.data.shards import Shards
 from clipkit.errors import CheckpointError
 from clipkit.models.clip import CLIP, CLIPConfig
-from clipkit.train import finetune as tune
-from clipkit.train import optim, pretrain
-from clipkit.train.finetune import TuneConfig
+from clipkit.train import finetune, optim, pretrain
+from clipkit.train.finetune import FinetuneConfig
 
 VIT = {"patch_size": 8, "depth": 3, "embed_dim": 32, "num_heads": 2}
 CNN = {"channels": [8, 8], "depths": [1, 1]}
@@ -50,14 +49,14 @@ def test_a_run_that_begins_on_smaller_pictures_ends_on_those_of_the_model_s_size
 
     monkeypatch.setattr(CLIP, "encode_image", spy)
     tower = ["model.image_tower=clipkit_resnet", f"model.image_kwargs={{channels={CNN['channels']}, depths=[1, 1]}}"]
-    more = [*tower, "model.early_size=16", f"data.val={packs / 'heldout'}"]
+    more = [*tower, "data.progressive_size=16", f"data.val={packs / 'heldout'}"]
     pretrain.run("drawings_clip", words(packs, tmp_path, *more, "run.steps=5"))
     assert seen == [(True, 16)] * 3 + [(True, 24)] * 2 + [(False, 24)]
     assert load(tmp_path, "cpu").model.config.image_size == 24
 
 
 def test_depths_follow_the_order_of_execution():
-    image, text = tune.depths(vit())
+    image, text = finetune.depths(vit())
     assert image["image.trunk.pos_embed"] == image["image.trunk.patch_embed.proj.weight"] == 0
     assert image["image.trunk.blocks.0.norm1.weight"] == 1
     assert image["image.trunk.blocks.2.mlp.fc1.weight"] == 3
@@ -67,9 +66,9 @@ def test_depths_follow_the_order_of_execution():
     assert text["text.projection.weight"] == 3
 
 
-def test_layer_decay_slows_what_lies_deep():
+def test_layer_decay_slows_early_layers():
     model = vit()
-    scales = tune.lr_scales(model, TuneConfig(layer_decay=0.5))
+    scales = finetune.lr_scales(model, FinetuneConfig(layer_decay=0.5))
     assert scales["image.projection.weight"] == 1
     assert scales["image.trunk.blocks.2.mlp.fc1.weight"] == 0.5
     assert scales["image.trunk.pos_embed"] == 0.5**4
@@ -81,7 +80,7 @@ def test_layer_decay_slows_what_lies_deep():
 @pytest.mark.parametrize(("unlocked", "trained"), [(0, set()), (1, {"blocks.2", "norm"}), (3, {"blocks", "norm"})])
 def test_locking_the_image_tower(unlocked, trained):
     model = vit()
-    tune.lock(model, TuneConfig(lock="image", unlock_blocks=unlocked))
+    finetune.lock(model, FinetuneConfig(lock="image", unlock_blocks=unlocked))
     free = [n for n, p in model.image.named_parameters() if p.requires_grad]
     assert all(any(f"trunk.{part}" in n or "projection" in n for part in trained) for n in free)
     assert bool(free) == bool(unlocked)
@@ -89,7 +88,11 @@ def test_locking_the_image_tower(unlocked, trained):
 
 
 def test_a_locked_tower_and_its_statistics_do_not_move(packs, tmp_path):
-    cnn = ["model.image_tower=clipkit_resnet", "model.image_kwargs={channels=[8, 8], depths=[1, 1]}", "tune.lock=image"]
+    cnn = [
+        "model.image_tower=clipkit_resnet",
+        "model.image_kwargs={channels=[8, 8], depths=[1, 1]}",
+        "finetune.lock=image",
+    ]
     before = build(packs, tmp_path, *cnn).model.image.state_dict()
     torch.manual_seed(0)
     pretrain.run("drawings_clip", words(packs, tmp_path, *cnn))
@@ -105,7 +108,7 @@ def test_a_locked_tower_and_its_statistics_do_not_move(packs, tmp_path):
 
 
 def test_starts_from_another_runs_weights_and_tokenizer(packs, source, tmp_path):
-    task = build(packs, tmp_path, f"tune.init_from={source}")
+    task = build(packs, tmp_path, f"finetune.init_from={source}")
     theirs = load(source)
     assert task.tokenizer.to_json() == theirs.tokenizer.to_json()
     for name, tensor in theirs.model.state_dict().items():
@@ -113,13 +116,13 @@ def test_starts_from_another_runs_weights_and_tokenizer(packs, source, tmp_path)
 
 
 def test_one_tower_alone(packs, source, tmp_path):
-    task, theirs = build(packs, tmp_path, f"tune.init_from={source}", "tune.init=image"), load(source).model
+    task, theirs = build(packs, tmp_path, f"finetune.init_from={source}", "finetune.init=image"), load(source).model
     assert torch.equal(task.model.image.projection.weight, theirs.image.projection.weight)
     assert not torch.equal(task.model.text.projection.weight, theirs.text.projection.weight)
 
 
 def test_positions_are_interpolated_to_another_image_size(packs, source, tmp_path):
-    task, theirs = build(packs, tmp_path, f"tune.init_from={source}", "model.image_size=48"), load(source).model
+    task, theirs = build(packs, tmp_path, f"finetune.init_from={source}", "model.image_size=48"), load(source).model
     ours = task.model.image.trunk.pos_embed
     assert ours.shape[1] == 37
     assert theirs.image.trunk.pos_embed.shape[1] == 10
@@ -135,11 +138,16 @@ def test_positions_are_interpolated_to_another_image_size(packs, source, tmp_pat
 )
 def test_weights_of_another_architecture_are_refused(packs, source, tmp_path, change, message):
     with pytest.raises(CheckpointError, match=message):
-        build(packs, tmp_path, f"tune.init_from={source}", change)
+        build(packs, tmp_path, f"finetune.init_from={source}", change)
 
 
 def test_fine_tuning_trains(packs, source, tmp_path):
-    more = [f"tune.init_from={source}", "tune.lock=text", "tune.unlock_blocks=1", "tune.layer_decay=0.7"]
+    more = [
+        f"finetune.init_from={source}",
+        "finetune.lock=text",
+        "finetune.unlock_blocks=1",
+        "finetune.layer_decay=0.7",
+    ]
     pretrain.run("drawings_clip", words(packs, tmp_path, *more))
     before, after = load(source).model.state_dict(), load(tmp_path).model.state_dict()
     moved = {n for n in after if not torch.equal(before[n], after[n])}

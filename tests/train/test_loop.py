@@ -18,7 +18,7 @@ from clipkit import checkpoint, distributed, log
 from clipkit.config import OptimConfig, load_recipe
 from clipkit.data.shards import Shards
 from clipkit.errors import CheckpointError, NonFiniteError, RecipeError, ShardError, StoppedError, UsageError
-from clipkit.train import batchnorm, denoiser, launch, loop, optim, pretrain
+from clipkit.train import batchnorm, denoiser, launch, loop, optim, pretrain, resume, signals
 from clipkit.train.pretrain import PretrainRecipe
 
 FP32 = "run.precision=fp32"  # "auto" is bf16 on some machines
@@ -171,14 +171,14 @@ def test_a_run_made_before_a_key_existed_resumes_with_its_default(packs, tmp_pat
     del older["recipe"]["run"]["micro_batches"]
     found = dataclasses.replace(checkpoint.latest(tmp_path), state=older)
     recipe = load_recipe(pretrain.PretrainRecipe, "drawings_clip", words(packs, tmp_path, 2))
-    loop._same_recipe(found, recipe)
+    resume.check_recipe(found, recipe)
     with pytest.raises(CheckpointError, match=r"run\.micro_batches: 1 there, 2 here"):
-        loop._same_recipe(found, dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, micro_batches=2)))
+        resume.check_recipe(found, dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, micro_batches=2)))
 
 
 def test_the_refusal_points_to_fine_tuning(packs, uninterrupted, chain):
     with pytest.raises(
-        CheckpointError, match=rf"fine-tune from it, tune\.init_from={uninterrupted} and a new run\.out"
+        CheckpointError, match=rf"fine-tune from it, finetune\.init_from={uninterrupted} and a new run\.out"
     ):
         pretrain.run("drawings_clip", words(packs, uninterrupted, 6, "optim.lr=0.5"))
     with pytest.raises(CheckpointError, match=r"optim\.lr") as error:
@@ -186,7 +186,7 @@ def test_the_refusal_points_to_fine_tuning(packs, uninterrupted, chain):
             "drawings_denoiser",
             [*TINY, f"data.shards={packs / 'train'}", f"run.out={chain / 'denoiser'}", "optim.lr=0.5"],
         )
-    assert "fine-tune" not in str(error.value)  # a denoiser has no tune.init_from
+    assert "fine-tune" not in str(error.value)  # a denoiser has no finetune.init_from
     with pytest.raises(CheckpointError, match=r"run of another kind \(clip there, denoiser here\)"):
         denoiser.run("drawings_denoiser", [*TINY, f"data.shards={packs / 'train'}", f"run.out={uninterrupted}"])
 
@@ -232,13 +232,13 @@ def test_a_run_whose_recipe_would_be_refused_today_becomes_longer(packs, tmp_pat
         found = latest(folder)
         if found is not None and found.step == 4:
             found.state["recipe"]["data"]["max_bad_fraction"] = float("inf")
-            del found.state["recipe"]["loss"], found.state["recipe"]["model"]["early_size"]  # younger than the run
+            del found.state["recipe"]["loss"], found.state["recipe"]["data"]["progressive_size"]  # younger than the run
         return found
 
     monkeypatch.setattr(checkpoint, "latest", of_before)
     with pytest.raises(CheckpointError, match=r"data\.max_bad_fraction: inf there, 0\.01 here"):
         pretrain.run("drawings_clip", words(packs, tmp_path, 8))
-    monkeypatch.setattr("clipkit.train.loop._FREE_TO_CHANGE", loop._FREE_TO_CHANGE | {"data.max_bad_fraction"})
+    monkeypatch.setattr("clipkit.train.resume.FREE_TO_CHANGE", resume.FREE_TO_CHANGE | {"data.max_bad_fraction"})
     pretrain.run("drawings_clip", words(packs, tmp_path, 8))
     assert latest(tmp_path).step == 8
 
@@ -258,7 +258,7 @@ def test_a_run_becomes_shorter_only_before_its_end(packs, tmp_path):
 
 def test_sizes_follow_the_new_length(packs, tmp_path):
     """Small pictures for three fifths of the steps: of 10 the first 6, so 5 of 5 are followed by a small one."""
-    early = [*CNN, "model.early_size=16"]
+    early = [*CNN, "data.progressive_size=16"]
     seen = []
     forward = pretrain.Pretraining.forward
 
@@ -388,14 +388,14 @@ def test_a_run_that_has_its_vocabulary_resumes_whatever_size_its_recipe_has(pack
 @pytest.mark.parametrize("step", [0, 3])
 def test_what_is_said_at_a_stop_is_true(packs, tmp_path, monkeypatch, capsys, number, error, step):
     """Before the first step there is nothing to save, and nothing is promised."""
-    meet = loop._Loop.meet
+    save_or_stop = loop._Loop.save_or_stop
 
     def stopped(self, at, interruption):
         if at == step:
             os.kill(os.getpid(), number)
-        meet(self, at, interruption)
+        save_or_stop(self, at, interruption)
 
-    monkeypatch.setattr(loop._Loop, "meet", stopped)
+    monkeypatch.setattr(loop._Loop, "save_or_stop", stopped)
     with pytest.raises(error) as raised:
         pretrain.run("drawings_clip", words(packs, tmp_path, 6, "run.save_every=6"))
     said = capsys.readouterr().err.splitlines()[-1] if error is KeyboardInterrupt else str(raised.value)
@@ -466,7 +466,7 @@ def test_log_lines_say_what_is_needed(uninterrupted):
 
 
 def test_schedule_warms_up_and_ends_at_its_floor():
-    config = OptimConfig(lr=1.0, warmup=10, final_lr=0.1)
+    config = OptimConfig(lr=1.0, warmup=10, final_lr_fraction=0.1)
     rates = [optim.learning_rate(s, 100, config) for s in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == 1.0
@@ -476,7 +476,7 @@ def test_schedule_warms_up_and_ends_at_its_floor():
 
 
 def test_stable_and_constant_schedules():
-    wsd = OptimConfig(lr=1.0, warmup=10, schedule="wsd", decay_share=0.2)
+    wsd = OptimConfig(lr=1.0, warmup=10, schedule="wsd", decay_fraction=0.2)
     rates = [optim.learning_rate(s, 100, wsd) for s in range(101)]
     assert rates[10:81] == [1.0] * 71
     assert rates[90] == pytest.approx(0.5)
@@ -540,7 +540,7 @@ def test_the_end_of_the_terminal_is_nothing_under_nohup(nohup, monkeypatch):
     monkeypatch.setattr(os, "isatty", lambda number: False)  # pytest's own is to be heard on
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
     try:
-        with loop._Interruption() as interruption:
+        with signals.Interruption() as interruption:
             os.kill(os.getpid(), signal.SIGHUP)
             assert interruption.signal == (0 if nohup else signal.SIGHUP)
     finally:

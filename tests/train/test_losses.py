@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from ranks import on_ranks
 
 from clipkit import distributed
+from clipkit.config import from_dict
 from clipkit.errors import RecipeError
+from clipkit.registry import LOSSES, Entry
 from clipkit.train import losses
 from clipkit.train.losses import LossConfig, info_nce, sigmoid_loss
 
@@ -71,7 +73,7 @@ def test_label_smoothing_gives_every_pair_a_share_of_the_target():
 def test_label_smoothing_is_a_share_and_of_info_nce_alone():
     with pytest.raises(RecipeError, match=r"label_smoothing is 1\.0; it must be in"):
         LossConfig(label_smoothing=1.0)
-    with pytest.raises(RecipeError, match=r"label_smoothing is for loss\.kind=info_nce"):
+    with pytest.raises(RecipeError, match=r"loss\.kind=sigmoid has no label smoothing"):
         LossConfig(kind="sigmoid", label_smoothing=0.1)
 
 
@@ -222,3 +224,48 @@ def test_ranks_give_the_gradients_of_one_process(bounds, grouped, loss, gathered
         torch.testing.assert_close(mean, expected[k].detach(), rtol=1e-5, atol=1e-7)
     for k in (1, 2):  # DDP divides the sum over ranks by their number
         torch.testing.assert_close(torch.cat([s[k] for s in shares]) / world, expected[k], rtol=1e-5, atol=1e-7)
+
+
+def gathered(image, text, logit_scale):
+    """Figure 3 on any number of ranks, by autograd alone: what another package would write."""
+    images, texts = distributed.all_gather(image), distributed.all_gather(text)
+    start = sum(distributed.batch_sizes(len(image))[: distributed.rank()])
+    own = torch.arange(start, start + len(image))
+    scale = logit_scale.mean()
+    rows = F.cross_entropy(scale * image @ texts.T, own, reduction="none")
+    columns = F.cross_entropy(scale * text @ images.T, own, reduction="none")
+    return distributed.mean_over_batch(rows, columns) / 2
+
+
+def gathered_on_a_rank(image, text):
+    edges = [0, 5, 12]
+    mine = slice(edges[distributed.rank()], edges[distributed.rank() + 1])
+    own = leaves(image[mine], text[mine])
+    found = gradients(gathered(*own, torch.tensor(9.0).double()), *own)
+    return [found[0] / 2, *(gradient / 2 for gradient in found[1:])]  # what DDP does, and the sum below
+
+
+def test_a_plain_loss_with_gathered_features_is_exact_on_unequal_ranks():
+    image, text, _ = make()
+    whole = leaves(image, text)
+    loss, d_image, d_text = gradients(plain(*whole, torch.tensor(9.0).double()), *whole)
+    torch.testing.assert_close(gathered(image, text, torch.tensor(9.0).double()), loss)
+    (one, *of_one), (other, *of_other) = on_ranks(2, gathered_on_a_rank, image, text)
+    torch.testing.assert_close(one + other, loss)
+    for wanted, first, second in zip((d_image, d_text), of_one, of_other, strict=True):
+        torch.testing.assert_close(torch.cat([first, second]), wanted)
+
+
+def test_an_unknown_loss_is_refused():
+    with pytest.raises(RecipeError, match=r"loss\.kind is 'info_mce'; did you mean 'info_nce'\?"):
+        from_dict(LossConfig, {"kind": "info_mce"}, "loss.")
+
+
+def test_a_loss_is_refused_options_that_it_does_not_take(monkeypatch):
+    monkeypatch.setitem(LOSSES.entries, "gathered", Entry("test_losses:gathered", ""))
+    monkeypatch.setattr(Entry, "load", lambda self: gathered)
+    assert LossConfig("gathered").takes("logit_bias") is False
+    with pytest.raises(RecipeError, match=r"loss\.kind=gathered has one positive per image; omit loss\.positives"):
+        LossConfig("gathered", positives="group")
+    with pytest.raises(RecipeError, match=r"loss\.kind=gathered has no label smoothing; omit loss\.label_smoothing"):
+        LossConfig("gathered", label_smoothing=0.1)

@@ -75,7 +75,7 @@ BOTH = [
     ("model.image_size=-1", "model.image_size is -1"),
 ]
 ALONE = [
-    ("model.bank=1", "model.bank is 1"),
+    ("model.negative_captions=1", "model.negative_captions is 1"),
     ("model.image_tower=resnet18", "give model.autoencoder too"),
     ("model.image_kwargs={depths=[1]}", "give model.autoencoder too"),
 ]

@@ -33,7 +33,7 @@ def losses(run):
 
 
 def test_a_run_in_pieces_is_a_run(packs, tmp_path):
-    """Four steps in pieces, the last two of them again from their checkpoint on one process: the same curve."""
+    """Four steps under FSDP, the last two again from their sharded checkpoint on one process: the same curve."""
     pretrain.run("drawings_clip", words(packs, tmp_path / "whole"))
     expected = pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
     done = torchrun("pretrain", "drawings_clip", *words(packs, tmp_path / "cut"), FSDP)
@@ -43,7 +43,7 @@ def test_a_run_in_pieces_is_a_run(packs, tmp_path):
     shapes = {n: t.shape for n, t in load(tmp_path / "whole").model.state_dict().items()}
     assert {n: t.shape for n, t in load(tmp_path / "cut").model.state_dict().items()} == shapes
     last = checkpoint.latest(tmp_path / "cut").path
-    assert (last / "model.safetensors").is_file()  # the last one is whole, the one before in pieces
+    assert (last / "model.safetensors").is_file()  # the last one is unsharded, the one before sharded
     shutil.rmtree(last)
     assert (checkpoint.latest(tmp_path / "cut").path / "model-00002-of-00002.safetensors").is_file()
     assert {n: t.shape for n, t in load(tmp_path / "cut").model.state_dict().items()} == shapes
@@ -53,7 +53,7 @@ def test_a_run_in_pieces_is_a_run(packs, tmp_path):
 
 def test_what_cannot_be_cut_says_so(packs, tmp_path):
     done = torchrun("denoiser", "drawings_denoiser", *words(packs, tmp_path), FSDP)
-    assert "cannot cut a denoiser in pieces" in done.stderr
+    assert "a denoiser has no FSDP units, so that run.parallel=fsdp cannot shard it" in done.stderr
     done = torchrun("pretrain", "drawings_clip", *words(packs, tmp_path), FSDP, "optim.method=muon")
     assert "muon needs whole matrices" in done.stderr
 
@@ -72,7 +72,7 @@ def _clipped_to(max_norm):
     scalar = torch.nn.Parameter(torch.zeros(()))
     scalar.grad = torch.tensor(3.0 + distributed.rank())  # 3 and 4: their mean counts
     norm = parallel.finish_gradients([cut, scalar], max_norm)
-    return norm, parallel.whole({"cut": cut.grad}), scalar.grad
+    return norm, parallel.full_state({"cut": cut.grad}), scalar.grad
 
 
 def test_the_norm_is_that_of_the_whole_gradient():
@@ -95,7 +95,7 @@ def _put_together(rows):
     mesh = init_device_mesh("cpu", (distributed.world_size(),))
     tensors = {str(n): distribute_tensor(torch.arange(3.0 * n).view(n, 3), mesh, [Shard(0)]) for n in rows}
     with CommDebugMode() as collectives:
-        found = parallel.whole({**tensors, "alone": torch.tensor(5)})
+        found = parallel.full_state({**tensors, "alone": torch.tensor(5)})
     return found, [str(name) for name in collectives.get_comm_counts()]
 
 

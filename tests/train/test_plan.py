@@ -37,7 +37,9 @@ def test_operations_are_those_of_the_towers():
 
 def test_operations_are_those_of_the_pictures_that_training_sees():
     tower = ("model.image_tower=clipkit_resnet", "model.image_size=32", "model.image_kwargs={channels=[8], depths=[1]}")
-    whole, early, text = (planned(*tower, *more) for more in ((), ("model.early_size=16",), ("model.image_size=2",)))
+    whole, early, text = (
+        planned(*tower, *more) for more in ((), ("data.progressive_size=16",), ("model.image_size=2",))
+    )
     share = (early.flops_per_sample - text.flops_per_sample) / (whole.flops_per_sample - text.flops_per_sample)
     assert share == pytest.approx(0.4 + 0.6 / 4, abs=0.02)  # three fifths of the steps at a quarter of the pixels
     assert early.activations_bytes == whole.activations_bytes
@@ -60,7 +62,7 @@ def test_weights_are_counted_exactly():
 
 
 def test_a_locked_tower_is_looked_through_and_not_trained():
-    whole, text, image = planned(), planned("tune.lock=text"), planned("tune.lock=image")
+    whole, text, image = planned(), planned("finetune.lock=text"), planned("finetune.lock=image")
     for locked in (text, image):
         assert locked.parameters == whole.parameters
         assert locked.weights_bytes == 4 * (2 * locked.parameters + 3 * locked.trained_parameters)
@@ -117,7 +119,7 @@ def test_loading_is_timed_on_the_pictures_that_training_sees(packs, monkeypatch)
     monkeypatch.setattr(planning.time, "perf_counter", lambda: next(clock))  # every batch takes a second
     batches = _Samples.__getitems__
     monkeypatch.setattr(_Samples, "__getitems__", lambda *a: sizes.append(batches(*a).images.shape) or batches(*a))
-    found = recipe(f"data.shards={packs / 'train'}", "model.image_size=32", "model.early_size=24")
+    found = recipe(f"data.shards={packs / 'train'}", "model.image_size=32", "data.progressive_size=24")
     assert planning.loading_time(found, samples=8) == pytest.approx(1 / 8)
     assert sizes == [(8, 3, 24, 24)] * 3 + [(8, 3, 32, 32)] * 3
 

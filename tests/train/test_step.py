@@ -13,7 +13,7 @@ from clipkit.data.loader import Stream
 from clipkit.data.shards import Shards
 from clipkit.train.losses import LossConfig, info_nce
 from clipkit.train.noisy_clip import NoisyPretraining
-from clipkit.train.parallel import share
+from clipkit.train.parallel import wrap
 from clipkit.train.pretrain import Pretraining, PretrainRecipe
 from clipkit.train.step import backward
 
@@ -105,7 +105,7 @@ def _on_rank(packs, out, bounds):
         part = dataclasses.replace(
             batch, images=batch.images[where], captions=batch.captions[where], groups=batch.groups[where]
         )
-        parallel = share(task, "ddp", torch.device("cpu"))
+        parallel = wrap(task, "ddp", torch.device("cpu"))
         for parts in PARTS:
             task.zero_grad()
             found[f"{loss} {parts}"] = {n: t.clone() for n, t in gradients(task, part, parts, parallel).items()}

@@ -219,7 +219,7 @@ def test_a_share_of_the_small_crops_is_enlarged(share, least, most, monkeypatch)
     monkeypatch.setattr(images, "_resized", lambda *a: enlarged.append(min(a[1][2:]) < 32) or resize(*a))
     data = encoded(noise(size=(32, 32)))
     for seed in range(400):
-        assert view(data, seed, size=32, crop_scale=0.3, enlarge=share).shape == (3, 32, 32)
+        assert view(data, seed, size=32, crop_scale=0.3, upscale_crops=share).shape == (3, 32, 32)
     assert least <= sum(enlarged) <= most
 
 

@@ -185,19 +185,19 @@ def test_any_fsspec_url(packs, clock, cache):
 
 def test_training_from_a_url_goes_window_by_window(packs, server, tmp_path):
     def config(**more):
-        return DataConfig("", workers=0, window=1, cache=str(tmp_path / "cache"), **more)
+        return DataConfig("", workers=0, shuffle_window=1, cache=str(tmp_path / "cache"), **more)
 
     cache = Cache(tmp_path / "cache")
     remote_stream = Stream(Shards(server.url, verify=False, cache=cache), config(), 24, 40, 0)
     local_stream = Stream(Shards(packs / "train", verify=False), config(), 24, 40, 0)
     keys = [[k for b in stream.batches(0, 9) for k in b.keys] for stream in (remote_stream, local_stream)]
     assert keys[0] == keys[1]
-    with pytest.raises(DataError, match=r"two windows of 1 shards are .* lower data\.window"):
+    with pytest.raises(DataError, match=r"two windows of 1 shards are .* lower data\.shuffle_window"):
         Stream(Shards(server.url, verify=False, cache=cache), config(cache_gb=0.0001), 24, 40, 0)
 
 
 def test_the_next_window_is_fetched_meanwhile(server, tmp_path):
-    config = DataConfig("", workers=0, window=1, cache=str(tmp_path / "cache"))
+    config = DataConfig("", workers=0, shuffle_window=1, cache=str(tmp_path / "cache"))
     stream = Stream(Shards(server.url, verify=False, cache=Cache(tmp_path / "cache")), config, 24, 1, 0)
     batches = stream.batches(0, 1)
     next(batches)

@@ -141,14 +141,13 @@ def test_wrong_towers_are_one_line(tower, arguments, message):
 
 
 def test_training_may_see_smaller_pictures_where_the_tower_takes_them():
-    config = CLIPConfig("clipkit_resnet", 32, {"channels": [8], "depths": [1]}, early_size=24, **TINY)
-    cnn = CLIP(config, 50, END)
+    cnn = CLIP(CLIPConfig("clipkit_resnet", 32, {"channels": [8], "depths": [1]}, **TINY), 50, END)
     assert cnn.encode_image(torch.zeros(1, 3, 24, 24)).shape == cnn.encode_image(torch.zeros(1, 3, 32, 32)).shape
+    cnn.image.check_size(24)
     with pytest.raises(RecipeError, match="does not take 24x24 pixels"):
-        CLIP(dataclasses.replace(VIT, early_size=24), 50, END)
-    CLIP(dataclasses.replace(VIT, early_size=24, image_kwargs={**VIT.image_kwargs, "dynamic_img_size": True}), 50, END)
-    with pytest.raises(RecipeError, match="early_size is -1"):
-        dataclasses.replace(config, early_size=-1)
+        CLIP(VIT, 50, END).image.check_size(24)
+    dynamic = dataclasses.replace(VIT, image_kwargs={**VIT.image_kwargs, "dynamic_img_size": True})
+    CLIP(dynamic, 50, END).image.check_size(24)
 
 
 # One tower of each family, as small as its constructor lets it be.

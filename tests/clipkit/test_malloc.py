@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipkit.train.malloc import keep_pages
+from clipkit.malloc import keep_pages
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 MIB = 1 << 20

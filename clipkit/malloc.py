@@ -1,4 +1,4 @@
-"""Memory that one step frees stays with the process for the next.
+"""Settings of glibc's malloc: memory that one training step frees stays with the process for the next.
 
 glibc takes a large tensor from the system when it is made and gives it back when it is freed, so that each activation
 of each step begins with pages that the system has to find and to clear.
@@ -30,7 +30,7 @@ def keep_pages() -> Iterator[None]:
     try:
         yield
     finally:
-        glibc.mallopt(_TRIM_THRESHOLD, 64 << 20)  # what glibc's own adjustment, which ends with mallopt, comes to
+        glibc.mallopt(_TRIM_THRESHOLD, 64 << 20)  # as by glibc's own adjustment, which mallopt turns off
         glibc.mallopt(_MMAP_MAX, 65_536)  # the default
         glibc.malloc_trim(0)
 

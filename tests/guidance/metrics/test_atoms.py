@@ -1,0 +1,65 @@
+"""Atomic facts: prompts, their score on renders and on other pictures, and intervals."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.stats import binomtest
+
+from clipkit.errors import UsageError
+from clipkit.guidance.metrics.atoms import Share, prompts, renders, score
+
+
+def test_prompts_are_a_function_of_their_seed():
+    assert prompts(5, seed=3) == prompts(5, seed=3)
+    assert prompts(5, seed=3) == prompts(8, seed=3)[:5]
+    assert prompts(5, seed=3) != prompts(5, seed=4)
+
+
+def test_plain_prompts_name_one_object_in_its_colour():
+    for prompt in prompts(20, plain=True):
+        ((shape, colour),) = {of for fact in prompt.caption.facts for of in fact.of}
+        assert prompt.caption.text in (f"a {colour} {shape}", f"an {colour} {shape}")
+
+
+def test_the_judge_passes_the_renderer_and_fails_other_pictures():
+    asked = prompts(20)
+    own = score(asked, renders(asked, 64))
+    assert own["prompt"].right >= 19
+    assert {"object", "colour", "count", "relation", "background"} <= own.keys()
+    shifted = score(asked, renders(asked[1:] + asked[:1], 64))
+    assert shifted["prompt"].right <= 1
+    empty = score(asked, [Image.new("RGB", (64, 64), "white")] * len(asked))
+    assert empty["object"].right == empty["relation"].right == empty["count"].right == 0
+
+
+def test_relations_are_of_the_split():
+    asked = prompts(10, "relations")
+    assert all(len(prompt.scene.objects) > 1 for prompt in asked)
+
+
+@given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_intervals_are_wilsons(counts):
+    right, total = counts
+    low, high = Share(right, total).interval
+    exact = binomtest(right, total).proportion_ci(method="wilson")
+    assert low == pytest.approx(exact.low, abs=1e-6)
+    assert high == pytest.approx(exact.high, abs=1e-6)
+
+
+def test_of_nothing_nothing_is_known():
+    assert Share(0, 0).interval == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: prompts(0), "0 prompts were asked for"),
+        (lambda: prompts(3, "test"), "unknown split 'test'"),
+        (lambda: prompts(3, "relations", plain=True), "plain prompts name one object"),
+        (lambda: score(prompts(2), []), "0 pictures were given for 2 prompts"),
+    ],
+)
+def test_refusals(call, message):
+    with pytest.raises(UsageError, match=message):
+        call()
