@@ -1,4 +1,4 @@
-"""Write the pages that are made from code: configuration, commands, Python API, architecture.
+"""Write the pages that are made from code: configuration, commands, Python API, architecture, renamed names.
 
     python docs/generate.py
 
@@ -8,12 +8,10 @@ A test compares the pages with what this writes, so that they are never older th
 from __future__ import annotations
 
 import ast
-import dataclasses
 import importlib
 import inspect
 import re
 import textwrap
-import typing
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -21,19 +19,15 @@ from typing import Any
 
 import click
 
+from clipkit._renamed import MODULES, NAMES
 from clipkit.cli import cli
+from clipkit.config import RENAMED
+from clipkit.reference import Section, recipe_sections
+from clipkit.registry import TASKS, task_entry
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTE = "<!-- Written by docs/generate.py from {}; edit that instead. -->\n\n"
 
-# PENDING(train): clipkit.registry.TASKS and clipkit.reference take the place of RECIPES and of field_docstrings
-RECIPES = {
-    "pretrain": "clipkit.train.pretrain:PretrainRecipe",
-    "denoiser": "clipkit.train.denoiser:DenoiserRecipe",
-    "noisy-clip": "clipkit.train.noisy_clip:NoisyCLIPRecipe",
-    "noisy-classifier": "clipkit.train.noisy_classifier:ClassifierRecipe",
-    "autoencoder": "clipkit.train.autoencoder:AutoencoderRecipe",
-}
 API = ("clipkit", "clipkit.zeroshot", "clipkit.guidance", "clipkit.train")
 TREE = ("clipkit", "train", "zeroshot", "guidance")
 
@@ -43,76 +37,25 @@ def cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def field_docstrings(kind: type) -> dict[str, str]:
-    """The string after each field of a dataclass, by the field's name; those of base classes too."""
-    found: dict[str, str] = {}
-    for base in reversed(kind.__mro__[:-1]):
-        (body,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        assert isinstance(body, ast.ClassDef)
-        for field, text in zip(body.body, body.body[1:], strict=False):
-            is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
-                found[field.target.id] = str(text.value.value)  # type: ignore[attr-defined]
-    return found
-
-
-def section_of(hint: Any) -> type | None:
-    """The dataclass in a field's type, also where it may be None or one of two."""
-    return next((a for a in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(a)), None)  # type: ignore[return-value]
-
-
-def sections(kind: type, path: str = "") -> Iterator[tuple[str, type]]:
-    """(section of the recipe, its dataclass), nested ones after their parents."""
-    for name, hint in typing.get_type_hints(kind).items():
-        if (inner := section_of(hint)) is not None:
-            yield f"{path}{name}", inner
-            yield from sections(inner, f"{path}{name}.")
-
-
-def shown_type(hint: Any) -> str:
-    """A type as people write it: the choices of a Literal, else the name."""
-    if typing.get_origin(hint) is typing.Literal:
-        return ", ".join(f'"{choice}"' for choice in typing.get_args(hint))
-    return str(getattr(hint, "__name__", hint)) if not typing.get_args(hint) else str(hint).replace("typing.", "")
-
-
-def shown_default(field: dataclasses.Field[Any]) -> str:
-    """A field's default in TOML's spelling, or "required"."""
-    if field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
-        return "{}" if value == {} else "[]" if value == () else str(value)
-    if field.default is dataclasses.MISSING:
-        return "required"
-    if isinstance(field.default, str):
-        return f'"{field.default}"'
-    if isinstance(field.default, tuple):
-        return str(list(field.default))
-    return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
-
-
 def configuration() -> str:
     """Every key of every recipe, a table for each section."""
-    used: dict[tuple[str, type], list[str]] = {}
-    for command, target in RECIPES.items():
-        module, _, name = target.partition(":")
-        for key in sections(getattr(importlib.import_module(module), name)):
-            used.setdefault(key, []).append(command)
+    used: dict[Section, list[str]] = {}
+    for kind in TASKS.own:
+        for section in recipe_sections(kind):
+            used.setdefault(section, []).append(task_entry(kind).command)
     lines = [
         NOTE.format("the recipes' dataclasses") + "# Configuration\n",
         "A recipe is a TOML file of typed sections and keys. `section.key=value` words after it override keys and",
         "`--dry-run` prints the result. Unknown keys, wrong types and values outside their range are refused by name.",
-        "`clipkit recipe --keys` prints this page in a terminal.\n",
+        "`clipkit recipe --keys` prints these tables in a terminal, `clipkit recipe NAME` a recipe with help.\n",
     ]
-    for (path, kind), commands in used.items():
-        everywhere = len(commands) == len(RECIPES)
-        lines.append(f"## [{path}]{'' if everywhere else ' of ' + ', '.join(commands)}\n")
-        lines.append(f"{' '.join((kind.__doc__ or '').split())}\n")
+    for section, commands in used.items():
+        of = "" if len(commands) == len(TASKS.own) else f" of {', '.join(commands)}"
+        lines += [f"## [{section.name}]{of}\n", f"{section.help}\n"]
         lines.append("| key | type | default | meaning |\n|---|---|---|---|")
-        docs, hints = field_docstrings(kind), typing.get_type_hints(kind)
-        for field in dataclasses.fields(kind):
-            if section_of(hints[field.name]) is None:
-                what = f"`{cell(shown_type(hints[field.name]))}` | `{cell(shown_default(field))}`"
-                lines.append(f"| `{path}.{field.name}` | {what} | {cell(docs[field.name])} |")
+        for key in section.keys:
+            default = "required" if key.default is None else f"`{cell(key.default)}`" if key.default else ""
+            lines.append(f"| `{key.name}` | {cell(key.type)} | {default} | {cell(key.help)} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -181,7 +124,8 @@ def api() -> str:
             for public in (name, *(f"{name}.{member}" for member in undocumented(found))):
                 if public != name or not inspect.getdoc(found):
                     raise SystemExit(f"{package}.{public} is public and has no docstring")
-            lines.append(f"::: {found.__module__}.{found.__qualname__}\n")
+            target = f"{found.__module__}.{found.__qualname__}"
+            lines.append(f"`{name}`: see above\n" if f"::: {target}\n" in lines else f"::: {target}\n")
     return "\n".join(lines)
 
 
@@ -211,11 +155,29 @@ def architecture() -> str:
     return "\n".join([f"{above}{mark}", note, "", "```text", *lines, "```"])
 
 
+def changelog() -> str:
+    """The changelog; the tables of its version 0.2 are those of the former names that still work, until 0.3."""
+    page = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    above, mark, rest = page.partition("### Renamed recipe keys\n")
+    names = [(module, *pair) for module in sorted(NAMES) for pair in NAMES[module].items()]
+    tables = (
+        (f"{mark}\nA former key works, with one message.\n\n| former | present |", sorted(RENAMED.items())),
+        ("### Renamed names\n\n| module | former | present |", names),
+        ("### Renamed modules\n\n| former | present |", sorted(MODULES.items())),
+    )
+    lines = [above.rstrip("\n"), ""]
+    for head, rows in tables:
+        columns = head.rpartition("\n")[2].count("|") - 1
+        lines += [head, "|" + "---|" * columns, *("| " + " | ".join(f"`{c}`" for c in row) + " |" for row in rows), ""]
+    return "\n".join(lines) + rest[rest.index("\n## ") :]
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "reference/configuration.md": configuration,
     "reference/commands.md": commands,
     "reference/python.md": api,
     "architecture.md": architecture,
+    "../CHANGELOG.md": changelog,
 }
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from click import Context
 
-from clipkit._renamed import MODULES, NAMES
 from clipkit.cli import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,9 +118,8 @@ def test_every_page_is_in_the_navigation():
 
 
 def shown_commands():
-    """The commands of the pages written by hand, in fenced and in indented blocks."""
-    generated = {DOCS / name for name in generate.PAGES}
-    for page in sorted({*DOCS.glob("*.md"), *DOCS.glob("*/*.md")} - generated):
+    """The commands of the guides and tutorials, in fenced and in indented blocks."""
+    for page in (*sorted(DOCS.glob("*.md")), *run.TUTORIALS):
         text = page.read_text(encoding="utf-8")
         pending = re.compile(r"<!-- not run: PENDING.*?```\n\n", re.DOTALL)
         fenced = [line for block in run.blocks(pending.sub("", text)) for line in block.commands()]
@@ -135,10 +133,3 @@ def test_every_shown_command_parses(line):
     name, *words = shlex.split(line)[1:]
     with cli.commands[name].make_context(name, words, Context(cli)) as context:
         assert context.params
-
-
-def test_the_changelog_lists_what_was_renamed():
-    """Until the former names go; then this test goes with them."""
-    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    for former in [*MODULES, *[name for renamed in NAMES.values() for name in renamed]]:
-        assert f"| `{former}` | `" in text
