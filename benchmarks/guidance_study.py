@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -35,12 +34,13 @@ from clipkit.data.shards import Shards
 from clipkit.demo import named
 from clipkit.guidance import samplers
 from clipkit.guidance.denoiser import Denoise, Denoiser, clipped
-from clipkit.guidance.guiders import LogProb, contrast, score_shift, softmax_log_prob, through_x0
+from clipkit.guidance.guider_factories import clean_log_prob
+from clipkit.guidance.guiders import LogProb, classifier_free, score_shift, through_x0
 from clipkit.guidance.image_grid import grid
 from clipkit.guidance.loading import load_classifier, load_denoiser
 from clipkit.guidance.metrics.distributions import Moments, clip_score, frechet_distance
 from clipkit.guidance.metrics.extractors import Extractor, clip_extractor
-from clipkit.guidance.pipeline import Steering, Studio, alternatives, picture
+from clipkit.guidance.pipeline import DrawRequest, GuidanceConfig, Pipeline, picture
 from clipkit.guidance.schedule import karras
 from clipkit.models.pretrained import Pretrained
 from clipkit.train import noisy_classifier
@@ -104,22 +104,6 @@ def prepare(runs: Path, pack: Path, words: Sequence[str]) -> None:
     noisy_classifier.run("drawings_noisy_classifier", [*words, f"run.out={runs / 'noisy_classifier'}"])
 
 
-def clean_log_prob(studio: Studio, prompt: str) -> Callable[[Tensor], Tensor]:
-    """log p(prompt | image) by the clean CLIP, among the same alternatives as the noise-aware one."""
-    guide, model = studio.guide, studio.clip.model
-    assert guide is not None
-    size = model.config.image_size
-    texts = torch.cat([guide.embed([prompt]), guide.embed(alternatives(prompt, guide.bank))])
-
-    def log_p(images: Tensor) -> Tensor:
-        if images.shape[-1] != size:  # at the size that it knows
-            images = F.interpolate(images, (size, size), mode="bilinear")
-        features = F.normalize(model.image((images + 1) / 2).float(), dim=-1)
-        return softmax_log_prob(features @ texts.T, model.logit_scale.expand(len(images)), 1)
-
-    return log_p
-
-
 def object_log_prob(runs: Path, world: World) -> Callable[[int], LogProb]:
     """log p(name | x_t) by the classifier, which knows the drawings' names in each colour apart."""
     model, _ = load_classifier(runs / "noisy_classifier")
@@ -128,21 +112,22 @@ def object_log_prob(runs: Path, world: World) -> Callable[[int], LogProb]:
 
 def methods(runs: Path, world: World) -> dict[str, tuple[Make, Sequence[float]]]:
     """Name -> how the guided denoiser is made, and at which scales."""
-    studio, classifier, prompts = Studio.open(runs), object_log_prob(runs, world), world.prompts()
-    plain = studio.denoiser  # untold
+    pipeline, classifier, prompts = Pipeline.open(runs), object_log_prob(runs, world), world.prompts()
+    plain = pipeline.denoiser  # unconditional
 
     def noise_aware(denoise: Denoise, **how: Any) -> Make:
         def make(number: int, scale: float, lambdas: Tensor) -> Denoise:
-            return studio.guided(denoise, {prompts[number]: 1.0}, [], scale, Steering(**how), lambdas)
+            request = DrawRequest({prompts[number]: 1.0}, scale=scale, guidance=GuidanceConfig(**how))
+            return pipeline.noise_aware(request, lambdas)(denoise)
 
         return make
 
     def on_x_t(number: int, scale: float, lambdas: Tensor) -> Denoise:
-        log_p = clean_log_prob(studio, prompts[number])
+        log_p = clean_log_prob(pipeline, {prompts[number]: 1.0})
         return score_shift(lambda x, lam: log_p(x), scale)(plain)
 
     def free(number: int, scale: float, lambdas: Tensor) -> Denoise:
-        return contrast(plain, scale)(plain.given(prompts[number]))
+        return classifier_free(plain, scale)(plain.conditioned_on(prompts[number]))
 
     def free_and_noise_aware(number: int, scale: float, lambdas: Tensor) -> Denoise:
         return noise_aware(free(number, 2.0, lambdas))(number, scale, lambdas)
@@ -151,7 +136,7 @@ def methods(runs: Path, world: World) -> dict[str, tuple[Make, Sequence[float]]]
         "none": (lambda number, scale, lambdas: plain, (0.0,)),
         "clean CLIP on x_t": (on_x_t, SCALES),
         "clean CLIP through x0": (
-            lambda n, scale, _: through_x0(clean_log_prob(studio, prompts[n]), scale)(plain),
+            lambda n, scale, _: through_x0(clean_log_prob(pipeline, {prompts[n]: 1.0}), scale)(plain),
             SCALES,
         ),
         "noise-aware CLIP": (noise_aware(plain), SCALES),
@@ -181,7 +166,7 @@ def costs(kinds: dict[str, tuple[Make, Sequence[float]]], size: int, rounds: int
 @torch.no_grad()
 def sample(make: Make, scale: float, steps: int, names: int, each: int, plain: Denoiser) -> Tensor:
     """`each` pictures of every name, the same noise for all methods: [names each, 3, S, S]."""
-    lambdas, size, found = karras(*plain.range(), steps), plain.image_size, []
+    lambdas, size, found = karras(*plain.lambda_range(), steps), plain.image_size, []
     for number in range(names):
         generator = torch.Generator().manual_seed(number)
         x = torch.randn(each, 3, size, size, generator=generator)

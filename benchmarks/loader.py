@@ -49,15 +49,16 @@ def photographs(count: int) -> Iterator[RawSample]:
 
 
 def ours(folder: Path, workers: int) -> Callable[[], Iterator[int]]:
-    """clipkit: batches of bytes; the captions become ids where they are used."""
+    """clipkit: uint8 images and token ids."""
     shards = Shards(folder, verify=False)
     tokenizer = Tokenizer.train(shards.captions(200), 1000)
-    stream = Stream(shards, DataConfig(str(folder), workers=workers, crop_scale=0.9), SIZE, BATCH, 0)
+    config = DataConfig(str(folder), workers=workers, crop_scale=0.9)
+    stream = Stream(shards, config, SIZE, BATCH, 0, tokenizers=[tokenizer])
     steps = len(shards) // BATCH
 
     def epoch() -> Iterator[int]:
         for batch in stream.batches(0, steps):  # training has one loader for all epochs; here the sides take turns
-            tokenizer(batch.captions)
+            batch.ids(tokenizer)
             yield len(batch)
 
     return epoch

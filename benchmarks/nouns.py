@@ -21,7 +21,7 @@ from clipkit import DEFAULT_MODEL
 from clipkit.data.drawings import ALIASES, OBJECTS
 from clipkit.demo import named
 from clipkit.guidance.image_grid import grid
-from clipkit.guidance.pipeline import Steering, Studio
+from clipkit.guidance.pipeline import GuidanceConfig, Pipeline
 
 NOUNS = (*OBJECTS, "clock", "crown", "camera", "pizza")
 SECOND_NAMES = {aliases[0]: name for name, aliases in ALIASES.items()}
@@ -46,12 +46,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write a sheet of four pictures of each noun")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     options = parser.parse_args()
-    studio, judge = Studio.open(options.model), clipkit.load(options.judge)
+    pipeline, judge = Pipeline.open(options.model), clipkit.load(options.judge)
     right, seconds, shown = {}, 0.0, []
 
     def drawn(prompt: str, seed: int) -> Tensor:
-        how = Steering(options.cfg_scale)
-        return studio.draw(f"a {prompt}", options.each, options.steps, options.scale, seed=seed, steering=how).images
+        how = GuidanceConfig(options.cfg_scale)
+        return pipeline.draw(
+            f"a {prompt}", n=options.each, steps=options.steps, scale=options.scale, seed=seed, guidance=how
+        ).images
 
     for i, noun in enumerate(NOUNS):
         began = time.perf_counter()
@@ -64,8 +66,10 @@ def main() -> None:
         / (options.each * len(names))
         for kind, names in (("second names", SECOND_NAMES), ("names never told", NEVER_TOLD))
     }
-    untold = Steering(None if studio.denoiser.conditioner is None else 0.0)
-    blind = studio.draw("a rocket", options.each * len(NOUNS), options.steps, scale=0, steering=untold).images
+    unconditional = GuidanceConfig(None if pipeline.denoiser.conditioner is None else 0.0)
+    blind = pipeline.draw(
+        "a rocket", n=options.each * len(NOUNS), steps=options.steps, scale=0, guidance=unconditional
+    ).images
     chance = [name == NOUNS[i // options.each] for i, name in enumerate(named(judge, blind, NOUNS))]
     result = {
         **right,

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from clipkit import DEFAULT_MODEL
+from clipkit.data.images import to_unit
 from clipkit.guidance import samplers
 from clipkit.guidance.denoiser import from_x0
 from clipkit.guidance.guiders import through_x0
 from clipkit.guidance.networks.unet import UNet, UNetConfig
-from clipkit.guidance.pipeline import Steering, Studio
+from clipkit.guidance.pipeline import DrawRequest, Pipeline
 from clipkit.guidance.schedule import karras
 
 
@@ -43,21 +44,21 @@ def medians(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
 @torch.no_grad()
 def guided(model: str, batch: int, rounds: int) -> dict[str, float]:
     """Ratios to an unguided step."""
-    studio = Studio.open(model)
-    size = studio.denoiser.image_size
-    x = torch.randn(batch, studio.denoiser.channels, size, size)
-    lam, lambdas, clip = torch.tensor(0.0), karras(-9, 9, 25), studio.clip.model
-    wanted = clip.encode_text(studio.clip.tokenizer("a rocket"))
+    pipeline = Pipeline.open(model)
+    size = pipeline.denoiser.image_size
+    x = torch.randn(batch, pipeline.denoiser.channels, size, size)
+    lam, lambdas, clip = torch.tensor(0.0), karras(-9, 9, 25), pipeline.clip.model
+    wanted = clip.encode_text(pipeline.clip.tokenizer("a rocket"))
 
     def likeness(x0: Tensor) -> Tensor:
-        return (torch.nn.functional.normalize(clip.image((x0 + 1) / 2), dim=-1) @ wanted.T)[:, 0]
+        return (torch.nn.functional.normalize(clip.image(to_unit(x0)), dim=-1) @ wanted.T)[:, 0]
 
-    noise_aware = studio.guided(studio.denoiser, {"a rocket": 1.0}, [], 10.0, Steering(), lambdas)
+    noise_aware = pipeline.noise_aware(DrawRequest({"a rocket": 1.0}, scale=10.0), lambdas)(pipeline.denoiser)
     work = {
-        "unguided": lambda: studio.denoiser(x, lam),
+        "unguided": lambda: pipeline.denoiser(x, lam),
         "noise_aware": lambda: noise_aware(x, lam),
-        "through_x0": lambda: through_x0(likeness, 10.0)(studio.denoiser)(x, lam),
-        "through_x0_16_cutouts": lambda: through_x0(likeness, 10.0, cutouts=16)(studio.denoiser)(x, lam),
+        "through_x0": lambda: through_x0(likeness, 10.0)(pipeline.denoiser)(x, lam),
+        "through_x0_16_cutouts": lambda: through_x0(likeness, 10.0, cutouts=16)(pipeline.denoiser)(x, lam),
     }
     seconds = medians(work, rounds)
     return {f"{name}_over_unguided": seconds[name] / seconds["unguided"] for name in list(work)[1:]}

@@ -60,9 +60,28 @@ MODULES = {
 """Former module -> present module."""
 
 NAMES: dict[str, dict[str, str]] = {
+    "clipkit.guidance.config": {"Steering": "GuidanceConfig"},
+    "clipkit.guidance.guiders": {
+        "between": "guidance_interval",
+        "contrast": "classifier_free",
+        "like": "ilvr",
+        "mixed": "compose",
+    },
+    "clipkit.guidance.networks.noisy_clip": {"Wish": "GuidanceTarget"},
+    "clipkit.guidance.pipeline": {"Steering": "GuidanceConfig", "Studio": "Pipeline"},
     "clipkit.train.finetune": {"TuneConfig": "FinetuneConfig", "hold_still": "eval_locked"},
+    "clipkit.models.tokenizer": {"ForeignTokenizer": "ExternalTokenizer"},
 }
 """Present module -> former name -> present name."""
+
+
+def former_name(module: str, name: str) -> Any:
+    """The present object of a former name in a module of the same name: that module's `__getattr__`, which warns."""
+    present = NAMES.get(module, {}).get(name)
+    if present is None:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    warnings.warn(f"{module}.{name} is now {present}", DeprecationWarning, stacklevel=3)
+    return getattr(importlib.import_module(module), present)
 
 
 class _Former:

@@ -23,7 +23,9 @@ class Saver:
     """Saves in the background: `save` copies the tensors and returns, a thread writes them. On exit it waits."""
 
     def __init__(self, run: Path, keep_last: int, keep_every: int) -> None:
-        self.run, self.keep_last, self.keep_every = run, keep_last, keep_every
+        self.run = run
+        self.keep_last = keep_last
+        self.keep_every = keep_every
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +40,12 @@ _WRITTEN = ".shard-"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files have been checked against their manifest."""
+    """A checkpoint whose files are checked against their manifest, at the latest when they are read."""
 
     path: Path
     state: dict[str, Any]
+    unhashed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False, compare=False)
+    """Manifest entries of the tensor files that were not hashed yet."""
 
     @property
     def step(self) -> int:
@@ -54,7 +57,10 @@ class Checkpoint:
         return dict(self.stream(name))
 
     def stream(self, name: str) -> Iterator[tuple[str, Tensor]]:
-        """The same one by one, for tensors too large to hold twice; shards are concatenated."""
+        """The same one by one, for tensors too large to hold twice; shards are concatenated.
+
+        Raises CheckpointError for a file that is damaged, or that is no safetensors file.
+        """
         import torch
         from safetensors import SafetensorError, safe_open
 
@@ -62,6 +68,9 @@ class Checkpoint:
         files = [whole] if whole.is_file() else sorted(self.path.glob(f"{name}-*-of-*.safetensors"))
         if not files:
             raise CheckpointError(f"{self.path} has no {whole.name}; it is a {self.state.get('kind')} checkpoint")
+        for file in files:
+            if file.name in self.unhashed:
+                _check_hash(file, self.unhashed[file.name])
         try:
             opened: list[Any] = [safe_open(file, framework="pt") for file in files]
             for key in opened[0].keys():  # noqa: SIM118 - not a dict; unsharded tensors are in the first alone
@@ -127,7 +136,8 @@ def save(
     from safetensors import SafetensorError
 
     step, shard = int(state["step"]), shard or Shard()
-    folder, aside = run / "checkpoints", _aside(run, step)
+    folder = run / "checkpoints"
+    aside = _aside(run, step)
     final = folder / f"{_STEP}{step:08d}"
     try:
         if shard.of == 1:
@@ -220,11 +230,14 @@ def _steps(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob(f"{_STEP}*") if p.is_dir())
 
 
-def verify(path: Path) -> Checkpoint:
-    """Check every file of one checkpoint directory against its manifest.
+def verify(path: Path, tensors: Collection[str] | None = None) -> Checkpoint:
+    """Check the files of one checkpoint directory against its manifest.
 
+    All must be there in their size. Tensor files other than those called `tensors` are hashed when they are read;
+    without `tensors` all are hashed now.
     Raises CheckpointError naming the file that is missing, cut or altered.
     """
+    unhashed: dict[str, Mapping[str, Any]] = {}
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if "state.json" not in manifest:
@@ -235,8 +248,10 @@ def verify(path: Path) -> Checkpoint:
                 raise CheckpointError(f"{file} is missing")
             if file.stat().st_size != entry["bytes"]:
                 raise CheckpointError(f"{file} is damaged: {file.stat().st_size} bytes, {entry['bytes']} expected")
-            if sha256(file) != entry["sha256"]:
-                raise CheckpointError(f"{file} is damaged: its sha256 is not that of the manifest")
+            if tensors is None or file.suffix != ".safetensors" or _TENSORS.sub("", file.name) in tensors:
+                _check_hash(file, entry)
+            else:
+                unhashed[file.name] = entry
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from None
@@ -247,18 +262,28 @@ def verify(path: Path) -> Checkpoint:
             state["recipe"], _ = with_present_names(state["recipe"])
         except (RecipeError, AttributeError) as error:
             raise CheckpointError(f"{path / 'state.json'} is damaged: {error}") from None
-    return Checkpoint(path, state)
+    return Checkpoint(path, state, unhashed)
 
 
-def latest(run: Path) -> Checkpoint | None:
+_TENSORS = re.compile(r"(-\d{5}-of-\d{5})?\.safetensors$")
+"""End of the name of a file of tensors, after what they are called."""
+
+
+def _check_hash(file: Path, entry: Mapping[str, Any]) -> None:
+    if sha256(file) != entry["sha256"]:
+        raise CheckpointError(f"{file} is damaged: its sha256 is not that of the manifest")
+
+
+def latest(run: Path, tensors: Collection[str] | None = None) -> Checkpoint | None:
     """The newest valid checkpoint of a run, or None if it has none at all.
 
-    A damaged one is skipped with a warning that names the damage. Raises CheckpointError if all are damaged.
+    `tensors` are the names of those that will be read, of which the files are hashed now; by default all are. A damaged
+    checkpoint is skipped with a warning that names the damage. Raises CheckpointError if all are damaged.
     """
     damage: CheckpointError | None = None
     for path in reversed(_steps(run / "checkpoints")):
         try:
-            return verify(path)
+            return verify(path, tensors)
         except CheckpointError as error:
             warnings.warn(f"{error}; falling back to the checkpoint before it", stacklevel=2)
             damage = error

@@ -28,14 +28,22 @@ class _Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All names."""
-        return sorted({*self.commands, *_foreign_tasks()})
+        return sorted({*self.commands, *self._foreign_tasks()})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of this name, if any."""
         if cmd_name in self.commands:
             return self.commands[cmd_name]
-        kind = _foreign_tasks().get(cmd_name)
+        kind = self._foreign_tasks().get(cmd_name)
         return None if kind is None else training.training_command(kind)
+
+    def _foreign_tasks(self) -> dict[str, str]:
+        """Command -> kind of the tasks that other packages register. Raises UsageError for the name of a command."""
+        found = {task_entry(kind).command: kind for kind in TASKS if kind not in TASKS.own}
+        for command in found.keys() & self.commands.keys():
+            kind = found[command]
+            raise UsageError(f"task {kind!r} ({TASKS.entry(kind).help}) has the name of a command; rename it")
+        return found
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the command; when it is interrupted, say whether the same command resumes."""
@@ -45,11 +53,6 @@ class _Commands(click.Group):
             command = self.commands.get(ctx.invoked_subcommand or "")
             trains = command is None  # a task of another package
             raise Abort("; the same command resumes" if trains or command in RESUMED else "") from None
-
-
-def _foreign_tasks() -> dict[str, str]:
-    """Command -> kind of the tasks that other packages register."""
-    return {task_entry(kind).command: kind for kind in TASKS if kind not in TASKS.own}
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -225,6 +225,11 @@ class Recipe:
     data: DataConfig
     optim: OptimConfig
 
+    @classmethod
+    def complete(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """The recipe's plain data with the values that depend on other files; a task's recipe may add some."""
+        return data
+
 
 def shipped() -> list[str]:
     """Names of the recipes that come with the package."""
@@ -257,7 +262,8 @@ def load_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) 
         _set(data, new, value)
     for old, new in former.items():
         remark(f"clipkit: {old} is now {new}")
-    return from_dict(kind, data)
+    complete = getattr(kind, "complete", dict)
+    return from_dict(kind, complete(data))
 
 
 def with_present_names(

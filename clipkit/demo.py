@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clipkit import distributed, log
 from clipkit.data import drawings
+from clipkit.data.manifest import is_pack
 from clipkit.data.pack import pack
 from clipkit.data.sources import drawings_source
 from clipkit.models.pretrained import Pretrained, load
@@ -52,7 +53,7 @@ def _pack(out: Path, quick: bool) -> dict[str, Path]:
     counts = {"train": 400 if quick else 12_000, "heldout": 64 if quick else 1600}
     packs = {split: out / "packs" / split for split in counts}
     for split, count in counts.items():
-        if not (packs[split] / "index.json").is_file():
+        if not is_pack(packs[split]):
             log.say(f"drawing and packing {count} {split} pictures")
             pack(drawings_source(split, count, drawings.SIZE, seed=0), packs[split])
     return packs
@@ -74,9 +75,10 @@ def _score_clip(out: Path, heldout: Path) -> dict[str, float]:
 
 def _draw(out: Path, seed: int, quick: bool) -> dict[str, float]:
     """Draw every object and the four prompts, unguided and guided; the judge classifies the objects."""
-    from clipkit.guidance.pipeline import DEFAULT_SCALE, Steering, Studio
+    from clipkit.guidance.config import DEFAULT_SCALE
+    from clipkit.guidance.pipeline import GuidanceConfig, Pipeline
 
-    studio, judge, steps = Studio.open(out), load(out / "judge"), 3 if quick else 25
+    pipeline, judge, steps = Pipeline.open(out), load(out / "judge"), 3 if quick else 25
     objects, each = list(drawings.OBJECTS), 1 if quick else 8
     # Metric -> scale of the noise-aware CLIP, and of classifier-free guidance.
     scales = {
@@ -87,12 +89,12 @@ def _draw(out: Path, seed: int, quick: bool) -> dict[str, float]:
     right = dict.fromkeys(scales, 0)
     strips: dict[str, list[Tensor]] = {metric: [] for metric in scales}
     for metric, (scale, cfg_scale) in scales.items():
-        how = Steering(cfg_scale)
+        how = GuidanceConfig(cfg_scale)
         for i, name in enumerate(log.progress(objects, len(objects), metric)):
-            drawn = studio.draw(f"a {name}", n=each, steps=steps, scale=scale, seed=seed + i, steering=how)
+            drawn = pipeline.draw(f"a {name}", n=each, steps=steps, scale=scale, seed=seed + i, guidance=how)
             right[metric] += named(judge, drawn.images).count(name)
         for prompt in PROMPTS:
-            drawn = studio.draw(prompt, n=3, steps=steps, scale=scale, seed=seed, steering=how)
+            drawn = pipeline.draw(prompt, n=3, steps=steps, scale=scale, seed=seed, guidance=how)
             strips[metric].append(drawn.images)
     _comparison(strips).save(out / "grid.png")
     return {metric: round(n / (each * len(objects)), 4) for metric, n in right.items()}
@@ -137,7 +139,8 @@ def _plot(out: Path) -> None:
     pen = ImageDraw.Draw(sheet)
     for k, name in enumerate(_RUNS):
         lines = [line for line in log.read(out / name / "log.jsonl") if "loss" in line]
-        steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+        steps = [line["step"] for line in lines]
+        losses = [line["loss"] for line in lines]
         low, high = min(losses), max(losses)
         x = [k * 240 + 20 + 200 * (s - steps[0]) / max(1, steps[-1] - steps[0]) for s in steps]
         y = [160 - 120 * (v - low) / max(1e-9, high - low) for v in losses]

@@ -138,14 +138,20 @@ def _silent_ranks() -> list[int]:
     return others
 
 
+def gather_json(value: Any) -> list[Any]:
+    """A value that JSON can hold, of each rank, on every rank."""
+    if not active():
+        return [value]
+    mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = batch_sizes(len(mine))
+    return [json.loads(text.numpy().tobytes()) for text in torch.split(gather_rows(mine, sizes), sizes)]
+
+
 def sum_counts(counts: Mapping[str, int]) -> Counter[str]:
     """Named counts added up over all ranks, on every rank."""
     if not active():
         return Counter(counts)
-    mine = torch.frombuffer(bytearray(json.dumps(counts).encode()), dtype=torch.uint8)
-    sizes = batch_sizes(len(mine))
-    texts = torch.split(gather_rows(mine, sizes), sizes)
-    return sum((Counter(json.loads(bytes(t.tolist()))) for t in texts), Counter[str]())
+    return sum(map(Counter, gather_json(counts)), Counter[str]())
 
 
 def barrier() -> None:

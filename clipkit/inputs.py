@@ -1,4 +1,4 @@
-"""What commands are given and where they write: text or file, output places, JSON. Decided the same way by all."""
+"""Inputs and outputs of commands: a text or the file that holds it, lists, JSON, and places to write to."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv")
 def file_of(argument: str, what: str) -> Path | None:
     """The file that `argument` names, or None when it is text.
 
-    What exists is a file, pipes such as `<(...)` included. What looks like a path and does not exist is a mistake, not
-    text: it begins with `/`, `./`, `../` or `~/`, or is one item with the suffix of a text file or an image. The name
-    of a folder is text when it is a single word. `what` names the argument in the error.
+    Anything that exists is a file, pipes such as `<(...)` included. A path that does not exist is a mistake, not text:
+    it begins with `/`, `./`, `../` or `~/`, or is one item with the suffix of a text file or an image. The name of a
+    folder is text when it is a single word. `what` names the argument in the error.
 
     Raises UsageError for a path that does not exist, and for the path of a folder.
     """
@@ -41,10 +41,10 @@ def file_of(argument: str, what: str) -> Path | None:
 
 
 def items_of(argument: str, what: str, separator: str | None = None) -> list[str]:
-    """The texts that `argument` gives: the lines of a file, or the text itself, cut at `separator` where one is given.
+    """A list of texts: the lines of a file, or the argument itself, split at `separator` if there is one.
 
-    A JSON list is taken as such, in a file and as text. Raises UsageError as `file_of` does, for a file that holds no
-    text, and for items that are empty or are there twice: of two equal ones each would get half of the probability.
+    A JSON list is read as such, in a file and as text. Raises UsageError as `file_of` does, for a file without text,
+    and for items that are empty or repeated: two equal labels would each get half of the probability.
     """
     file = file_of(argument, what)
     if file is not None and file.suffix.lower() in (".csv", ".tsv", ".jsonl"):
@@ -55,12 +55,12 @@ def items_of(argument: str, what: str, separator: str | None = None) -> list[str
     if text.lstrip().startswith("[") or (file is not None and file.suffix.lower() == ".json"):
         items = _json_items(text, what)
     elif file is not None or (separator and "\n" in text):
-        items = [line for line in text.splitlines() if line.strip()]
+        items = lines_of(text, f"{what} {file or 'list'}")
     else:
         items = text.split(separator) if separator else [text]
     items = [" ".join(item.split()) for item in items]
     if not items:
-        raise UsageError(f"{what}: {file or 'the list'} is empty; give one entry a line")
+        raise UsageError(f"{what} {file or 'list'} is empty; give one entry a line")
     if "" in items:
         raise UsageError(f"{what}: entry {items.index('') + 1} of {len(items)} is empty")
     seen = set[str]()
@@ -71,10 +71,7 @@ def items_of(argument: str, what: str, separator: str | None = None) -> list[str
 
 
 def _json_items(text: str, what: str) -> list[str]:
-    try:
-        items = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{what} is not readable JSON: {error}") from None
+    items = parsed_json(text, what)
     if not isinstance(items, list):
         raise UsageError(f"{what} must be a JSON list of texts; found a {type(items).__name__}")
     if strange := [i for i, item in enumerate(items) if not isinstance(item, str)]:
@@ -84,8 +81,24 @@ def _json_items(text: str, what: str) -> list[str]:
     return items
 
 
+def lines_of(text: str, what: str) -> list[str]:
+    """The lines of a text that are not empty, without spaces around them. Raises UsageError when there are none."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise UsageError(f"{what} is empty; give one entry a line")
+    return lines
+
+
+def parsed_json(text: str, what: str) -> Any:
+    """The value of a JSON text. Raises UsageError, which names `what`, for other texts."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{what} is not readable JSON: {error}") from None
+
+
 def read_text(path: Path) -> str:
-    """A text file or pipe that a command was given, as `tables.decoded` reads it. Raises UsageError if it cannot."""
+    """A text file or pipe, decoded as `tables.decoded` does. Raises UsageError for one that cannot be read."""
     from clipkit.data.tables import decoded
 
     try:
@@ -130,6 +143,11 @@ def check_file(path: Path, suffixes: Sequence[str]) -> None:
     if path.is_dir():
         raise UsageError(f"cannot write {path}: it is a folder")
     check_writable(path.parent)
+
+
+def plural(count: int, noun: str) -> str:
+    """ "1 sample", "2 samples"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def print_json(found: Any) -> None:

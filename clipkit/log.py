@@ -45,7 +45,10 @@ class Records:
     def __init__(self, folder: Path, start: int, steps: int, name: str, tensorboard: bool, enabled: bool) -> None:
         from tqdm import tqdm
 
-        self.path, self.enabled, self._name, self._board = folder / "log.jsonl", enabled, name, None
+        self.path = folder / "log.jsonl"
+        self.enabled = enabled
+        self._name = name
+        self._board = None
         self._quiet = not sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=start, desc=name, disable=not enabled or self._quiet, unit="step")
         if enabled:

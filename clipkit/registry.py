@@ -1,6 +1,6 @@
-"""What can be added without touching the rest: tables of name -> object, which is imported when it is first used.
+"""Registries: tables of name -> object, imported when first used, to which other packages add by entry points.
 
-A package of somebody else's adds to a table by an entry point of the table's group, in its pyproject.toml:
+A package adds to a table by an entry point of the table's group, in its pyproject.toml:
 
     [project.entry-points."clipkit.samplers"]
     euler-maruyama = "my_package:euler_maruyama"
@@ -10,10 +10,14 @@ Importing this module is light: commands, choices and help texts are made from i
 
 from __future__ import annotations
 
+import json
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from clipkit.errors import UsageError, did_you_mean
@@ -23,7 +27,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from clipkit.data.sources import Source
+    from clipkit.guidance.guiders import GuiderFactory
+    from clipkit.guidance.samplers import Sampler
+    from clipkit.guidance.schedule import Spacing
     from clipkit.train.launch import TaskSpec
+    from clipkit.zeroshot.datasets import OpenDataset
 
 T = TypeVar("T")
 
@@ -51,7 +60,8 @@ class Registry(Mapping[str, T], Generic[T]):
     """
 
     def __init__(self, noun: str, own: Mapping[str, Entry]) -> None:
-        self.noun, self.own = noun, dict(own)
+        self.noun = noun
+        self.own = dict(own)
 
     @property
     def group(self) -> str:
@@ -62,10 +72,8 @@ class Registry(Mapping[str, T], Generic[T]):
     @cached_property
     def entries(self) -> dict[str, Entry]:
         """Every name with its entry. Raises UsageError when two packages use one name."""
-        from importlib.metadata import entry_points
-
         found, owners = dict(self.own), dict.fromkeys(self.own, "clipkit")
-        for point in sorted(entry_points(group=self.group), key=lambda point: point.name):
+        for point in _entry_points(self.group):
             package = _package(point)
             if point.name in found:
                 raise UsageError(
@@ -99,6 +107,19 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __len__(self) -> int:
         return len(self.entries)
+
+
+def _entry_points(group: str) -> list[EntryPoint]:
+    """A group's entry points in installed packages, by name.
+
+    Importing importlib.metadata takes a quarter of `clipkit --help`, so that it is only done if a file names the group.
+    """
+    files = (file for folder in sys.path for file in Path(folder).glob("*.*-info/entry_points.txt"))
+    if not any(f"[{group}]".encode() in file.read_bytes() for file in files if os.access(file, os.R_OK)):
+        return []
+    from importlib.metadata import entry_points
+
+    return sorted(entry_points(group=group), key=lambda point: point.name)
 
 
 def _package(point: EntryPoint) -> str:
@@ -168,3 +189,100 @@ def task_entry(kind: str) -> TaskEntry:
     if isinstance(entry, TaskEntry):
         return entry
     return TaskEntry(entry.target, f"Train a {kind} ({entry.help}).", kind.replace("_", "-"), "RECIPE.toml")
+
+
+SOURCES: Registry[Callable[..., Source]] = Registry(
+    "source",
+    {
+        "folder": Entry("clipkit.data.sources:class_source", "FOLDER or tar laid out <class>/<image>"),
+        "csv": Entry("clipkit.data.sources:csv_source", "FOLDER or tar of images, with --csv"),
+        "dataset": Entry("clipkit.zeroshot.datasets:dataset_source", "NAME of a data set for zeroshot"),
+        "pictograms": Entry("clipkit.data.pictograms:pictograms_source", "FOLDER of captions.csv and pictograms"),
+        "drawings": Entry("clipkit.data.sources:drawings_source", "drawings of one object, rendered"),
+        "scenes": Entry("clipkit.data.sources:scenes_source", "scenes of one to three objects, rendered"),
+    },
+)
+"""Sources of `clipkit pack`: functions -> `clipkit.data.sources.Source`.
+
+A source's parameters are the options of `clipkit pack` that have an effect on it; the others are refused. One with a
+parameter `source` is named NAME:PLACE on the command line, one without it NAME."""
+
+
+def _described_datasets() -> dict[str, Entry]:
+    """The data sets that zeroshot/data/datasets.json describes."""
+    file = Path(__file__).with_name("zeroshot") / "data" / "datasets.json"
+    described = json.loads(file.read_text(encoding="utf-8"))
+    return {
+        name: Entry(f"clipkit.zeroshot.named:{name}", "; ".join(about["source"].split("; ")[:2]))
+        for name, about in described.items()
+    }
+
+
+DATASETS: Registry[OpenDataset] = Registry("dataset", _described_datasets())
+"""Labelled images by name, for zero-shot evaluation, linear probes and packs."""
+
+
+SAMPLERS: Registry[Sampler] = Registry(
+    "sampler",
+    {
+        "dpmpp-2m": Entry("clipkit.guidance.samplers:dpmpp_2m", "DPM-Solver++(2M), second order; 1 NFE a step"),
+        "dpmpp-2m-sde": Entry("clipkit.guidance.samplers:dpmpp_2m_sde", "SDE-DPM-Solver++(2M), stochastic; 1 NFE"),
+        "dpmpp-2s": Entry("clipkit.guidance.samplers:dpmpp_2s", "DPM-Solver++(2S), singlestep; 2 NFE"),
+        "heun": Entry("clipkit.guidance.samplers:heun", "Heun's method (EDM, algorithm 1); 2 NFE"),
+        "unipc": Entry("clipkit.guidance.samplers:unipc", "UniPC of order 2, predictor-corrector; 1 NFE"),
+        "ddim": Entry("clipkit.guidance.samplers:ddim", "DDIM, eta = 0, first order; 1 NFE"),
+        "ddpm": Entry("clipkit.guidance.samplers:ddpm", "DDPM, ancestral sampling; 1 NFE"),
+    },
+)
+"""From noise to images along a list of lambdas. NFE: network function evaluations."""
+
+SPACINGS: Registry[Spacing] = Registry(
+    "spacing",
+    {
+        "karras": Entry("clipkit.guidance.schedule:karras_spacing", "EDM's, rho = 7"),
+        "linspace": Entry("clipkit.guidance.schedule:linspace", "evenly in time, with both ends"),
+        "leading": Entry("clipkit.guidance.schedule:leading", "evenly in time, with the cleanest level"),
+        "trailing": Entry("clipkit.guidance.schedule:trailing", "evenly in time, with the noisiest level"),
+    },
+)
+"""Where on the noise schedule a sampler's steps lie."""
+
+GUIDERS: Registry[GuiderFactory] = Registry(
+    "guider",
+    {
+        "autoguidance": Entry(
+            "clipkit.guidance.guider_factories:autoguidance",
+            "away from a weaker denoiser (Karras et al. 2024); guide=RUN, scale=2",
+        ),
+        "cfg++": Entry(
+            "clipkit.guidance.guider_factories:cfg_plus_plus",
+            "classifier-free guidance on the data manifold, with ddim (Chung et al. 2024); scale=0.6",
+        ),
+        "universal": Entry(
+            "clipkit.guidance.guider_factories:universal",
+            "universal guidance: the clean CLIP's gradient through x0 (Bansal et al. 2023); scale=10, cutouts=0",
+        ),
+    },
+)
+"""Factories of guiders, whose contract is in clipkit/guidance/guiders.py."""
+
+
+TOWERS: Registry[Any] = Registry(
+    "tower",
+    {
+        "clipkit_resnet": Entry("clipkit.models.towers:SmallResNet", "a residual network for images of some 32 pixels"),
+        "clipkit_resnet9": Entry("clipkit.models.towers:PooledResNet", "its slower and more accurate variant"),
+    },
+)
+"""Image encoders beside timm's: constructors of modules that keep the contract of clipkit/models/towers.py."""
+
+EXPORT_FORMATS: Registry[Any] = Registry(
+    "export format",
+    {
+        "open_clip": Entry("clipkit.convert.export:write_open_clip", "a folder that open_clip reads"),
+        "transformers": Entry("clipkit.convert.export:write_transformers", "a folder that transformers reads"),
+        "onnx": Entry("clipkit.convert.onnx:write_onnx", "two ONNX graphs"),
+        "torch": Entry("clipkit.convert.onnx:write_programs", "two torch.export programs"),
+    },
+)
+"""Writers `(clip, folder, name) -> files written`."""

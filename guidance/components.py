@@ -1,7 +1,7 @@
-"""What a denoiser's run draws with: the models beside it, or where its recipe says, if they are the right ones.
+"""Finds the networks that belong to a denoiser's run: noise-aware CLIP, clean CLIP and autoencoder (VAE).
 
-A run keeps the identity of each model that its training used (`TRAINED_WITH`); pictures of another one's latents would
-be noise.
+They are looked for beside the run, and at the paths of its recipe. A run records the identity of each network that it
+was trained with (`TRAINED_WITH`), since latents of another autoencoder decode to noise.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from clipkit.guidance.loading import Guide, denoiser_of, guide_of, load_autoenco
 from clipkit.guidance.networks.autoencoder import Autoencoder, is_diffusers
 from clipkit.io import read_object
 from clipkit.log import say
-from clipkit.models.pretrained import TRAINED_WITH, Pretrained, find, folder_of, identity, is_foreign, load
+from clipkit.models.pretrained import TRAINED_WITH, Pretrained, identity, load
+from clipkit.models.source import find, folder_of, is_external
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What pictures are drawn with: no guide where the denoiser needs none, no autoencoder where it draws pixels."""
+    """The networks of a pipeline: no guide if a conditional denoiser has none, no autoencoder for pixels."""
 
     denoiser: Denoiser
     guide: Guide | None
@@ -35,12 +36,12 @@ class Parts:
 
 
 def load_parts(path: str | Path, device: str = "auto") -> Parts:
-    """A denoiser's run, or the one in the folder `path`, with the models that it draws with, on `device`.
+    """A denoiser's run, or the one in the folder `path`, with the networks that it draws with, on `device`.
 
-    A noise-aware CLIP lies beside the run; the clean CLIP and the autoencoder beside it, or where its recipe says.
+    A noise-aware CLIP is beside the run; the clean CLIP and the autoencoder are beside it, or at its recipe's paths.
 
-    Raises CheckpointError for what is not there, and for an autoencoder that is not the one of the training. A
-    noise-aware CLIP that does not fit is an error too, but is only said and left out if the denoiser needs none.
+    Raises CheckpointError for a missing network, for an autoencoder that is not the one of the training, and for a
+    noise-aware CLIP that does not fit; a conditional denoiser omits it with a message.
     """
     where, found = distributed.choose_device(device), find(path, "denoiser")
     denoiser = denoiser_of(found)
@@ -64,7 +65,7 @@ def load_parts(path: str | Path, device: str = "auto") -> Parts:
 
 
 def load_guide_and_clip(path: str | Path, device: str = "auto") -> tuple[Guide, Pretrained]:
-    """A noisy_clip run, or the one in the folder `path`, and the clean CLIP beside it or where its recipe says."""
+    """A noisy_clip run, or the one in the folder `path`, and the clean CLIP beside it or at its recipe's path."""
     found = find(path, "noisy_clip")
     guide = guide_of(found)
     guide.model.to(distributed.choose_device(device))
@@ -72,7 +73,7 @@ def load_guide_and_clip(path: str | Path, device: str = "auto") -> tuple[Guide, 
 
 
 def _autoencoder(path: str | Path, found: Checkpoint, denoiser: Denoiser) -> Autoencoder:
-    """The one whose latents the denoiser was trained on, as far as its checkpoint knows which that is."""
+    """The autoencoder whose latents the denoiser was trained on, if its checkpoint records the identity."""
     key = "latent.autoencoder"
     places, wanted = _places(path, found, key), _trained_with(found).get(key)
     others: list[str] = []
@@ -117,12 +118,12 @@ def _guide(
         return guide, there
     if needed:
         raise CheckpointError(misfit)
-    say(f"{misfit}; it is left out")
+    say(f"{misfit}; it is omitted")
     return None
 
 
 def _misfit(guide: Guide, there: Checkpoint, denoiser: Denoiser, autoencoder: Autoencoder | None) -> str | None:
-    """Why a noise-aware CLIP cannot guide a denoiser, if so."""
+    """The reason why a noise-aware CLIP cannot guide a denoiser, or None."""
     name, shape = f"the noise-aware CLIP {_run(there)}", guide.model.clip.config
     recorded, channels = _recorded(there, "model.autoencoder"), len(shape.conventions.image_mean)
     if channels != denoiser.channels or bool(recorded) != bool(denoiser.latent_channels):
@@ -145,7 +146,7 @@ def _misfit(guide: Guide, there: Checkpoint, denoiser: Denoiser, autoencoder: Au
 
 
 def _clip(path: str | Path, device: str, runs: Sequence[tuple[Checkpoint, str]]) -> Pretrained:
-    """The clean CLIP beside the first of some runs, or where a key of their recipes says."""
+    """The clean CLIP beside the first of some runs, or at the path of a recipe's key."""
     themselves = [Path(os.path.abspath(_run(found))) for found, _ in runs]
     every = dict.fromkeys(place for found, key in runs for place in _places(path, found, key))
     places = [place for place in every if place not in themselves]
@@ -157,9 +158,9 @@ def _clip(path: str | Path, device: str, runs: Sequence[tuple[Checkpoint, str]])
 
 
 def _places(path: str | Path, found: Checkpoint, key: str = "") -> list[Path]:
-    """Where a model that belongs to a run may lie: in the folder given, beside the run, where a key of its recipe says.
+    """Where a network of a run is looked for: the folder given, beside the run, at the path of a recipe's key.
 
-    A path of the recipe is taken as seen from the run, which may have moved together with it, and as it is.
+    That path is tried relative to the run, which may have moved together with the network, and as it is written.
     """
     run = os.path.abspath(_run(found))
     places = [folder_of(path), Path(run).parent]
@@ -170,17 +171,17 @@ def _places(path: str | Path, found: Checkpoint, key: str = "") -> list[Path]:
 
 
 def _all_at(places: Sequence[Path], kind: str) -> list[Path]:
-    """Those of the places, or of the folders named after the kind in them, where a run lies, or another's model."""
+    """The places, or folders in them named after the kind, that hold a run or an external model."""
 
     def is_one(folder: Path) -> bool:
-        foreign = (kind == "clip" and is_foreign(folder)) or (kind == "autoencoder" and is_diffusers(folder))
-        return foreign or any(_kind(step) in (kind, None) for step in (folder / "checkpoints").glob("step-*"))
+        external = (kind == "clip" and is_external(folder)) or (kind == "autoencoder" and is_diffusers(folder))
+        return external or any(_kind(step) in (kind, None) for step in (folder / "checkpoints").glob("step-*"))
 
     return [folder for place in places for folder in (place, place / kind) if is_one(folder)]
 
 
 def _kind(step: Path) -> str | None:
-    """What kind of run a checkpoint is of; None for a damaged one, of which loading says more."""
+    """The kind of a checkpoint's run; None for a damaged one, which loading reports."""
     try:
         return str(read_object(step / "state.json").get("kind"))
     except CheckpointError:
@@ -196,11 +197,11 @@ def _run(found: Checkpoint) -> Path:
 
 
 def _recorded(found: Checkpoint, key: str) -> str:
-    """The value of a recipe's key "section.name"; empty for a section that is not there."""
+    """The value of a recipe's key "section.name"; empty without the section."""
     section, _, name = key.partition(".")
     return str((found.state["recipe"].get(section) or {}).get(name, ""))
 
 
 def _trained_with(found: Checkpoint) -> dict[str, str]:
-    """Recipe key -> identity of the model that the training used; empty for runs that are older than the record."""
+    """Recipe key -> identity of the network that the training used; empty for older runs."""
     return dict(json.loads(found.text(TRAINED_WITH, default="{}")))

@@ -1,29 +1,37 @@
-"""What can be asked of a drawing beside its prompts, and what is refused: without effect, or against its sense."""
+"""A drawing's request: prompts, guidance, sampler, img2img and inpainting; refused where an option has no effect."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from clipkit.errors import UsageError
-from clipkit.guidance.guiders import between
+from clipkit.guidance.guiders import Guider, guidance_interval
+from clipkit.guidance.samplers import Sampler
+from clipkit.registry import SAMPLERS, SPACINGS
 
+DEFAULT_SCALE = 10.0
+"""Of the noise-aware CLIP, for unconditional denoisers."""
+DEFAULT_CFG_SCALE = 2.0
 DEFAULT_STRENGTH = 0.6
 SEEDS = 2**32
-"""Seeds that draw different pictures: torch's generator takes 32 bits, and nothing of what is beyond them."""
+"""Number of different seeds: torch's generator uses 32 bits."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """A picture to begin with, [1 or N, 3, S, S] in [-1, 1].
+    """Img2img and inpainting: an initial picture [1 or N, 3, S, S] in [-1, 1].
 
-    `strength` in (0, 1] is the share of the training schedule's time at which it begins, noised to that level, as users
-    of img2img know it: 1 is pure noise. With `mask` [1, 1, S, S] the picture stays as it is where the mask is 0.
+    Sampling starts from the picture noised to the level at `strength` in (0, 1] of the training schedule's time; 1 is
+    pure noise. With `mask` [1, 1, S, S] the picture is kept where the mask is 0 (inpainting).
+
+    Raises UsageError for another strength, and for a start of which nothing or everything is kept.
     """
 
     image: Tensor
@@ -34,7 +42,7 @@ class Start:
         if not 0 < self.strength <= 1:
             raise UsageError(f"strength is {self.strength}; it must be above 0 and at most 1")
         if self.mask is None and self.strength == 1:
-            raise UsageError("at strength 1 nothing is left of the picture to begin with; lower it, or give a mask")
+            raise UsageError("at strength 1 nothing is left of the initial picture; lower it, or give a mask")
         if self.mask is not None and self._drawn.all():
             raise UsageError("the mask is white all over, so that nothing is kept; omit it, or darken a part")
         if self.mask is not None and not self._drawn.any():
@@ -46,31 +54,31 @@ class Start:
         return self.mask > 0.5
 
     def kept(self, pictures: Tensor) -> Tensor:
-        """Pictures [N, 3, S, S] with what the mask keeps laid over them, bit for bit."""
+        """Pictures [N, 3, S, S] with the kept part of the initial picture pasted in, bit for bit."""
         if self.mask is None:
             return pictures
         return torch.where(self._drawn.to(pictures.device), pictures, self.image.to(pictures))
 
 
 @dataclass(frozen=True)
-class Steering:
-    """How pictures are led to their prompts, beyond the scale of the noise-aware CLIP.
+class GuidanceConfig:
+    """Classifier-free guidance, and classifier guidance by the noise-aware CLIP beyond its scale.
 
-    All but the first are about that CLIP, and refused where its scale is 0.
+    All fields but the first belong to the noise-aware CLIP, and are refused where its scale is 0. Raises UsageError for
+    a classifier-free scale below 0 or not finite.
     """
 
     cfg_scale: float | None = None
-    """Classifier-free guidance, for denoisers that were trained with descriptions; 2 for those, if not given."""
+    """Scale of classifier-free guidance, for conditional denoisers. Default: 2; 1 beside other guiders."""
     objective: Literal["softmax", "dot"] | None = None
-    """What the noise-aware CLIP maximises: log p of the prompt among captions (if not given), or 100 times the cosine
-    (GLIDE)."""
+    """Objective of the noise-aware CLIP: log p of the prompt among negative captions (default), or 100 times the cosine
+    similarity (GLIDE)."""
     shift: Literal["score", "mean"] | None = None
-    """Where its gradient goes: into the score (if not given), or into each step's mean, as ADM and GLIDE have it, for
-    comparison."""
+    """Target of its gradient: the score (default), or each step's mean, as in ADM and GLIDE."""
     interval: tuple[float, float] | None = None
-    """Lambdas (log SNR) at which it guides; beyond them it costs nothing."""
+    """Interval of lambda (log SNR) in which it guides (Kynkaanniemi et al. 2024)."""
     picture: Tensor | None = None
-    """A picture [1, 3, S, S] in [-1, 1] whose likeness is also wanted."""
+    """An image prompt [1, 3, S, S] in [-1, 1], whose similarity is maximised too."""
 
     def __post_init__(self) -> None:
         if self.cfg_scale is not None and not 0 <= self.cfg_scale < math.inf:
@@ -78,12 +86,12 @@ class Steering:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What of it says how pictures were made, as JSON has it."""
+        """The noise-aware CLIP's settings for a picture's metadata, JSON values."""
         interval = self.interval and [end if math.isfinite(end) else None for end in self.interval]
         return {"objective": self.objective or "softmax", "shift": self.shift or "score", "interval": interval}
 
     def check(self, scale: float, levels: Sequence[float]) -> None:
-        """Raises UsageError for a scale that is not finite, and for what has no effect at it, or at these lambdas."""
+        """Raises UsageError for a noise-aware scale that is not finite, and for settings without effect at it."""
         if not math.isfinite(scale):
             raise UsageError(f"the noise-aware scale is {scale}; it must be a finite number")
         if scale == 0:
@@ -94,19 +102,108 @@ class Steering:
                 raise UsageError(
                     f"{' and '.join(unused)} {have} no effect at the noise-aware scale 0; give another scale"
                 )
-        if self.interval is not None and not any(map(between(*self.interval, 1.0), levels)):
+        if self.interval is not None and not any(map(guidance_interval(*self.interval, 1.0), levels)):
             low, high = self.interval
             raise UsageError(
                 f"no step lies in the interval {low:g} to {high:g}; they go from {levels[0]:.3g} to {levels[-1]:.3g}"
             )
 
 
-def check_counts(n: int, steps: int, seed: int) -> None:
-    """Raises UsageError for numbers that are out of their range."""
-    if n < 1 or steps < 1:
-        raise UsageError(f"n is {n} and steps is {steps}; both must be at least 1")
-    if not 0 <= seed < SEEDS:
-        raise UsageError(f"seed is {seed}; it must be from 0 to {SEEDS - 1}")
+@dataclass(frozen=True)
+class DrawRequest:
+    """A drawing, for `Pipeline.draw`, the command line and the app.
+
+    Raises UsageError for an empty prompt, weights without effect or not finite, n or steps below 1, a seed out of
+    range, and an unknown sampler or spacing.
+    """
+
+    prompts: Mapping[str, float]
+    """Prompts with their weights."""
+    negative: Sequence[str] = ()
+    """Negative prompts."""
+    n: int = 16
+    """Number of pictures."""
+    steps: int = 25
+    """Sampler steps; with `start`, its strength's share of them is taken, rounded up."""
+    sampler: str | Sampler = "dpmpp-2m"
+    """A name of clipkit.registry.SAMPLERS, or a sampler."""
+    spacing: str = ""
+    """A name of clipkit.registry.SPACINGS. Default: "karras"; "linspace" for ddim and ddpm."""
+    seed: int = 0
+    """Picture i is a function of (seed, i), whatever n is."""
+    scale: float | None = None
+    """Scale of the noise-aware CLIP. Default: 10 for unconditional denoisers; 0 for conditional ones, and beside other
+    guiders."""
+    guidance: GuidanceConfig = GuidanceConfig()
+    """Classifier-free guidance, and settings of the noise-aware CLIP."""
+    guiders: Sequence[str | Guider] = ()
+    """Further guiders, the innermost first: "NAME:key=value,..." of clipkit.registry.GUIDERS, or objects."""
+    start: Start | None = None
+    """Img2img and inpainting."""
+    reference: Tensor | None = None
+    """A picture [1, 3, S, S] in [-1, 1] whose coarse shape is kept (ILVR)."""
+
+    def __post_init__(self) -> None:
+        check_prompts(self.prompts, self.negative)
+        if self.n < 1 or self.steps < 1:
+            raise UsageError(f"n is {self.n} and steps is {self.steps}; both must be at least 1")
+        if not 0 <= self.seed < SEEDS:
+            raise UsageError(f"seed is {self.seed}; it must be from 0 to {SEEDS - 1}")
+        if isinstance(self.sampler, str):
+            SAMPLERS.entry(self.sampler)
+        if self.spacing:
+            SPACINGS.entry(self.spacing)
+
+    @classmethod
+    def of(cls, prompt: str | Mapping[str, float] | DrawRequest, **fields: Any) -> DrawRequest:
+        """A request from a prompt, weighted prompts or another request, and the other fields."""
+        if "steering" in fields:
+            warnings.warn("draw(steering=...) is now draw(guidance=...)", DeprecationWarning, stacklevel=3)
+            fields["guidance"] = fields.pop("steering")
+        fields = {name: value for name, value in fields.items() if value is not None}
+        if isinstance(prompt, DrawRequest):
+            return replace(prompt, **fields)
+        return cls({prompt: 1.0} if isinstance(prompt, str) else dict(prompt), **fields)
+
+    @property
+    def sampler_name(self) -> str:
+        """The sampler's name, or that of the function, also inside a functools.partial."""
+        if isinstance(self.sampler, str):
+            return self.sampler
+        return str(getattr(getattr(self.sampler, "func", self.sampler), "__name__", type(self.sampler).__name__))
+
+    @property
+    def strength(self) -> float:
+        """The share of the schedule's time at which sampling starts."""
+        return 1.0 if self.start is None else self.start.strength
+
+    @property
+    def guider_names(self) -> list[str]:
+        """The guiders as they were given, or the names of the objects."""
+        return [g if isinstance(g, str) else str(getattr(g, "__qualname__", type(g).__name__)) for g in self.guiders]
+
+    def completed(self, is_conditional: bool) -> DrawRequest:
+        """With the defaults that depend on the denoiser: scales and spacing.
+
+        With `guiders`, nothing else guides unless its scale is given: classifier-free scale 1, noise-aware scale 0.
+        """
+        scale, cfg_scale = default_scales(is_conditional)
+        if self.guiders:
+            scale, cfg_scale = 0.0, 1.0
+        guidance = self.guidance
+        if is_conditional and guidance.cfg_scale is None:
+            guidance = replace(guidance, cfg_scale=cfg_scale)
+        return replace(
+            self,
+            scale=scale if self.scale is None else self.scale,
+            spacing=self.spacing or ("linspace" if self.sampler_name in ("ddim", "ddpm") else "karras"),
+            guidance=guidance,
+        )
+
+
+def default_scales(is_conditional: bool) -> tuple[float, float]:
+    """Default scales of the noise-aware CLIP and of classifier-free guidance."""
+    return (0.0, DEFAULT_CFG_SCALE) if is_conditional else (DEFAULT_SCALE, 1.0)
 
 
 def check_prompts(prompts: Mapping[str, float], negative: Sequence[str]) -> None:
@@ -124,9 +221,10 @@ def check_prompts(prompts: Mapping[str, float], negative: Sequence[str]) -> None
 
 
 def check_effect(prompts: Mapping[str, float], negative: Sequence[str], scale: float, cfg_scale: float | None) -> None:
-    """Raises UsageError where several prompts or negative ones would have no effect, or negative ones be drawn.
+    """Raises UsageError where several prompts or negative prompts have no effect, or negative prompts would be drawn.
 
-    No `cfg_scale`: there is none. A single prompt may have none, as what pictures without guidance are scored by.
+    `cfg_scale` is None for unconditional denoisers. A single prompt may be without effect: it is what unguided pictures
+    are scored with.
     """
     if len(prompts) > 1 and scale == 0 and not cfg_scale:
         where = "the noise-aware scale 0" if cfg_scale is None else "the classifier-free and the noise-aware scale 0"

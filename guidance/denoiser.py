@@ -1,6 +1,7 @@
-"""The one denoiser interface: `denoise(x_t, lam) -> (x0, eps)`.
+"""The denoiser interface `denoise(x_t, lam) -> (x0, eps)`: parametrisations, loss weights, learned variance, networks.
 
-Networks, whatever they predict, become such a function; samplers use nothing else; guiders take one and return one.
+Every parametrisation (eps, x0, v, flow, EDM) becomes such a function. Samplers use nothing else; guiders take one and
+return one.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ NetworkConfig = UNetConfig | DiTConfig
 
 
 class Prediction(NamedTuple):
-    """What a denoiser says of x_t: the clean image and the noise, tied by x_t = a x0 + s eps; both [B, ...].
-
-    And, if it has learned that, where between the least (0) and the most (1) the log variance of a DDPM step lies.
-    """
+    """The prediction for x_t: the clean image and the noise, tied by x_t = a x0 + s eps; both [B, ...]."""
 
     x0: Tensor
     eps: Tensor
-    fraction: Tensor | None = None
+    v: Tensor | None = None
+    """A learned variance (Nichol & Dhariwal 2021, equation 15): the log variance of a DDPM step interpolates between
+    its lower bound (0) and its upper bound (1)."""
+    renoise: Tensor | None = None
+    """The noise that DDIM adds to x0 for the next level, where that is not eps (CFG++)."""
 
 
 Denoise = Callable[[Tensor, Tensor], Prediction]
@@ -39,18 +41,18 @@ Denoise = Callable[[Tensor, Tensor], Prediction]
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The forward process and what the network predicts."""
+    """Forward process, parametrisation and loss."""
 
     schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid", "flow", "edm"] = "cosine"
     """Noise schedule that training times are drawn from."""
     prediction: Literal["eps", "x0", "v", "flow", "edm"] = "v"
-    """What the network's output means; x0 suits flat drawings, v photographs."""
+    """Parametrisation of the network's output; x0 suits flat drawings, v photographs."""
     weight: Literal["simple", "min_snr", "p2"] = "simple"
-    """What noise levels weigh in the loss: "simple" the same, "min_snr" and "p2" less where there is little noise."""
+    """Loss weight over noise levels: "simple" is constant, "min_snr" and "p2" lower it where there is little noise."""
     loss: Literal["l2", "l1", "huber"] = "l2"
-    """Distance of the network's output from what it should be."""
+    """Distance between the network's output and its target."""
     variance: Literal["fixed", "learned"] = "fixed"
-    """Variance of a DDPM step: by rule, or learned beside the rest by the hybrid loss (Nichol & Dhariwal 2021)."""
+    """Variance of a DDPM step: fixed, or learned by the hybrid loss (Nichol & Dhariwal 2021)."""
 
 
 def from_x0(x: Tensor, x0: Tensor, lam: Tensor) -> Prediction:
@@ -88,7 +90,7 @@ def _edm_norm(a: Tensor, s: Tensor) -> Tensor:
 
 
 def target(kind: str, x0: Tensor, eps: Tensor, lam: Tensor) -> Tensor:
-    """What the network should output for x_t = a x0 + s eps."""
+    """The network's target for x_t = a x0 + s eps."""
     a, s = expand(alpha(lam), x0), expand(sigma(lam), x0)
     if kind == "v":
         return a * eps - s * x0
@@ -100,10 +102,10 @@ def target(kind: str, x0: Tensor, eps: Tensor, lam: Tensor) -> Tensor:
 
 
 def loss_weight(config: DiffusionConfig, lam: Tensor) -> Tensor:
-    """What the squared error of the network's output weighs at each lambda [B] -> [B].
+    """The weight of the output's squared error at each lambda [B] -> [B].
 
     In terms of x0's error, "min_snr" is min(SNR, 5) (Hang et al. 2023, arXiv 2303.09556, section 3.4) and "p2" is
-    SNR / (1 + SNR) (Choi et al. 2022, arXiv 2204.00227, equation 8, k = gamma = 1), whatever is predicted.
+    SNR / (1 + SNR) (Choi et al. 2022, arXiv 2204.00227, equation 8, k = gamma = 1), for every parametrisation.
     """
     if config.weight == "simple":
         return torch.ones_like(lam)
@@ -131,17 +133,17 @@ def loss_of(config: DiffusionConfig, output: Tensor, wanted: Tensor, lam: Tensor
 
 
 def moved(prediction: Prediction, x: Tensor, x0: Tensor, lam: Tensor) -> Prediction:
-    """The prediction with another x0, and the eps that goes with it."""
-    return from_x0(x, x0, lam)._replace(fraction=prediction.fraction)
+    """The prediction with another x0, and its eps."""
+    return from_x0(x, x0, lam)._replace(v=prediction.v, renoise=prediction.renoise)
 
 
-def variational_loss(x0: Tensor, said: Tensor, fraction: Tensor, lam: Tensor, later: Tensor) -> Tensor:
+def variational_loss(x0: Tensor, said: Tensor, v: Tensor, lam: Tensor, later: Tensor) -> Tensor:
     """Each image's KL of a DDPM step's true posterior to the one drawn from, [B], in nats for each number.
 
-    The step goes from `lam` to `later` [B], finite and not below it; its mean is that of `said`, the x0 that was
-    predicted, and has no gradient. Nichol & Dhariwal 2021 (arXiv 2102.09672, equations 15 and 16): log variance =
-    fraction log(most) + (1 - fraction) log(least), where most = share s^2, least = share s_later^2, and share =
-    1 - SNR / SNR_later is what of the noise the step takes away. With d = log(most / least) and u = fraction d,
+    The step goes from `lam` to `later` [B], finite and not below it; its mean is that of `said`, the predicted x0, and
+    has no gradient. Nichol & Dhariwal 2021 (arXiv 2102.09672, equations 15 and 16): log variance =
+    v log(most) + (1 - v) log(least), where most = share s^2, least = share s_later^2, and share =
+    1 - SNR / SNR_later is the share of the noise that the step removes. With d = log(most / least) and u = v d,
 
         KL = (u + exp(-u) - 1 + share SNR_later (x0 - said)^2 exp(-u)) / 2
 
@@ -150,14 +152,14 @@ def variational_loss(x0: Tensor, said: Tensor, fraction: Tensor, lam: Tensor, la
     lam, later = lam.double(), later.double()
     share = -torch.expm1(torch.where(lam < later, lam - later, 0.0))
     d = (F.logsigmoid(-lam) - F.logsigmoid(-later)).clamp(min=0)  # log s^2 - log s_later^2
-    u = fraction * expand(d.to(fraction), x0)
+    u = v * expand(d.to(v), x0)
     apart = expand((share * later.exp()).to(x0), x0) * (x0 - said.detach()).square()
     kl = (u + torch.expm1(-u) + apart * (-u).exp()) / 2
     return kl.flatten(1).mean(dim=1)
 
 
 class Denoiser(nn.Module):
-    """A network with its parametrisation: itself a `Denoise` for images in [-1, 1] or latents, without a condition."""
+    """A network with its parametrisation: an unconditional `Denoise` for images in [-1, 1] or latents."""
 
     def __init__(
         self,
@@ -169,26 +171,29 @@ class Denoiser(nn.Module):
         super().__init__()
         self.diffusion, self.image_size, self.conditioner = diffusion, network.image_size, conditioner
         self.latent_channels, self.channels = latent_channels, latent_channels or 3
-        widths = (conditioner.width, conditioner.words_width) if conditioner is not None else (0, 0)
+        widths = (conditioner.width, conditioner.cross_attention_dim) if conditioner is not None else (0, 0)
         kind = UNet if isinstance(network, UNetConfig) else DiT
         made = kind(network, self.channels, *widths, learns_variance=diffusion.variance == "learned")  # type: ignore[arg-type]
         self.network: nn.Module = made.to(memory_format=torch.channels_last)
 
     def output(self, x: Tensor, lam: Tensor, condition: Condition | None = None) -> tuple[Tensor, Tensor | None]:
-        """The raw network: x [B, C, S, S], lam [B] -> [B, C, S, S], and the variance's fraction, if it learns that."""
+        """The raw network: x [B, C, S, S], lam [B] -> [B, C, S, S], and v, if it learns the variance."""
         if self.diffusion.prediction == "edm":  # c_in of equation 7, for x / a: unit variance at every lambda
             x = x / expand(_edm_norm(alpha(lam), sigma(lam)), x)
         raw: Tensor = self.network(x, lam) if condition is None else self.network(x, lam, condition)
         if self.diffusion.variance == "fixed":
             return raw, None
-        output, fraction = raw.chunk(2, dim=1)
-        return output, (fraction + 1) / 2
+        output, v = raw.chunk(2, dim=1)
+        return output, (v + 1) / 2
 
     def forward(self, x: Tensor, lam: Tensor) -> Prediction:
         return self._predict(x, lam, self._described(""))
 
-    def given(self, description: str) -> Denoise:
-        """This denoiser for pictures of a caption or class; "" is itself. Raises UsageError if it takes none."""
+    def conditioned_on(self, description: str) -> Denoise:
+        """The denoiser conditioned on a caption or class; "" is unconditional.
+
+        Raises UsageError if it was trained without descriptions.
+        """
         if self.conditioner is None:
             raise UsageError("this denoiser was trained without descriptions; train one with condition.kind")
         condition = self._described(description)
@@ -201,10 +206,10 @@ class Denoiser(nn.Module):
         lam = lam.to(x).expand(len(x))
         if condition is not None:  # one row, for all pictures
             condition = condition.expand(len(x))
-        output, fraction = self.output(x, lam, condition)
-        return from_output(self.diffusion.prediction, output, x, lam)._replace(fraction=fraction)
+        output, v = self.output(x, lam, condition)
+        return from_output(self.diffusion.prediction, output, x, lam)._replace(v=v)
 
-    def range(self) -> tuple[float, float]:
+    def lambda_range(self) -> tuple[float, float]:
         """(lowest, highest) lambda of its schedule, the highest limited to 10: noise below 1/150 of the signal is
         under the images' own 8-bit steps."""
         table = log_snr(self.diffusion.schedule, TIMESTEPS)
@@ -212,13 +217,13 @@ class Denoiser(nn.Module):
 
 
 def clipped(denoise: Denoise) -> Denoise:
-    """Keep x0 within [-1, 1], as the images are (Ho et al. 2020, section 4); eps moves against what x0 moved."""
+    """Clip x0 to [-1, 1], the range of images (Ho et al. 2020, section 4); eps changes by the opposite amount."""
 
     def wrapped(x: Tensor, lam: Tensor) -> Prediction:
         prediction = denoise(x, lam)
         x0 = prediction.x0.clamp(-1, 1)
         lam = lam.to(x).expand(len(x))
         eps = prediction.eps + expand(alpha(lam) / sigma(lam), x) * (prediction.x0 - x0)
-        return Prediction(x0, eps, prediction.fraction)
+        return prediction._replace(x0=x0, eps=eps)
 
     return wrapped

@@ -1,23 +1,35 @@
-"""Guiders: a guider takes a `Denoise` and returns one, so that guiders compose with each other and every sampler.
+"""Guiders: classifier guidance, classifier-free guidance, autoguidance, CFG++, universal guidance, ILVR, inpainting.
 
-By the gradient of a log probability (a noise-aware CLIP or classifier), by the difference to another denoiser
-(classifier-free guidance, autoguidance), by the coarse shape of a picture (ILVR), by a part of one (inpainting).
+A guider takes a `Denoise` and returns one, so guiders compose with each other and with every sampler.
 
-The score shift: with g = grad_x log p(c | x_t), x0' = x0 + w (s^2 / a) g, which is eps' = eps - w s g (Dhariwal &
-Nichol 2021, arXiv 2105.05233, section 4.2, algorithm 2). With exact p(c | x_t) and w = 1 it is the conditional score.
+A guider with a name on the command line (`--guider NAME:key=value`) comes from a factory, registered in
+clipkit.registry.GUIDERS or by an entry point of the group "clipkit.guiders":
+
+    def factory(context: GuiderContext, *, scale: float = 1.0) -> Guider: ...
+
+The context (clipkit/guidance/guider_factories.py) holds the pipeline, the request (prompts, negative prompts, seed,
+scales) and the lambdas of the steps. The keyword parameters are the keys on the command line; each is annotated as str,
+int, float or bool, and one without a default is required. A factory raises UsageError for a value that it cannot use,
+and for a request on which it would have no effect.
+
+The score shift of classifier guidance: with g = grad_x log p(c | x_t), x0' = x0 + w (s^2 / a) g, which is
+eps' = eps - w s g (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4.2, algorithm 2). With exact p(c | x_t) and w = 1
+it is the conditional score.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipkit._renamed import former_name
 from clipkit.errors import UsageError
-from clipkit.guidance.denoiser import Denoise, Prediction, moved
+from clipkit.guidance.denoiser import Denoise, Denoiser, Prediction, moved
 from clipkit.guidance.schedule import alpha, expand, sigma
 
 LogProb = Callable[[Tensor, Tensor], Tensor]
@@ -25,8 +37,15 @@ LogProb = Callable[[Tensor, Tensor], Tensor]
 
 Guider = Callable[[Denoise], Denoise]
 
+GuiderFactory = Callable[..., Guider]
+"""(GuiderContext, *, keyword parameters) -> Guider."""
+
 Scale = float | Callable[[float], float]
-"""A guidance scale, or one for each lambda; where it is 0, nothing is guided and nothing computed."""
+"""A guidance scale, constant or a function of lambda. Where it is 0, the guide is not evaluated."""
+
+
+def __getattr__(name: str) -> Any:  # PEP 562: names of version 0.1
+    return former_name(__name__, name)
 
 
 def _at(scale: Scale, lam: Tensor) -> float:
@@ -38,11 +57,11 @@ def _at(scale: Scale, lam: Tensor) -> float:
 
 
 def _shift_at(scale: Scale, lam: Tensor) -> float:
-    """The scale of a gradient: 0 at lambda = -infinity, where x_t is all noise and tells nothing of the image."""
+    """The scale of a gradient: 0 at lambda = -infinity, where x_t is pure noise."""
     return 0.0 if float(lam.reshape(-1)[0]) == -math.inf else _at(scale, lam)
 
 
-def between(low: float, high: float, scale: float, outside: float = 0.0) -> Callable[[float], float]:
+def guidance_interval(low: float, high: float, scale: float, outside: float = 0.0) -> Callable[[float], float]:
     """`scale` for lambdas in [low, high], `outside` beyond (Kynkaanniemi et al. 2024, arXiv 2404.07724).
 
     Raises UsageError for an interval that is empty.
@@ -52,17 +71,21 @@ def between(low: float, high: float, scale: float, outside: float = 0.0) -> Call
     return lambda lam: scale if low <= lam <= high else outside
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Classifier guidance: the gradient of a noise-aware classifier or CLIP (Dhariwal & Nichol 2021, arXiv 2105.05233).
+
+
 def score_shift(log_prob: LogProb, scale: Scale) -> Guider:
-    """Guide by the gradient of `log_prob`, times `scale`; scale 0 returns the denoiser itself."""
+    """Classifier guidance: add `scale` times the gradient of `log_prob` to the score; scale 0 is the denoiser."""
     return _shift(log_prob, scale, lambda lam: lam)
 
 
 def mean_shift(log_prob: LogProb, scale: Scale, lambdas: Tensor) -> Guider:
-    """What ADM and GLIDE do: the mean of a step moves by `scale` times its variance times the gradient.
+    """Classifier guidance as in ADM and GLIDE: the mean of a step moves by `scale` times its variance times g.
 
     mu + w Sigma g (Dhariwal & Nichol 2021, algorithm 1), with Sigma the posterior's variance for the step from one of
     `lambdas` to the next, is x0 + w (s^2 / a) g with s and a of the level where the step ends. The score shift takes
-    those of the level where it begins: with few steps this rule guides too little. It is here for comparison.
+    those of the level where it begins. With few steps the mean shift guides too little; it is here for comparison.
     """
     levels = lambdas.double().cpu()
 
@@ -95,12 +118,16 @@ def _shift(log_prob: LogProb, scale: Scale, level: Callable[[Tensor], Tensor]) -
     return guider
 
 
-def through_x0(log_prob: Callable[[Tensor], Tensor], scale: Scale, cutouts: int = 0, seed: int = 0) -> Guider:
-    """Guide by a model that was never shown noise: it looks at x0, and the gradient goes back through the denoiser.
+# ---------------------------------------------------------------------------------------------------------------------
+# Universal guidance: the gradient of a clean model, through x0 and the denoiser (Bansal et al. 2023, arXiv 2302.07121).
 
-    Crowson 2021's CLIP-guided diffusion; Bansal et al. 2023 (arXiv 2302.07121, equation 6). `log_prob`: images [B, C,
-    H, W] -> [B]. With `cutouts` it sees the mean over so many random squares of half the side or more. It costs the
-    denoiser's backward pass, and is here for comparison.
+
+def through_x0(log_prob: Callable[[Tensor], Tensor], scale: Scale, cutouts: int = 0, seed: int = 0) -> Guider:
+    """Universal guidance: the gradient of `log_prob` at the predicted x0, back-propagated through the denoiser.
+
+    Crowson 2021 (CLIP-guided diffusion); Bansal et al. 2023, equation 6. The model behind `log_prob`, images [B, C, H,
+    W] -> [B], needs no training on noise. With `cutouts`, log_prob is averaged over that many random square crops of at
+    least half the side. The cost is a backward pass through the denoiser.
     """
 
     def guider(denoise: Denoise) -> Denoise:
@@ -129,7 +156,7 @@ def through_x0(log_prob: Callable[[Tensor], Tensor], scale: Scale, cutouts: int 
 
 
 def _cutout(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A random square of [B, C, S, S] at its full size again, the same for the batch."""
+    """A random square crop of [B, C, S, S], resized to S; the same one for the batch."""
     size = images.shape[-1]
     side = int(torch.randint(size // 2, size + 1, (), generator=generator))
     top, left = (int(torch.randint(0, size - side + 1, (), generator=generator)) for _ in range(2))
@@ -137,14 +164,18 @@ def _cutout(images: Tensor, generator: torch.Generator) -> Tensor:
     return F.interpolate(crop, size=(size, size), mode="bilinear", align_corners=False)
 
 
-def contrast(other: Denoise, scale: Scale, rescale: float = 0.0, renoise: bool = False) -> Guider:
-    """Away from what `other` says: x0' = other + scale (x0 - other); scale 1 is the denoiser itself, scale 0 `other`.
+# ---------------------------------------------------------------------------------------------------------------------
+# Classifier-free guidance, autoguidance and CFG++: extrapolation from another denoiser (Ho & Salimans 2022, arXiv
+# 2207.12598; Karras et al. 2024, arXiv 2406.02507; Chung et al. 2024, arXiv 2406.08070). Composition of prompts.
 
-    Classifier-free guidance when `other` is the same network without its condition (Ho & Salimans 2022, arXiv
-    2207.12598), autoguidance when it is a weaker one (Karras et al. 2024, arXiv 2406.02507). `rescale` in [0, 1] brings
-    the spread of each image's x0 back to what it was (Lin et al. 2023, arXiv 2305.08891, equations 15 and 16).
-    `renoise` keeps the noise that `other` sees: with DDIM and a scale of at most 1 that is CFG++ (Chung et al. 2024,
-    arXiv 2406.08070, algorithm 2).
+
+def classifier_free(other: Denoise, scale: Scale, rescale: float = 0.0, renoise: bool = False) -> Guider:
+    """x0' = other + scale (x0 - other): away from the denoiser `other`. Scale 1 is the denoiser itself, 0 is `other`.
+
+    Classifier-free guidance if `other` is the same network, unconditional or conditioned on a negative prompt (Ho &
+    Salimans 2022); autoguidance if it is a weaker network (Karras et al. 2024, equation 3). `rescale` in [0, 1]
+    restores the standard deviation of each image's x0 (Lin et al. 2023, arXiv 2305.08891, equations 15 and 16). With
+    `renoise`, DDIM adds the noise predicted by `other`: CFG++ for a scale in (0, 1] (Chung et al. 2024, algorithm 2).
     """
 
     def guider(denoise: Denoise) -> Denoise:
@@ -164,35 +195,47 @@ def contrast(other: Denoise, scale: Scale, rescale: float = 0.0, renoise: bool =
             if rescale:
                 spread = plain.x0.flatten(1).std(dim=1) / x0.flatten(1).std(dim=1)
                 x0 = x0 * expand(rescale * spread + 1 - rescale, x)
-            return Prediction(x0, away.eps, plain.fraction) if renoise else moved(plain, x, x0, lam)
+            extrapolated = moved(plain, x, x0, lam)
+            return extrapolated._replace(renoise=away.eps) if renoise else extrapolated
 
         return guided
 
     return guider
 
 
-def mixed(denoisers: Mapping[Denoise, float]) -> Denoise:
-    """The mean of what several denoisers say, by their weights (Liu et al. 2022, arXiv 2206.01714, equation 11).
+def compose(denoisers: Mapping[Denoise, float]) -> Denoise:
+    """The weighted mean of several denoisers' predictions (Liu et al. 2022, arXiv 2206.01714, equation 11).
 
-    Where they have learned a variance, it is the first one's. Raises UsageError for weights whose sum is not above 0:
-    what should be drawn and what avoided would change places.
+    A learned variance is the first denoiser's. Raises UsageError for weights whose sum is not above 0: the prompts
+    would be avoided rather than drawn.
     """
     total = sum(denoisers.values())
     if not 0 < total < math.inf:
         raise UsageError(f"the weights of the prompts add up to {total:g}; their sum must be above 0 and finite")
 
-    def said(x: Tensor, lam: Tensor) -> Prediction:
-        all_said = [(denoise(x, lam), weight / total) for denoise, weight in denoisers.items()]
-        x0 = torch.stack([prediction.x0 * share for prediction, share in all_said]).sum(dim=0)
-        return moved(all_said[0][0], x, x0, lam.to(x).expand(len(x)))
+    def composed(x: Tensor, lam: Tensor) -> Prediction:
+        predictions = [(denoise(x, lam), weight / total) for denoise, weight in denoisers.items()]
+        x0 = torch.stack([prediction.x0 * share for prediction, share in predictions]).sum(dim=0)
+        return moved(predictions[0][0], x, x0, lam.to(x).expand(len(x)))
 
-    return next(iter(denoisers)) if len(denoisers) == 1 else said
+    return next(iter(denoisers)) if len(denoisers) == 1 else composed
 
 
-def like(reference: Tensor, factor: int, until: float = torch.inf) -> Guider:
+def conditioned(denoiser: Denoiser, prompts: Mapping[str, float]) -> Denoise:
+    """A conditional denoiser for weighted prompts; an unconditional one as it is."""
+    if denoiser.conditioner is None:
+        return denoiser
+    return compose({denoiser.conditioned_on(text): weight for text, weight in prompts.items()})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image conditions: ILVR (Choi et al. 2021, arXiv 2108.02938) and inpainting.
+
+
+def ilvr(reference: Tensor, factor: int, until: float = torch.inf) -> Guider:
     """Keep the coarse shape of `reference` [B or 1, C, H, W]: x0 + LP(reference) - LP(x0), as long as lambda < `until`.
 
-    Choi et al. 2021 (ILVR, arXiv 2108.02938, equation 8), on x0: there the reference needs no noise. LP averages blocks
+    ILVR (Choi et al. 2021, equation 8), applied to x0, where the reference needs no noise. LP averages blocks
     of factor x factor pixels. Raises UsageError when the sides do not divide by `factor`.
     """
     if reference.shape[-1] % factor or reference.shape[-2] % factor:
@@ -215,7 +258,7 @@ def like(reference: Tensor, factor: int, until: float = torch.inf) -> Guider:
 
 
 def inpaint(image: Tensor, mask: Tensor) -> Guider:
-    """Keep `image` [B or 1, C, H, W] where `mask` [1, 1, H, W] is 0, and draw where it is 1."""
+    """Inpainting: keep `image` [B or 1, C, H, W] where `mask` [1, 1, H, W] is 0, and draw where it is 1."""
 
     def guider(denoise: Denoise) -> Denoise:
         def guided(x: Tensor, lam: Tensor) -> Prediction:
@@ -240,7 +283,7 @@ def softmax_log_prob(similarity: Tensor, temperature: Tensor, wanted: int) -> Te
     """log softmax_j(tau <f, g_j>) of the first `wanted` texts together -> [B].
 
     similarity: [B, J] cosine similarities to the wanted prompts and then all others; temperature: [B]. The softmax
-    takes out of the score what every caption has in common, which a raw dot product (GLIDE, arXiv 2112.10741, section
+    removes the part of the score that all captions share, which a raw dot product (GLIDE, arXiv 2112.10741, section
     3.2) keeps.
     """
     log_p = (temperature[:, None] * similarity).log_softmax(dim=1)

@@ -1,4 +1,4 @@
-"""Pictures on one sheet or one by one, and the way from noise to them as an animation."""
+"""Writes pictures with their metadata: a grid, single files, or the denoising as an animation."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def check_places(out: str, gif: Path | None, n: int) -> None:
             raise UsageError(f"{path} holds {min(others)}, which {n} pictures would not replace; give another folder")
     elif path.suffix.lower() not in FORMATS:
         raise UsageError(
-            f"--out {out} does not say what to write; end it in {', '.join(FORMATS)} for one sheet, or in / for single "
+            f"{out} does not say what to write; end it in {', '.join(FORMATS)} for one grid, or in / for single "
             "pictures in a folder"
         )
     else:
@@ -65,7 +65,7 @@ def is_folder(out: str) -> bool:
 
 
 def save_grid(images: Tensor, about: Mapping[str, Any], path: Path) -> None:
-    """Write the pictures as one sheet, in the format of the suffix, whose metadata says how they were made.
+    """Write the pictures as one grid, in the format of the suffix, with metadata.
 
     Raises UsageError if that fails.
     """

@@ -1,4 +1,4 @@
-"""Trained denoisers and noise-aware CLIPs out of their runs."""
+"""Loads trained networks from their runs: denoisers, autoencoders (VAE), noise-aware CLIPs and classifiers."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from clipkit.guidance.networks.dit import DiTConfig
 from clipkit.guidance.networks.noisy_clip import NoisyCLIP
 from clipkit.guidance.networks.unet import UNetConfig
 from clipkit.models.clip import CLIP, CLIPConfig
-from clipkit.models.pretrained import find, folder_of, load_weights
-from clipkit.models.tokenizer import Tokenizer
+from clipkit.models.pretrained import load_weights
+from clipkit.models.source import find, folder_of, tokenizer_of
+from clipkit.models.tokenizer import AnyTokenizer
 
 
 @dataclass(frozen=True)
 class Guide:
-    """A noise-aware CLIP with its tokenizer, the captions among which a prompt is chosen, and all their words."""
+    """A noise-aware CLIP with its tokenizer, its negative captions, and the vocabulary of its training."""
 
     model: NoisyCLIP
-    tokenizer: Tokenizer
-    bank: list[str]
+    tokenizer: AnyTokenizer
+    negative_captions: list[str]
     words: Sequence[str] = ()
 
     @torch.no_grad()
@@ -68,10 +69,10 @@ def _words(found: Checkpoint) -> list[str]:
     return [str(word) for word in json.loads(found.text("words.json", default="[]"))]
 
 
-def _towers(found: Checkpoint) -> tuple[CLIP, Tokenizer]:
-    """A CLIP of the shape that the checkpoint's texts give, with weights yet to be filled in."""
+def _towers(found: Checkpoint) -> tuple[CLIP, AnyTokenizer]:
+    """A CLIP of the shape that the checkpoint's files describe, its weights not loaded, and its tokenizer."""
     config = section_of(CLIPConfig, "model", json.loads(found.text("clip.json")))
-    tokenizer = Tokenizer.from_json(found.text("tokenizer.json"), config.context_length)
+    tokenizer = tokenizer_of(found, config)
     return CLIP(config, tokenizer.vocab_size, tokenizer.end_id), tokenizer
 
 

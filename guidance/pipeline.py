@@ -1,4 +1,4 @@
-"""From a prompt to pictures: a denoiser steered by a noise-aware CLIP, scored by a clean one."""
+"""The drawing pipeline: prompts to pictures by a denoiser, guiders and a sampler, scored by a clean CLIP."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,53 +15,53 @@ from PIL import Image
 from torch import Tensor
 
 from clipkit._version import __version__
-from clipkit.data.images import preprocess, to_image
-from clipkit.errors import UsageError, did_you_mean
-from clipkit.guidance import samplers
+from clipkit.data.images import preprocess, to_image, to_signed
+from clipkit.errors import UsageError
 from clipkit.guidance.components import load_parts
+from clipkit.guidance.config import DrawRequest as DrawRequest
+from clipkit.guidance.config import GuidanceConfig as GuidanceConfig
 from clipkit.guidance.config import Start as Start
-from clipkit.guidance.config import Steering as Steering
-from clipkit.guidance.config import check_counts, check_effect, check_prompts
+from clipkit.guidance.config import check_effect, default_scales
 from clipkit.guidance.denoiser import Denoise, Denoiser, clipped
-from clipkit.guidance.guiders import between, contrast, inpaint, like, mean_shift, mixed, score_shift
+from clipkit.guidance.guider_factories import GuiderContext, make_guider
+from clipkit.guidance.guiders import (
+    Guider,
+    classifier_free,
+    conditioned,
+    guidance_interval,
+    ilvr,
+    inpaint,
+    mean_shift,
+    score_shift,
+)
 from clipkit.guidance.loading import Guide
 from clipkit.guidance.networks.autoencoder import Autoencoder
 from clipkit.guidance.networks.condition import TextCondition
-from clipkit.guidance.networks.noisy_clip import Wish
+from clipkit.guidance.networks.noisy_clip import GuidanceTarget
 from clipkit.guidance.samplers import first_noise, generators
-from clipkit.guidance.schedule import Spacing, add_noise, karras, log_snr, spaced, until
+from clipkit.guidance.schedule import add_noise, log_snr, spaced, until
+from clipkit.guidance.targets import text_targets
 from clipkit.log import progress
 from clipkit.models.clip import CLIP
 from clipkit.models.pretrained import Pretrained, fingerprint
-from clipkit.models.words import EMPTY, split, unknown
+from clipkit.models.words import unknown
+from clipkit.registry import SAMPLERS
 
-SAMPLERS: dict[str, samplers.Sampler] = {
-    "dpmpp-2m": samplers.dpmpp_2m,
-    "dpmpp-2m-sde": samplers.dpmpp_2m_sde,
-    "dpmpp-2s": samplers.dpmpp_2s,
-    "heun": samplers.heun,
-    "unipc": samplers.unipc,
-    "ddim": samplers.ddim,
-    "ddpm": samplers.ddpm,
-}
-SPACINGS = ("karras", "linspace", "leading", "trailing")
-DEFAULT_SCALE = 10.0
-DEFAULT_CFG_SCALE = 2.0
 _REFERENCE_UNTIL = 0.0
-"""The lambda at which a reference has had its say."""
+"""The lambda from which ILVR no longer acts."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures of one prompt: `images` [N, 3, S, S] in [-1, 1], CLIP scores, and how they were made."""
+    """Pictures: `images` [N, 3, S, S] in [-1, 1] on the CPU, their CLIP scores, and metadata to draw them again."""
 
     images: Tensor
     scores: list[float]
     about: dict[str, Any]
     x0: list[Tensor]
-    """What the denoiser took for the image at each step, pixels or latents."""
+    """The predicted x0 of each step, pixels or latents."""
     show: Callable[[Tensor], Tensor]
-    """Such an x0 -> pictures."""
+    """x0, pixels or latents -> pictures."""
 
     @property
     def trajectory(self) -> list[Tensor]:
@@ -69,10 +69,11 @@ class Drawn:
         return [self.show(x0) for x0 in self.x0]
 
 
-class Studio:
-    """A denoiser, a noise-aware CLIP (or none, if the denoiser takes descriptions) and a clean CLIP.
+class Pipeline:
+    """A denoiser, a noise-aware CLIP (optional for conditional denoisers), a clean CLIP and an autoencoder (VAE).
 
-    With an autoencoder the first two see latents; pictures come in and go out as pixels all the same.
+    With an autoencoder the denoiser and the noise-aware CLIP see latents; pictures are pixels in all arguments and
+    results.
     """
 
     def __init__(
@@ -87,89 +88,158 @@ class Studio:
         self.image_size = denoiser.image_size if autoencoder is None else autoencoder.config.image_size
 
     @classmethod
-    def open(cls, path: str | Path, device: str = "auto") -> Studio:
-        """Load a denoiser with what belongs to it, as `load_parts` finds them. Raises CheckpointError."""
+    def open(cls, path: str | Path, device: str = "auto") -> Pipeline:
+        """Load a denoiser and the networks that it draws with, as `load_parts` finds them. Raises CheckpointError."""
         parts = load_parts(path, device)
         return cls(parts.denoiser, parts.guide, parts.clip, parts.autoencoder, str(path))
 
     @property
     def scales(self) -> tuple[float, float]:
-        """What is taken where nothing is said: the noise-aware CLIP's scale, and the classifier-free one."""
-        return (DEFAULT_SCALE, 1.0) if self.denoiser.conditioner is None else (0.0, DEFAULT_CFG_SCALE)
+        """Default scales of the noise-aware CLIP and of classifier-free guidance."""
+        return default_scales(self.is_conditional)
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether the denoiser was trained with captions or classes."""
+        return self.denoiser.conditioner is not None
 
     def draw(
         self,
-        prompt: str | Mapping[str, float],
-        n: int = 16,
-        steps: int = 25,
-        scale: float | None = None,
-        sampler: str = "dpmpp-2m",
-        negative: Sequence[str] = (),
-        seed: int = 0,
-        spacing: str = "",
-        start: Start | None = None,
-        reference: Tensor | None = None,
-        steering: Steering | None = None,
+        prompt: str | Mapping[str, float] | DrawRequest,
         watch: Callable[[Tensor], None] | None = None,
+        **fields: Any,
     ) -> Drawn:
-        """Draw `n` pictures of `prompt`, a text or several with their weights, in `steps` steps.
+        """Draw pictures of a prompt, of weighted prompts, or of a request; `fields` are the other ones of DrawRequest.
 
-        The guide maximises log p(prompt | x_t) among the caption bank, and log p(none of `negative` | x_t), each times
-        `scale`: 10, or 0 if the denoiser takes descriptions. `reference` [1, 3, S, S] in [-1, 1] gives the coarse
-        shape. `spacing` of the steps is by default "karras", "linspace" for ddim and ddpm. `watch` is called with what
-        the pictures are taken for, [n, 3, S, S] in [-1, 1], at each step; what it raises ends the drawing. Picture i is
-        a function of (seed, i), whatever n is. With `start`, its share of the steps is taken, rounded up.
+        `watch` is called at each step with the predicted pictures [n, 3, S, S] in [-1, 1]; an exception that it raises
+        ends the drawing. Picture i is a function of (seed, i), whatever n is.
 
-        Raises UsageError for an empty prompt, n or steps below 1, more steps than the schedule has levels, an unknown
-        sampler or spacing, guidance that this model does not have, numbers that are not finite, and whatever would have
-        no effect, or draw what it should avoid.
+        Raises UsageError as DrawRequest does, for more steps than the schedule has levels, for guidance that this model
+        does not have, for what would have no effect, and for negative prompts that would be drawn.
         """
-        prompts, steering = {prompt: 1.0} if isinstance(prompt, str) else dict(prompt), steering or Steering()
-        check_prompts(prompts, negative)
-        check_counts(n, steps, seed)
-        if sampler not in SAMPLERS:
-            raise UsageError(f"unknown sampler {sampler!r}; {did_you_mean(sampler, SAMPLERS)}")
-        spacing = spacing or ("linspace" if sampler in ("ddim", "ddpm") else "karras")
-        usual, usual_cfg = self.scales
-        scale = usual if scale is None else scale
-        is_told = self.denoiser.conditioner is not None
-        cfg_scale = usual_cfg if steering.cfg_scale is None and is_told else steering.cfg_scale
-        lambdas = self._lambdas(steps, spacing, start.strength if start is not None else 1.0)
-        steering.check(scale, lambdas.tolist())
-        denoise = self.told(prompts, negative, cfg_scale)
-        check_effect(prompts, negative, scale, cfg_scale if is_told else None)
-        denoise = self.guided(denoise, prompts, negative, scale, steering, lambdas)
-        if reference is not None:
-            if lambdas[0] >= _REFERENCE_UNTIL:
-                raise UsageError(
-                    "a reference has no effect at this strength, which keeps the picture's own coarse shape"
-                )
-            coarse = _coarse(self.denoiser.image_size)
-            denoise = like(self._seen(reference), factor=coarse, until=_REFERENCE_UNTIL)(denoise)
-        if self.autoencoder is None:
-            denoise = clipped(denoise)
-        x = first_noise((n, self.denoiser.channels, *[self.denoiser.image_size] * 2), seed).to(self._device)
-        if start is not None:
-            begun, drawn = self._seen(start.image), self._coarser(start.mask)
-            if len(begun) not in (1, n):
-                raise UsageError(f"{len(begun)} pictures to begin with, for {n} to draw; give one, or as many")
-            x = add_noise(begun.expand_as(x), x, lambdas[:1].to(x)) if start.strength < 1 else x
-            denoise = inpaint(begun, drawn)(denoise) if drawn is not None else denoise
+        request = DrawRequest.of(prompt, **fields).completed(self.is_conditional)
+        lambdas = self._lambdas(request.steps, request.spacing, request.strength)
+        weights: dict[str, str] = {}
+        denoise = self.guided(request, lambdas, weights)
+        x = first_noise((request.n, self.denoiser.channels, *[self.denoiser.image_size] * 2), request.seed)
+        x = self._started(x.to(self.device), request, lambdas)
 
         def show(x0: Tensor) -> Tensor:
-            return self._shown(x0) if start is None else start.kept(self._shown(x0))
+            return self._shown(x0) if request.start is None else request.start.kept(self._shown(x0))
 
-        images, trajectory = self._sample(denoise, x, lambdas, sampler, generators(n, seed), show, watch)
-        about: dict[str, Any] = {"prompt": prompts if len(prompts) > 1 else next(iter(prompts))}
-        about |= {"negative": list(negative), "seed": seed, "n": n, "steps": steps, "steps_taken": len(lambdas)}
-        about |= {"sampler": sampler, "spacing": spacing, "scale": scale}
-        about |= {"cfg_scale": cfg_scale} if is_told else {}
-        about |= steering.about if scale else {}
-        about |= {"strength": start.strength} if start is not None else {}
-        about |= {"model": self.name, "weights": self.fingerprints, "clipkit": __version__}
-        texts = [*prompts, *negative]
-        about |= {"unknown_words": self.unknown_words(texts), "cut_after": self.cut_after(texts, scale)}
-        return Drawn(images, self.score(images, prompts), about, trajectory, show)
+        images, trajectory = self._sample(denoise, x, lambdas, request, show, watch)
+        about = self._about(request, len(lambdas), weights)
+        return Drawn(images, self.score(images, request.prompts), about, trajectory, show)
+
+    def guided(self, request: DrawRequest, lambdas: Tensor, weights: dict[str, str] | None = None) -> Denoise:
+        """The denoiser under all guiders of a completed request, for the steps `lambdas`.
+
+        The order, from the network outwards; each guider acts on the x0 that those before it leave:
+
+        1. the prompts, composed, with classifier-free guidance away from the negative prompts (`guidance.cfg_scale`);
+        2. classifier guidance by the noise-aware CLIP (`scale`);
+        3. `guiders`, in the order in which they are given;
+        4. ILVR, towards the coarse shape of `reference`;
+        5. clipping of x0 to [-1, 1], for pixels;
+        6. inpainting, which keeps a part of `start`.
+
+        `weights` receives the fingerprints of networks that guiders load.
+        """
+        scale, cfg_scale = request.scale or 0.0, request.guidance.cfg_scale
+        request.guidance.check(scale, lambdas.tolist())
+        denoise = self.conditional(request.prompts, request.negative, cfg_scale)
+        if not request.guiders:
+            check_effect(request.prompts, request.negative, scale, cfg_scale if self.is_conditional else None)
+        if scale:
+            denoise = self.noise_aware(request, lambdas)(denoise)
+        context = GuiderContext(self, request, lambdas, {} if weights is None else weights)
+        for guider in request.guiders:
+            denoise = (make_guider(guider, context) if isinstance(guider, str) else guider)(denoise)
+        if request.reference is not None:
+            denoise = self._ilvr(request.reference, lambdas)(denoise)
+        if self.autoencoder is None:
+            denoise = clipped(denoise)
+        if request.start is not None and request.start.mask is not None:
+            kept = self._encoded(request.start.image)
+            denoise = inpaint(kept, self._latent_mask(request.start.mask))(denoise)
+        return denoise
+
+    def conditional(
+        self, prompts: Mapping[str, float], negative: Sequence[str], cfg_scale: float | None = None
+    ) -> Denoise:
+        """The denoiser under classifier-free guidance; an unconditional denoiser as it is.
+
+        Scale 0 is the unconditional denoiser, 1 the conditional one. Above 1 guidance extrapolates away from the
+        negative prompts, or from the unconditional denoiser. Up to 1 it interpolates: there a negative prompt would be
+        drawn, and is not used. Raises UsageError for a scale where the denoiser is unconditional.
+        """
+        if not self.is_conditional:
+            if cfg_scale not in (None, 1):  # 1 is the denoiser itself
+                raise UsageError("this denoiser was trained without descriptions; omit the classifier-free scale")
+            return self.denoiser
+        cfg_scale = self.scales[1] if cfg_scale is None else cfg_scale
+        if cfg_scale == 0:
+            return self.unconditional()
+        away = self.unconditional(negative if cfg_scale > 1 else ())
+        return classifier_free(away, cfg_scale)(conditioned(self.denoiser, prompts))
+
+    def unconditional(self, negative: Sequence[str] = ()) -> Denoise:
+        """The denoiser without its condition, or conditioned on negative prompts."""
+        return conditioned(self.denoiser, dict.fromkeys(negative or ("",), 1.0))
+
+    @torch.no_grad()
+    def noise_aware(self, request: DrawRequest, lambdas: Tensor) -> Guider:
+        """Classifier guidance by the noise-aware CLIP: towards prompts and image prompt, away from negative prompts.
+
+        Raises UsageError without one.
+        """
+        if self.guide is None:
+            raise UsageError("there is no noisy_clip run beside this denoiser to guide it; omit the noise-aware scale")
+        guidance, scale = request.guidance, request.scale or 0.0
+        log_prob = self.guide.model.log_prob(self._targets(self.guide, request))
+        strength = scale if guidance.interval is None else guidance_interval(*guidance.interval, scale)
+        if guidance.shift == "mean":
+            return mean_shift(log_prob, strength, lambdas)
+        return score_shift(log_prob, strength)
+
+    def _targets(self, guide: Guide, request: DrawRequest) -> list[GuidanceTarget]:
+        """Targets of the noise-aware CLIP."""
+        is_dot = request.guidance.objective == "dot"
+        targets = text_targets(guide.embed, guide.negative_captions, request.prompts, request.negative, is_dot)
+        if request.guidance.picture is not None:
+            clean = torch.full((1,), math.inf, device=self.device)
+            features, _ = guide.model.encode_image(self._encoded(request.guidance.picture), clean)
+            targets.append(GuidanceTarget(features))
+        return targets
+
+    def _ilvr(self, reference: Tensor, lambdas: Tensor) -> Guider:
+        """Raises UsageError where no step is noisy enough for it."""
+        if lambdas[0] >= _REFERENCE_UNTIL:
+            raise UsageError("a reference has no effect at this strength, which keeps the picture's own coarse shape")
+        return ilvr(self._encoded(reference), _coarse(self.denoiser.image_size), until=_REFERENCE_UNTIL)
+
+    def _started(self, x: Tensor, request: DrawRequest, lambdas: Tensor) -> Tensor:
+        """Noise x, or the initial picture with it (img2img)."""
+        start = request.start
+        if start is None:
+            return x
+        if len(start.image) not in (1, request.n):
+            raise UsageError(f"{len(start.image)} initial pictures for {request.n} to draw; give one, or as many")
+        return add_noise(self._encoded(start.image).expand_as(x), x, lambdas[:1].to(x)) if start.strength < 1 else x
+
+    def _about(self, request: DrawRequest, steps_taken: int, weights: Mapping[str, str]) -> dict[str, Any]:
+        """Metadata with which the pictures can be drawn again."""
+        prompts, texts = request.prompts, [*request.prompts, *request.negative]
+        about: dict[str, Any] = {"prompt": dict(prompts) if len(prompts) > 1 else next(iter(prompts))}
+        about |= {"negative": list(request.negative), "seed": request.seed, "n": request.n, "steps": request.steps}
+        about |= {"steps_taken": steps_taken, "sampler": request.sampler_name, "spacing": request.spacing}
+        about |= {"scale": request.scale}
+        about |= {"cfg_scale": request.guidance.cfg_scale} if self.is_conditional else {}
+        about |= request.guidance.about if request.scale else {}
+        about |= {"guiders": request.guider_names} if request.guiders else {}
+        about |= {"strength": request.start.strength} if request.start is not None else {}
+        about |= {"model": self.name, "weights": {**self.fingerprints, **weights}, "clipkit": __version__}
+        return about | {"unknown_words": self.unknown_words(texts), "cut_after": self.cut_after(texts, request.scale)}
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -184,15 +254,15 @@ class Studio:
         return {name: fingerprint(part) for name, part in parts.items() if part is not None}
 
     def unknown_words(self, texts: Sequence[str]) -> list[str]:
-        """Words of prompts that no caption had from which the denoiser, or else its guide, learned what words mean.
+        """Out-of-vocabulary words: those in no caption that the denoiser, or else its noise-aware CLIP, was trained on.
 
-        None for a denoiser of classes, which refuses what is not a class.
+        None for a denoiser of classes, which refuses an unknown class.
         """
         reader = self.denoiser.conditioner or self.guide
         return unknown(texts, reader.words) if isinstance(reader, TextCondition | Guide) else []
 
     def cut_after(self, texts: Sequence[str], scale: float | None = None) -> dict[str, str]:
-        """Of each text that is longer than what is read of it at this noise-aware scale, the last word that is read."""
+        """Each text that is longer than the text encoders' context at this noise-aware scale -> the last word in it."""
         guide = self.guide if (self.scales[0] if scale is None else scale) else None
         readers = [r for r in (self.denoiser.conditioner, guide) if isinstance(r, TextCondition | Guide)]
         found = {}
@@ -202,76 +272,13 @@ class Studio:
                 found[text] = read[-1] if read else ""
         return found
 
-    def told(self, prompts: Mapping[str, float], negative: Sequence[str], cfg_scale: float | None = None) -> Denoise:
-        """The denoiser by classifier-free guidance, above scale 1 away from `negative`, or from what it draws untold.
-
-        At scale 0 it is the untold denoiser itself, and up to 1 a mixture of told and untold: there a negative prompt
-        would be drawn rather than avoided. Raises UsageError for a scale where the denoiser takes no descriptions.
-        """
-        if self.denoiser.conditioner is None:
-            if cfg_scale not in (None, 1):  # 1 is the denoiser itself
-                raise UsageError("this denoiser was trained without descriptions; omit the classifier-free scale")
-            return self.denoiser
-        cfg_scale = self.scales[1] if cfg_scale is None else cfg_scale
-        if cfg_scale == 0:
-            return self.denoiser.given("")
-        wanted = mixed({self.denoiser.given(text): weight for text, weight in prompts.items()})
-        avoided = negative if cfg_scale > 1 else ()
-        away = mixed({self.denoiser.given(text): 1.0 for text in avoided or [""]})
-        return contrast(away, cfg_scale)(wanted)
-
-    @torch.no_grad()
-    def guided(
-        self,
-        denoise: Denoise,
-        prompts: Mapping[str, float],
-        negative: Sequence[str],
-        scale: float,
-        steering: Steering,
-        lambdas: Tensor,
-    ) -> Denoise:
-        """`denoise` under the noise-aware CLIP: towards `prompts` and a picture, away from each of `negative`."""
-        if scale == 0:
-            return denoise
-        if self.guide is None:
-            raise UsageError("there is no noisy_clip run beside this denoiser to guide it; omit the noise-aware scale")
-        log_prob = self.guide.model.log_prob(self.wishes(prompts, negative, steering))
-        strength = scale if steering.interval is None else between(*steering.interval, scale)
-        if steering.shift == "mean":
-            return mean_shift(log_prob, strength, lambdas)(denoise)
-        return score_shift(log_prob, strength)(denoise)
-
-    def wishes(self, prompts: Mapping[str, float], negative: Sequence[str], steering: Steering) -> list[Wish]:
-        """What the noise-aware CLIP is to look for."""
-        assert self.guide is not None
-        guide, found = self.guide, []
-        for text, weight in prompts.items():
-            wanted, others = guide.embed([text]), guide.embed([*alternatives(text, guide.bank), *negative])
-            found.append(Wish(wanted, None if steering.objective == "dot" else others, weight))
-            if negative and steering.objective != "dot":
-                welcome = torch.cat([wanted, others[: -len(negative)]])
-                found.append(Wish(welcome, guide.embed(negative), weight))
-        if negative and steering.objective == "dot":
-            found += [Wish(guide.embed([text]), None, -1.0) for text in negative]
-        if steering.picture is not None:
-            device = next(guide.model.parameters()).device
-            clean = torch.full((1,), math.inf, device=device)
-            likeness, _ = guide.model.encode_image(self._seen(steering.picture), clean)
-            found.append(Wish(likeness))
-        return found
-
     def _lambdas(self, steps: int, spacing: str, strength: float) -> Tensor:
-        """The levels of the steps, noisiest first, each once: a schedule's that are clamped to a range may be equal."""
-        low, high = self.denoiser.range()
+        """Lambdas of the steps, noisiest first and without repeats, which clamping to the denoiser's range makes."""
+        low, high = self.denoiser.lambda_range()
         table = log_snr(self.denoiser.diffusion.schedule).clamp(low, high)
         if strength < 1:
             table, steps = until(table, strength), max(1, math.ceil(round(steps * strength, 6)))
-        if spacing not in SPACINGS:
-            raise UsageError(f"unknown spacing {spacing!r}; {did_you_mean(spacing, SPACINGS)}")
-        if spacing == "karras":
-            found = karras(float(table[-1]), high, steps)
-        else:
-            found = spaced(table, steps, cast(Spacing, spacing))
+        found = spaced(table, steps, spacing)
         return found[found.diff(prepend=found[:1] - 1) > 0]
 
     @torch.no_grad()
@@ -280,8 +287,7 @@ class Studio:
         denoise: Denoise,
         x: Tensor,
         lambdas: Tensor,
-        sampler: str,
-        noise: Sequence[torch.Generator],
+        request: DrawRequest,
         show: Callable[[Tensor], Tensor],
         watch: Callable[[Tensor], None] | None,
     ) -> tuple[Tensor, list[Tensor]]:
@@ -295,34 +301,36 @@ class Studio:
             if watch is not None:
                 watch(show(x0))
 
-        images = show(SAMPLERS[sampler](denoise, x, lambdas, noise, note))
+        sampler = SAMPLERS[request.sampler] if isinstance(request.sampler, str) else request.sampler
+        images = show(sampler(denoise, x, lambdas, generators(request.n, request.seed), note))
         next(bar, None)
         if not images.isfinite().all():
             raise UsageError("the pictures came out as NaN; lower the guidance scales")
         return images, trajectory
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
         return next(self.denoiser.parameters()).device
 
-    def _seen(self, pictures: Tensor) -> Tensor:
-        """Pictures [N, 3, S, S] in [-1, 1] -> what the denoiser sees of them."""
+    def _encoded(self, pictures: Tensor) -> Tensor:
+        """Pictures [N, 3, S, S] in [-1, 1] -> themselves, or their latents. Raises UsageError for another shape."""
         if pictures.shape[1:] != (3, self.image_size, self.image_size):
             raise UsageError(f"a picture is {list(pictures.shape)}; it must be [N, 3, S, S] with S = {self.image_size}")
-        pictures = pictures.to(self._device)
+        pictures = pictures.to(self.device)
         return pictures if self.autoencoder is None else self.autoencoder.encode(pictures)
 
     @torch.no_grad()
     def _shown(self, x0: Tensor) -> Tensor:
-        """What the denoiser makes -> pictures [N, 3, S, S] in [-1, 1], on the CPU."""
+        """x0, pixels or latents -> pictures [N, 3, S, S] in [-1, 1], on the CPU."""
         if self.autoencoder is None:
             return x0.cpu()
         pictures = self.autoencoder.decode(x0.to(next(self.autoencoder.parameters()).device))
         return pictures.clamp(-1, 1).float().cpu()
 
-    def _coarser(self, mask: Tensor | None) -> Tensor | None:
-        """A mask [1, 1, S, S] at the size that the denoiser sees: drawn anew is every place that is so in part."""
-        return mask if mask is None or self.autoencoder is None else F.max_pool2d(mask, self.autoencoder.config.factor)
+    def _latent_mask(self, mask: Tensor) -> Tensor:
+        """A mask [1, 1, S, S] in the denoiser's size: a latent is drawn if any of its pixels is."""
+        return mask if self.autoencoder is None else F.max_pool2d(mask, self.autoencoder.config.factor)
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Mapping[str, float]) -> list[float]:
@@ -337,7 +345,7 @@ class Studio:
 
 
 def _coarse(size: int) -> int:
-    """Pixels that a reference is averaged over: an eighth of the side, or the largest power of two that divides it."""
+    """Side of the blocks that ILVR averages: an eighth of the picture's side, or the next smaller divisor of it."""
     factor = max(1, size // 8)
     while size % factor:
         factor -= 1
@@ -345,18 +353,5 @@ def _coarse(size: int) -> int:
 
 
 def picture(image: Image.Image, size: int) -> Tensor:
-    """An image as the denoiser sees one: its middle, [1, 3, size, size] in [-1, 1]."""
-    return preprocess(image, size)[None].float() / 127.5 - 1
-
-
-def alternatives(prompt: str, captions: Sequence[str]) -> list[str]:
-    """The captions that lack a word of the prompt, but for words that say nothing of what is in a picture.
-
-    "a picture of a red rocket." is no alternative to "a rocket" but a case of it, and must not be pushed away from.
-    """
-    wanted = _words(prompt)
-    return [c for c in captions if not wanted <= _words(c)]
-
-
-def _words(text: str) -> set[str]:
-    return set(split(text)) - EMPTY
+    """The middle square of an image, resized: [1, 3, size, size] in [-1, 1]."""
+    return to_signed(preprocess(image, size)[None])

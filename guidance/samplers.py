@@ -1,12 +1,14 @@
-"""Samplers: pure functions that walk from noise to an image along a list of lambdas, noisiest first.
+"""Samplers: DDIM, DDPM, DPM-Solver++, Heun (EDM) and UniPC, as pure functions of a denoiser and a list of lambdas.
 
-Each takes any `Denoise`, so that every guider composes with every sampler. `lambdas` are float64 on the CPU, and the
-first may be -infinity (zero terminal SNR); the step after the last one goes to the clean image. Levels that repeat are
-one: a step of no length is none. `watch`, if given, is called with each step's x0. `generator` is one for the batch, or
-one for each picture, whose noise is then the same in a batch of any size.
+A sampler is `(denoise, x, lambdas, generator=None, watch=None) -> x0`. It takes any `Denoise`, so every guider composes
+with every sampler. `lambdas` are float64 on the CPU, noisiest first. The first may be -infinity (zero terminal SNR).
+The last step goes to the clean image. Repeated levels count once. `watch` is called with the x0 of each step.
+`generator` is one for the batch, or one for each picture, whose noise then does not depend on the batch size. NFE:
+network function evaluations. Names are registered in clipkit.registry.SAMPLERS, or by entry points of the group
+"clipkit.samplers".
 
-Samplers of other names are these: Euler (Karras et al. 2022), and Euler for a rectified flow, follow the same straight
-line between x0 and eps as DDIM; Euler ancestral is DDIM with eta = 1, and so is DDPM with the posterior's variance.
+Other names of these samplers: Euler (Karras et al. 2022), and Euler for a rectified flow, are DDIM; Euler ancestral is
+DDIM with eta = 1, and so is DDPM with the posterior's variance.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from clipkit.guidance.denoiser import Denoise, Prediction
 
 Watch = Callable[[Tensor], None]
 Generators = torch.Generator | Sequence[torch.Generator] | None
-"""Of a batch's noise, or of each picture's."""
+"""One for the batch, or one for each picture."""
 
 
 class _Level(NamedTuple):
@@ -44,13 +46,13 @@ def _sigmoid(value: float) -> float:
 
 
 _Step = Callable[[Tensor, Prediction, _Level, _Level], Tensor]
-"""(x, what the denoiser says of it, its level, the next level) -> x at the next level."""
+"""(x, its prediction, its level, the next level) -> x at the next level."""
 
 
 def _walk(denoise: Denoise, x: Tensor, lambdas: Tensor, watch: Watch | None, step: _Step) -> Tensor:
-    """Take `step` from each level to the next, and at the last one what the denoiser takes for the image.
+    """Take `step` from each level to the next, and from the last one to the predicted x0.
 
-    Every first-order rule agrees on that last jump: nothing is left of x when the noise is gone.
+    Every first-order rule makes that last step.
     """
     levels = [_level(lam) for lam, _ in groupby(lambdas.tolist())]
 
@@ -66,7 +68,7 @@ def _walk(denoise: Denoise, x: Tensor, lambdas: Tensor, watch: Watch | None, ste
 
 
 def _noise(x: Tensor, generator: Generators) -> Tensor:
-    """Standard normal like x, drawn on the generator's device, so that a seed means the same noise everywhere."""
+    """Standard normal like x, from the generator's device: a seed gives the same noise for all devices of x."""
     if isinstance(generator, Sequence):
         each = zip(generator, range(len(x)), strict=True)
         drawn = [torch.randn(x.shape[1:], generator=own, device=own.device, dtype=x.dtype) for own, _ in each]
@@ -78,7 +80,7 @@ def _noise(x: Tensor, generator: Generators) -> Tensor:
 def first_noise(shape: Sequence[int], seed: int) -> Tensor:
     """Standard normal [N, ...], float32 on the CPU; that of picture i is a function of (seed, i), whatever N is.
 
-    torch fills sixteen numbers at a time, and the last sixteen of a tensor of another size otherwise: that is cut off.
+    torch draws sixteen numbers at a time, and the end of a tensor of another size differently: it is cut off.
     """
     count = math.prod(shape)
     drawn = torch.randn(-(-count // 16) * 16, generator=torch.Generator().manual_seed(seed))
@@ -92,11 +94,11 @@ def generators(n: int, seed: int) -> list[torch.Generator]:
 
 
 _Noise = Callable[[Tensor], Tensor]
-"""Standard normal numbers like a tensor, other ones each time."""
+"""Standard normal like a tensor, different in each call."""
 
 
 class Sampler(Protocol):
-    """What all samplers are: x at the first of `lambdas`, pure noise or a noised picture, -> the clean image."""
+    """x at the first of `lambdas`, pure noise or a noised picture -> the clean image."""
 
     def __call__(
         self,
@@ -109,7 +111,7 @@ class Sampler(Protocol):
 
 
 def _sampler(make_step: Callable[[Denoise, Tensor, _Noise], _Step]) -> Sampler:
-    """A rule for one step, with what it remembers of the steps before -> the sampler that follows it."""
+    """A rule for one step, which may keep a history -> the sampler of that rule."""
 
     def sample(
         denoise: Denoise,
@@ -126,6 +128,10 @@ def _sampler(make_step: Callable[[Denoise, Tensor, _Noise], _Step]) -> Sampler:
     return sample
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# DDIM (Song et al. 2020, arXiv 2010.02502).
+
+
 def ddim(
     denoise: Denoise,
     x: Tensor,
@@ -134,32 +140,37 @@ def ddim(
     watch: Watch | None = None,
     eta: float = 0.0,
 ) -> Tensor:
-    """DDIM (Song et al. 2020, arXiv 2010.02502, eq. 12); eta = 0 is deterministic, eta = 1 has DDPM's variance."""
+    """DDIM (equation 12): deterministic for eta = 0, DDPM's variance for eta = 1; 1 NFE a step."""
 
     def step(x: Tensor, prediction: Prediction, here: _Level, there: _Level) -> Tensor:
         # eq. 16: sigma^2 = eta^2 (s_next^2 / s^2) (1 - a^2 / a_next^2)
         sigma = eta * there.s / here.s * math.sqrt(max(0.0, 1 - (here.a / there.a) ** 2))
-        mean = there.a * prediction.x0 + math.sqrt(max(0.0, there.s**2 - sigma**2)) * prediction.eps
+        eps = prediction.eps if prediction.renoise is None else prediction.renoise
+        mean = there.a * prediction.x0 + math.sqrt(max(0.0, there.s**2 - sigma**2)) * eps
         return mean + sigma * _noise(x, generator) if eta > 0 else mean
 
     return _walk(denoise, x, lambdas, watch, step)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# DDPM (Ho et al. 2020, arXiv 2006.11239).
+
+
 @_sampler
 def ddpm(denoise: Denoise, lambdas: Tensor, noise: _Noise) -> _Step:
-    """Ancestral sampling from q(x_s | x_t, x0) (Ho et al. 2020, arXiv 2006.11239, eq. 6-7), any spacing.
+    """DDPM: ancestral sampling from q(x_s | x_t, x0) (equations 6 and 7), for any spacing; 1 NFE a step.
 
-    The variance follows the step count: the posterior's (fixed-small) for respaced chains, beta (fixed-large) from 800
-    steps on, where the two hardly differ and the large one is less prone to blur; or what the denoiser has learned
-    (Nichol & Dhariwal 2021, arXiv 2102.09672, equation 15).
+    The variance is the denoiser's, if it learned one (Nichol & Dhariwal 2021, arXiv 2102.09672, equation 15). Otherwise
+    it is the posterior's (fixed-small) up to 799 steps, and beta (fixed-large) from 800 on, where both nearly agree and
+    the large one blurs less.
     """
 
     def step(x: Tensor, prediction: Prediction, here: _Level, there: _Level) -> Tensor:
         # The share of x_t's noise that this step takes away: beta_t / s_t^2 in the notation of the paper.
         share = max(0.0, 1 - (here.a / here.s * there.s / there.a) ** 2)
         mean = here.a / there.a * (there.s / here.s) ** 2 * x + there.a * share * prediction.x0
-        if prediction.fraction is not None:
-            deviation = math.sqrt(share) * here.s**prediction.fraction * there.s ** (1 - prediction.fraction)
+        if prediction.v is not None:
+            deviation = math.sqrt(share) * here.s**prediction.v * there.s ** (1 - prediction.v)
             return mean + deviation * noise(x)
         variance = share * (here.s if len(lambdas) >= 800 else there.s) ** 2
         return mean + math.sqrt(max(0.0, variance)) * noise(x)
@@ -167,11 +178,16 @@ def ddpm(denoise: Denoise, lambdas: Tensor, noise: _Noise) -> _Step:
     return step
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095).
+
+
 @_sampler
 def dpmpp_2m(denoise: Denoise, lambdas: Tensor, noise: _Noise) -> _Step:
-    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2), deterministic, second order.
+    """DPM-Solver++(2M) (algorithm 2): deterministic, second order, multistep; 1 NFE a step.
 
-    h is the step in log(a / s) = lambda / 2; the first and the last step are of first order.
+    h is the step in log(a / s), which is the paper's lambda and half of ours. The first and the last step are of first
+    order.
     """
     previous: list[tuple[Tensor, float]] = []
 
@@ -188,7 +204,7 @@ def dpmpp_2m(denoise: Denoise, lambdas: Tensor, noise: _Noise) -> _Step:
 
 @_sampler
 def dpmpp_2m_sde(denoise: Denoise, lambdas: Tensor, noise: _Noise) -> _Step:
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, section 5): 2M with the noise of the reverse SDE."""
+    """SDE-DPM-Solver++(2M) (section 5): 2M for the reverse SDE, stochastic; 1 NFE a step."""
     previous: list[tuple[Tensor, float]] = []
 
     def step(x: Tensor, prediction: Prediction, here: _Level, there: _Level) -> Tensor:
@@ -205,10 +221,7 @@ def dpmpp_2m_sde(denoise: Denoise, lambdas: Tensor, noise: _Noise) -> _Step:
 
 @_sampler
 def dpmpp_2s(denoise: Denoise, lambdas: Tensor, noise: _Noise) -> _Step:
-    """DPM-Solver++(2S) (Lu et al. 2022, arXiv 2211.01095, algorithm 1, r = 1/2): second order without a history.
-
-    It asks the denoiser twice a step, the second time in the middle of it.
-    """
+    """DPM-Solver++(2S) (algorithm 1, r = 1/2): second order, singlestep; 2 NFE a step, the second at its middle."""
 
     def step(x: Tensor, prediction: Prediction, here: _Level, there: _Level) -> Tensor:
         h = (there.lam - here.lam) / 2
@@ -220,15 +233,16 @@ def dpmpp_2s(denoise: Denoise, lambdas: Tensor, noise: _Noise) -> _Step:
     return step
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# EDM (Karras et al. 2022, arXiv 2206.00364).
+
+
 @_sampler
 def heun(denoise: Denoise, lambdas: Tensor, noise: _Noise) -> _Step:
-    """Heun's method on d(x / a) / d(s / a) = eps (Karras et al. 2022, arXiv 2206.00364, algorithm 1 without churn).
-
-    Second order; it asks the denoiser twice a step, the second time where the first takes it.
-    """
+    """Heun's method on d(x / a) / d(s / a) = eps (algorithm 1): second order; 2 NFE a step, the second at its end."""
 
     def step(x: Tensor, prediction: Prediction, here: _Level, there: _Level) -> Tensor:
-        if here.a == 0:  # pure noise: x / a is infinite, and the way from it a straight line
+        if here.a == 0:  # pure noise: x / a is infinite; an Euler step from it is exact
             return there.a * prediction.x0 + there.s * prediction.eps
         ratio, distance = there.a / here.a, there.a * (there.s / there.a - here.s / here.a)
         first = ratio * x + distance * prediction.eps
@@ -238,11 +252,15 @@ def heun(denoise: Denoise, lambdas: Tensor, noise: _Noise) -> _Step:
     return step
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# UniPC (Zhao et al. 2023, arXiv 2302.04867).
+
+
 @_sampler
 def unipc(denoise: Denoise, lambdas: Tensor, noise: _Noise) -> _Step:
-    """UniPC of order 2, B(h) = e^h - 1, on x0 (Zhao et al. 2023, arXiv 2302.04867, algorithms 5 and 6).
+    """UniPC of order 2, B(h) = e^h - 1, on x0 (algorithms 5 and 6): predictor-corrector; 1 NFE a step.
 
-    What the denoiser says at the end of a step corrects that step, at no cost, before the next one is predicted.
+    The prediction at the end of a step corrects that step before it predicts the next one.
     """
     last: list[_Past] = []
 
@@ -255,7 +273,7 @@ def unipc(denoise: Denoise, lambdas: Tensor, noise: _Noise) -> _Step:
             r = (last[-1].level.lam - here.lam) / 2 / h
             slope = (last[-1].x0 - prediction.x0) / r
             base = base - there.a * math.expm1(-h) * slope / 2
-        if here.a > 0:  # of an infinite step nothing is remembered: it has no slope
+        if here.a > 0:  # an infinite step has no slope
             last.append(_Past(x, here, prediction.x0))
         del last[:-2]
         return base
@@ -264,7 +282,7 @@ def unipc(denoise: Denoise, lambdas: Tensor, noise: _Noise) -> _Step:
 
 
 class _Past(NamedTuple):
-    """Where a step began: x, its level, and the x0 that the denoiser gave there."""
+    """The beginning of a step: x, its level, and the x0 predicted there."""
 
     x: Tensor
     level: _Level
@@ -272,7 +290,7 @@ class _Past(NamedTuple):
 
 
 def _corrected(start: _Past, before: _Past | None, here: _Level, x0: Tensor) -> Tensor:
-    """The step from `start` to `here` again, now that the denoiser has been asked at its end too."""
+    """UniC: the step from `start` to `here`, corrected by the prediction x0 at its end."""
     h = (here.lam - start.level.lam) / 2
     phi = math.expm1(-h)
     base = here.s / start.level.s * start.x - here.a * phi * start.x0

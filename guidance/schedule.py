@@ -1,21 +1,23 @@
-"""Noise levels: everything in guidance is a function of lambda = log(a^2 / s^2), the log signal-to-noise ratio.
+"""Noise schedules and step spacings, as functions of lambda = log(a^2 / s^2), the log signal-to-noise ratio.
 
 x_t = a x_0 + s e with a^2 + s^2 = 1 (variance preserving), so a^2 = sigmoid(lambda) and s^2 = sigmoid(-lambda).
-Schedules map time to lambda in float64; samplers walk a list of lambdas and never see a timestep.
+Schedules map time to lambda in float64. Samplers take a list of lambdas; they know no timesteps.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from clipkit.errors import UsageError, did_you_mean
+from clipkit.registry import SPACINGS
 
 TIMESTEPS = 1000
-Spacing = Literal["linspace", "leading", "trailing"]
+Spacing = Callable[[Tensor, int], Tensor]
+"""(lambdas of a schedule [T], decreasing; steps) -> lambdas of the steps, noisiest first, float64."""
 
 
 def alphas_cumprod(name: str, timesteps: int = TIMESTEPS) -> Tensor:
@@ -62,9 +64,9 @@ _SCHEDULES = {"linear": _linear, "scaled_linear": _scaled_linear, "cosine": _cos
 
 
 def zero_terminal_snr(a2: Tensor) -> Tensor:
-    """The table of a_t^2 with nothing of the signal left at its end (Lin et al. 2023, arXiv 2305.08891, algorithm 1).
+    """The table of a_t^2 rescaled to zero terminal SNR (Lin et al. 2023, arXiv 2305.08891, algorithm 1).
 
-    Its last lambda is -infinity: a network that is to see it must predict v or x0.
+    Its last lambda is -infinity, where a network must predict v or x0.
     """
     a = a2.sqrt()
     shifted: Tensor = (a - a[-1]) * (a[0] / (a[0] - a[-1]))
@@ -106,13 +108,13 @@ def at_time(table: Tensor, share: Tensor) -> Tensor:
 
 
 def until(table: Tensor, share: float) -> Tensor:
-    """The part of a schedule's table up to this share of time, whose level is the last: the noisiest."""
+    """The part of a schedule's table up to this share of time, whose level is appended as the noisiest."""
     last = at_time(table, torch.tensor([share], dtype=torch.float64))
     return torch.cat([table[table > last], last])
 
 
 def later_log_snr(name: str, lam: Tensor) -> Tensor:
-    """The level one of the 1,000 steps nearer to the image than lam [B], float64; the first for those before it."""
+    """The level one of the 1,000 timesteps cleaner than lam [B], float64; the cleanest for levels above it."""
     table = log_snr(name).flip(0)  # ascending
     place = torch.searchsorted(table, lam.double().cpu().clamp(table[0], table[-1])).clamp(1, len(table) - 1)
     below, above = table[place - 1], table[place]
@@ -145,24 +147,47 @@ def add_noise(x0: Tensor, noise: Tensor, lam: Tensor) -> Tensor:
 def karras(low: float, high: float, steps: int, rho: float = 7.0) -> Tensor:
     """`steps` lambdas from `low` (noisiest) to `high`, float64: Karras et al. 2022 (arXiv 2206.00364), eq. 5.
 
-    Their sigma is s / a = exp(-lambda / 2); the last step of a sampler goes from `high` to clean.
+    Their sigma is s / a = exp(-lambda / 2). A sampler's last step goes from `high` to the clean image.
     """
     first, last = math.exp(-low / 2) ** (1 / rho), math.exp(-high / 2) ** (1 / rho)
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     return -2 * rho * torch.log(first + ramp * (last - first))
 
 
-def spaced(table: Tensor, steps: int, how: Spacing = "linspace") -> Tensor:
-    """`steps` lambdas picked from a schedule's table at equal distances, noisiest first; any count up to the table's.
+def spaced(table: Tensor, steps: int, how: str = "linspace") -> Tensor:
+    """`steps` lambdas of a schedule's table [T], decreasing, by the spacing's name in clipkit.registry.SPACINGS.
 
-    "linspace" has both ends of the table, "trailing" the noisiest, "leading" the cleanest (Lin et al. 2023, table 2).
-    Every gap is within one level of T / steps, whether that is a whole number or not. Raises UsageError for more steps
-    than levels.
+    Raises UsageError for an unknown name.
     """
-    last = len(table) - 1
+    return SPACINGS[how](table, steps)
+
+
+def karras_spacing(table: Tensor, steps: int) -> Tensor:
+    """`karras` between the ends of a schedule's table [T] -> [steps]."""
+    return karras(float(table[-1]), float(table[0]), steps)
+
+
+def linspace(table: Tensor, steps: int) -> Tensor:
+    """`steps` lambdas of a schedule's table [T] at equal distances, noisiest first, with both ends of the table.
+
+    Every gap is within one level of T / steps, whether that is a whole number or not. Raises UsageError for more steps
+    than levels; so do `leading` and `trailing` (Lin et al. 2023, arXiv 2305.08891, table 2).
+    """
+    return _spaced(table, steps, len(table) - 1, 0)
+
+
+def leading(table: Tensor, steps: int) -> Tensor:
+    """The same with the cleanest level of the table, but not its noisiest."""
+    return _spaced(table, steps, len(table) - len(table) / steps, 0)
+
+
+def trailing(table: Tensor, steps: int) -> Tensor:
+    """The same with the noisiest level of the table, but not its cleanest."""
+    return _spaced(table, steps, len(table) - 1, len(table) / steps - 1)
+
+
+def _spaced(table: Tensor, steps: int, start: float, end: float) -> Tensor:
     if steps > len(table):
         raise UsageError(f"{steps} steps asked for, the schedule has {len(table)} levels; use at most that many")
-    gap = len(table) / steps
-    start, end = {"linspace": (last, 0), "trailing": (last, gap - 1), "leading": (len(table) - gap, 0)}[how]
     index = torch.linspace(start, end, steps, dtype=torch.float64)
     return table[index.round().long()]

@@ -5,14 +5,16 @@ Importing this package is light; its names are imported when they are used.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if __name__ != "clipkit.train":
     raise ImportError("import clipkit.train, not train: a module has one name")
 
+from clipkit._lazy import lazy
+
 if TYPE_CHECKING:
     from clipkit.config import Recipe, load_recipe
+    from clipkit.data.loader import Batch, Stream
     from clipkit.train.averaging import average
     from clipkit.train.denoiser import DenoiserRecipe, Denoising
     from clipkit.train.launch import TaskSpec, train_recipe
@@ -24,28 +26,8 @@ if TYPE_CHECKING:
     from clipkit.train.step import backward
     from clipkit.train.task import Task
 
-_HOMES = {
-    "DenoiserRecipe": "clipkit.train.denoiser",
-    "Denoising": "clipkit.train.denoiser",
-    "LossConfig": "clipkit.train.losses",
-    "NoisyCLIPRecipe": "clipkit.train.noisy_clip",
-    "NoisyPretraining": "clipkit.train.noisy_clip",
-    "PretrainRecipe": "clipkit.train.pretrain",
-    "Pretraining": "clipkit.train.pretrain",
-    "Recipe": "clipkit.config",
-    "Task": "clipkit.train.task",
-    "TaskSpec": "clipkit.train.launch",
-    "average": "clipkit.train.averaging",
-    "backward": "clipkit.train.step",
-    "info_nce": "clipkit.train.losses",
-    "load_recipe": "clipkit.config",
-    "make_optimizer": "clipkit.train.optim",
-    "sigmoid_loss": "clipkit.train.losses",
-    "train": "clipkit.train.loop",
-    "train_recipe": "clipkit.train.launch",
-}
-
 __all__ = [
+    "Batch",
     "DenoiserRecipe",
     "Denoising",
     "LossConfig",
@@ -54,6 +36,7 @@ __all__ = [
     "PretrainRecipe",
     "Pretraining",
     "Recipe",
+    "Stream",
     "Task",
     "TaskSpec",
     "average",
@@ -65,13 +48,18 @@ __all__ = [
     "train",
     "train_recipe",
 ]
-
-
-def __getattr__(name: str) -> Any:  # PEP 562
-    if name not in _HOMES:
-        raise AttributeError(f"module 'clipkit.train' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+_HOMES = {
+    "clipkit.config": ["Recipe", "load_recipe"],
+    "clipkit.data.loader": ["Batch", "Stream"],
+    "clipkit.train.averaging": ["average"],
+    "clipkit.train.denoiser": ["DenoiserRecipe", "Denoising"],
+    "clipkit.train.launch": ["TaskSpec", "train_recipe"],
+    "clipkit.train.loop": ["train"],
+    "clipkit.train.losses": ["LossConfig", "info_nce", "sigmoid_loss"],
+    "clipkit.train.noisy_clip": ["NoisyCLIPRecipe", "NoisyPretraining"],
+    "clipkit.train.optim": ["make_optimizer"],
+    "clipkit.train.pretrain": ["PretrainRecipe", "Pretraining"],
+    "clipkit.train.step": ["backward"],
+    "clipkit.train.task": ["Task"],
+}
+__getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from clipkit import DEFAULT_MODEL, distributed
 from clipkit.config import Recipe, require
-from clipkit.data.images import decode, preprocess
+from clipkit.data.images import decode, preprocess, to_signed, to_unit
 from clipkit.data.loader import Batch, validation_of
 from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError
@@ -102,7 +102,8 @@ class Reconstruction(Task):
 
     def __init__(self, recipe: AutoencoderRecipe, shards: Shards) -> None:
         super().__init__()
-        self.recipe, self.image_size = recipe, recipe.autoencoder.image_size
+        self.recipe = recipe
+        self.image_size = recipe.autoencoder.image_size
         self.weights = recipe.reconstruction
         self.model: Adversaries = Adversaries(recipe.autoencoder)
         clip = load(self.weights.features, "cpu").model if self.weights.perceptual else None
@@ -121,7 +122,7 @@ class Reconstruction(Task):
 
     def forward(self, batch: Batch) -> Features:
         """Of each image the autoencoder's loss, the discriminator's loss and the reconstruction loss: [b] each."""
-        x = batch.images.float() / 127.5 - 1
+        x = to_signed(batch.images)
         model = self.model.autoencoder
         z, regularising = model.embed(x)
         if torch.is_grad_enabled():
@@ -149,7 +150,7 @@ class Reconstruction(Task):
         if self.tower is None:
             return apart
         size = (self.seen_size, self.seen_size)
-        views = ((F.interpolate(p, size=size, mode="bilinear", antialias=True) + 1) / 2 for p in (y, x))
+        views = (to_unit(F.interpolate(p, size=size, mode="bilinear", antialias=True)) for p in (y, x))
         return apart + self.weights.perceptual * lpips(*(activations(self.tower, view) for view in views))
 
     def _balance(self, hidden: Tensor, x: Tensor) -> Tensor:
@@ -198,7 +199,7 @@ class Reconstruction(Task):
         with torch.no_grad():
             for i in range(min(_EVALUATED, len(shards))):
                 pixels = preprocess(decode(shards.read(i).image), self.image_size)[None].to(device)
-                x = pixels.float() / 127.5 - 1
+                x = to_signed(pixels)
                 ratios.append(psnr(model.decode(model.encode(x)).clamp(-1, 1), x))
         decibels, exact = mean_psnr(torch.cat(ratios))
         scores = {"latent_spread": float(model.spread), **({"exact": exact} if exact else {})}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from clipkit import distributed
 from clipkit.config import Recipe
+from clipkit.data.images import to_signed
 from clipkit.data.loader import Batch, packs_of
 from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError
@@ -43,7 +44,6 @@ from clipkit.guidance.networks.dit import DiTConfig
 from clipkit.guidance.networks.unet import UNetConfig
 from clipkit.guidance.schedule import add_noise, later_log_snr, sample_log_snr
 from clipkit.models.pretrained import TRAINED_WITH, identity, load
-from clipkit.models.tokenizer import Tokenizer
 from clipkit.train.launch import TaskSpec
 from clipkit.train.task import Features, Task
 
@@ -79,12 +79,15 @@ class Denoising(Task):
 
     def __init__(self, recipe: DenoiserRecipe, shards: Shards) -> None:
         super().__init__()
-        self.condition, where = recipe.condition, recipe.latent.autoencoder
+        self.condition = recipe.condition
+        where = recipe.latent.autoencoder
         self.autoencoder = load_autoencoder(where) if where else None
-        self.image_size, channels = recipe.network.image_size, 0
+        self.image_size = recipe.network.image_size
+        channels = 0  # pixels
         if self.autoencoder is not None:
             shape = self.autoencoder.config
-            self.image_size, channels = shape.image_size, shape.latent_channels
+            self.image_size = shape.image_size
+            channels = shape.latent_channels
             if recipe.network.image_size != shape.latent_size:
                 raise RecipeError(
                     f"the network's image_size is {recipe.network.image_size}; the latents of {where} have a side of "
@@ -97,10 +100,12 @@ class Denoising(Task):
             self.trained_with["latent.autoencoder"] = identity(self.autoencoder)
         if isinstance(conditioner, TextCondition):
             self.trained_with["condition.clip"] = identity(conditioner.tower)
+            self.tokenizers = (conditioner.tokenizer,)
+            (self.no_caption,) = conditioner.tokenizer.encode([""])
 
     def forward(self, batch: Batch) -> Features:
         """Each image's loss [b], at noise levels stratified over the batch."""
-        x0 = batch.images.float() / 127.5 - 1
+        x0 = to_signed(batch.images)
         if self.autoencoder is not None:
             x0 = self.autoencoder.encode(x0)
         config = self.model.diffusion
@@ -123,9 +128,9 @@ class Denoising(Task):
         dropped = torch.rand(len(batch)) < self.condition.dropout
         if isinstance(conditioner, ClassCondition):
             return conditioner.of_labels(batch.groups, dropped.to(batch.groups.device))
-        kept = ["" if gone else c for c, gone in zip(batch.captions, dropped.tolist(), strict=True)]
-        condition: Condition = conditioner(kept)
-        return condition
+        captions = batch.token_ids(conditioner.tokenizer)
+        kept = [self.no_caption if gone else ids for ids, gone in zip(captions, dropped.tolist(), strict=True)]
+        return conditioner.of_tokens(conditioner.tokenizer.pad(kept))
 
     def compile_targets(self) -> Sequence[nn.Module]:
         """The network."""
@@ -148,8 +153,6 @@ def _conditioner(recipe: DenoiserRecipe, shards: Shards) -> Conditioner | None:
     config = recipe.condition
     if config.kind == "text":
         clean = load(config.clip, "cpu")
-        if not isinstance(clean.tokenizer, Tokenizer):
-            raise RecipeError(f"{config.clip} has another library's tokenizer; condition.clip takes a CLIP of ours")
         return TextCondition(clean.model, clean.tokenizer, words_of(packs_of(shards, recipe.data)))
     if config.kind == "class":
         if not shards.classes or recipe.data.mix:

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from clipkit import distributed
 from clipkit.config import require
+from clipkit.data.loader import Batch
 from clipkit.errors import CheckpointError
 from clipkit.models.clip import CLIP
 from clipkit.models.pretrained import load
+from clipkit.models.tokenizer import AnyTokenizer
 
 
 @dataclass(frozen=True)
@@ -48,26 +50,29 @@ class Teachers:
                     f"teachers' width: model.embed_dim={found}"
                 )
 
-    @torch.no_grad()
-    def __call__(
-        self, student: CLIP, images: Tensor, captions: Sequence[str], mirrored: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The direction of the teachers' mean features of images and captions, [b, D] each.
+    @property
+    def tokenizers(self) -> list[AnyTokenizer]:
+        """Each teacher's tokenizer."""
+        return [clip.tokenizer for clip in self.clips]
 
-        images: uint8 [b, 3, S, S]; seen mirrored, too, if they may be. None for a tower of which nothing is trained.
+    @torch.no_grad()
+    def __call__(self, student: CLIP, batch: Batch, mirrored: bool) -> tuple[Tensor | None, Tensor | None]:
+        """The teachers' mean features of images and captions, [b, D] each, normalised.
+
+        With `mirrored`, the mean is also over the mirrored images. None for a frozen tower of the student.
         """
         image, text = (any(p.requires_grad for p in tower.parameters()) for tower in (student.image, student.text))
-        return (
-            self._of_images([images, images.flip(-1)] if mirrored else [images]) if image else None,
-            self._of_texts(captions, images.device) if text else None,
-        )
+        views = [batch.images, batch.images.flip(-1)] if mirrored else [batch.images]
+        return self._of_images(views) if image else None, self._of_texts(batch) if text else None
 
     def _of_images(self, views: Sequence[Tensor]) -> Tensor:
         models = [clip.model.to(views[0].device) for clip in self.clips]
         return _direction(model.encode_image(_resized(view, model)) for model in models for view in views)
 
-    def _of_texts(self, captions: Sequence[str], device: torch.device) -> Tensor:
-        return _direction(clip.model.to(device).encode_text(clip.tokenizer(captions)) for clip in self.clips)
+    def _of_texts(self, batch: Batch) -> Tensor:
+        models = [clip.model.to(batch.images.device) for clip in self.clips]
+        ids = [batch.ids(clip.tokenizer) for clip in self.clips]
+        return _direction(model.encode_text(row) for model, row in zip(models, ids, strict=True))
 
 
 def _direction(features: Iterable[Tensor]) -> Tensor:

@@ -66,7 +66,9 @@ def train_recipe(recipe: R, make_task: Callable[[R, Shards], Task], device: torc
     if recipe.data.progressive_size and not task.progressive:
         raise RecipeError(f"data.progressive_size: the images of a {task.kind} have one size; omit it")
     first = progressive.first_size(recipe, task.image_size)
-    stream = Stream(shards, recipe.data, task.image_size, run.batch_size, run.seed, rank, world_size, *first)
+    stream = Stream(
+        shards, recipe.data, task.image_size, run.batch_size, run.seed, rank, world_size, *first, task.tokenizers
+    )
     if stream.not_indexed:
         remark(f"clipkit: not taken into the index: {', '.join(f'{n} {why}' for why, n in stream.not_indexed.items())}")
     return train(task, stream, recipe, device)

@@ -85,7 +85,9 @@ class _Loop:
     """A run: its model, optimizer, moving average and checkpoints, and its steps."""
 
     def __init__(self, task: Task, recipe: Recipe, device: torch.device) -> None:
-        self.task, self.recipe, self.device = task, recipe, device
+        self.task = task
+        self.recipe = recipe
+        self.device = device
         self.run = run = recipe.run
         self.config = config = recipe.optim
         if run.sync_batchnorm and distributed.world_size() > 1:
@@ -131,7 +133,8 @@ class _Loop:
 
     def steps(self, stream: Stream, start: int, records: Records) -> None:
         """Run from step `start` to the end, logging, evaluating and saving when due."""
-        run, meter = self.run, _Meter(self.device)
+        run = self.run
+        meter = _Meter(self.device)
         batches, step = stream.batches(start, run.steps), start
         with Interruption() as interruption:
             try:
@@ -172,7 +175,8 @@ class _Loop:
 
     def record(self, stream: Stream, done: int, meter: _Meter, records: Records) -> None:
         """After a step: log line, end of the epoch, evaluation, checkpoint."""
-        run, last = self.run, done == self.run.steps
+        run = self.run
+        last = done == self.run.steps
         evaluate = last or (run.eval_every and done % run.eval_every == 0)
         if done % run.log_every == 0 or done % run.save_every == 0 or evaluate:
             self.guard.check()
@@ -291,7 +295,9 @@ class _Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self._samples, self._wait, self._count = 0, 0.0, 0
+        self._samples = 0
+        self._wait = 0.0
+        self._count = 0
         self._sums: dict[str, Tensor] = {}
         self._began = time.perf_counter()
 
@@ -302,7 +308,8 @@ class _Meter:
         self._wait += time.perf_counter() - self._mark
 
     def add(self, samples: int, values: Mapping[str, Tensor]) -> None:
-        self._samples, self._count = self._samples + samples, self._count + 1
+        self._samples += samples
+        self._count += 1
         for name, value in values.items():
             self._sums[name] = self._sums[name] + value.detach() if name in self._sums else value.detach().clone()
 

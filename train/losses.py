@@ -5,8 +5,8 @@ InfoNCE (van den Oord et al. 2018, arXiv 1807.03748, eq. 4), symmetric over imag
 positives per row (UniCL, Yang et al. 2022, arXiv 2204.03610, eq. 3-5).
 
 The B x B logits are computed in chunks ("strips") of a few rows, in the forward pass and once more in the backward
-pass. Every rank computes the strips of its own images against the texts of all ranks, which are all-gathered while they
-are small, and else passed around a ring. Gradients of the texts are summed over ranks.
+pass. Every rank computes the strips of the images it holds against the texts of all ranks, which are all-gathered while
+they are small, and else passed around a ring. Gradients of the texts are summed over ranks.
 """
 
 from __future__ import annotations
@@ -60,17 +60,13 @@ class LossConfig:
 
 
 def contrastive_loss(
-    config: LossConfig, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, groups: Tensor
+    config: LossConfig, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, groups: Tensor | None
 ) -> Tensor:
     """The loss that a recipe names, of this rank's pairs: unit vectors [b, D]; scale, bias and groups are [b].
 
     Returns a scalar whose mean over ranks is minimised.
     """
-    options = {
-        "logit_bias": logit_bias,
-        "groups": groups if config.positives == "group" else None,
-        "label_smoothing": config.label_smoothing,
-    }
+    options = {"logit_bias": logit_bias, "groups": groups, "label_smoothing": config.label_smoothing}
     return LOSSES[config.kind](image, text, logit_scale, **{n: v for n, v in options.items() if config.takes(n)})
 
 
@@ -123,7 +119,8 @@ class _Pairs:
         start = sum(self.sizes[: distributed.rank()])
         if groups is None:  # each pair is its own group
             groups = torch.arange(start, start + rows, device=device)
-        self.own, self.everyone = groups, distributed.gather_rows(groups, self.sizes)
+        self.own = groups
+        self.everyone = distributed.gather_rows(groups, self.sizes)
         self.mine = slice(start, start + rows)
 
     @property

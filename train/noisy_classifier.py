@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from clipkit import distributed
 from clipkit.config import Recipe
+from clipkit.data.images import to_signed
 from clipkit.data.loader import Batch
 from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError
@@ -71,14 +72,16 @@ class Classification(Task):
         self.trained_with = {"model.clip": identity(clip)}
         if recipe.model.image_size not in (0, clip.config.image_size):
             clip = resized(clip, recipe.model.image_size)
-        self.config, self.shape, self.image_size = recipe.model, clip.config, clip.config.image_size
+        self.config = recipe.model
+        self.shape = clip.config
+        self.image_size = clip.config.image_size
         self.names = shards.classes
         clip.text.requires_grad_(False)
         self.model: NoisyClassifier = NoisyClassifier(NoisyCLIP(clip, recipe.model.width), len(shards.classes))
 
     def forward(self, batch: Batch) -> Features:
         """Each image's cross-entropy, and whether its class is the most probable: [b] both."""
-        x0 = batch.images.float() / 127.5 - 1
+        x0 = to_signed(batch.images)
         lam = sample_log_snr("cosine", len(x0)).to(x0.device)
         clean = torch.rand(len(x0), device=x0.device) < self.config.clean_fraction
         log_p = self.model(*noised(x0, lam, torch.randn_like(x0), clean))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from clipkit.config import Recipe
-from clipkit.data.images import decode, preprocess
+from clipkit.data.images import decode, preprocess, to_signed
 from clipkit.data.loader import Batch, packs_of, validation_of
 from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError
@@ -58,8 +58,12 @@ class NoisyPretraining(Task):
     def __init__(self, recipe: NoisyCLIPRecipe, shards: Shards) -> None:
         super().__init__()
         clean = load(recipe.model.clip, "cpu")
-        self.recipe, self.tokenizer, self.image_size = recipe, clean.tokenizer, clean.model.config.image_size
-        clip, where = clean.model, recipe.model.autoencoder
+        self.recipe = recipe
+        self.tokenizer = clean.tokenizer
+        self.tokenizers = (clean.tokenizer,)
+        self.image_size = clean.model.config.image_size
+        clip = clean.model
+        where = recipe.model.autoencoder
         self.autoencoder = load_autoencoder(where) if where else None
         self.trained_with = {"model.clip": identity(clip)}
         if self.autoencoder is not None:
@@ -82,12 +86,12 @@ class NoisyPretraining(Task):
         clean = torch.rand(len(x0), device=x0.device) < self.recipe.model.clean_fraction
         x, lam = noised(x0, lam, torch.randn_like(x0), clean)
         image, tau = self.model.encode_image(x, lam)
-        text = self.model.encode_text(self.tokenizer(batch.captions))
+        text = self.model.encode_text(batch.ids(self.tokenizer))
         return image, text, tau
 
     def _clean_input(self, images: Tensor) -> Tensor:
         """uint8 [b, 3, S, S] -> images in [-1, 1], or their latents."""
-        x0 = images.float() / 127.5 - 1
+        x0 = to_signed(images)
         return x0 if self.autoencoder is None else self.autoencoder.encode(x0)
 
     def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -139,7 +139,8 @@ class EMA:
     def update(self, model: nn.Module, step: int) -> None:
         """Average in the weights after `step` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        averaged, current = [], []
+        averaged = []
+        current = []
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point():
                 averaged.append(self.shadow[name])

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipkit.data.loader import Stream
+from clipkit.data.loader import Batch, Stream
 from clipkit.data.shards import Shards
 from clipkit.distributed import computes_in_bf16
 from clipkit.errors import ClipkitError, UsageError
@@ -95,7 +95,8 @@ def loading_time(recipe: PretrainRecipe, samples: int = 64) -> float | None:
 
 def _timed_loading(stream: Stream, step: int) -> float:
     """Seconds per sample, the best of three; the first finds the files on the disk."""
-    times, positions = [], stream.positions(step)
+    times = []
+    positions = stream.positions(step)
     for _ in range(3):
         began = time.perf_counter()
         stream.samples.__getitems__(positions)
@@ -242,7 +243,8 @@ def _count_training(recipe: PretrainRecipe, caption_tokens: int) -> _Counted:
 
 
 def _count(recipe: PretrainRecipe, caption_tokens: int, size: int) -> _Counted:
-    config, samples = recipe.model, 4
+    config = recipe.model
+    samples = 4
     vocabulary = CLIP_VOCABULARY if config.merges else config.vocab_size
     with torch.device("meta"):
         model = CLIP(config, vocabulary, end_id=2)
@@ -263,8 +265,10 @@ def _count(recipe: PretrainRecipe, caption_tokens: int, size: int) -> _Counted:
             features = [model.encode_image(images), model.encode_text(ids)]
         torch.autograd.backward([f.sum() for f in features if f.requires_grad])
         if recipe.distil.teachers:
-            seen, caption = torch.zeros(samples, 3, size, size, dtype=torch.uint8), "a " * (ids.shape[1] - 2)
-            Teachers(recipe.distil, config.embed_dim)(model, seen, [caption] * samples, recipe.data.flip)
+            pixels = torch.zeros(samples, 3, size, size, dtype=torch.uint8)
+            captions = ["a " * (ids.shape[1] - 2)] * samples
+            batch = Batch(pixels, captions, torch.zeros(samples, dtype=torch.int64), [""] * samples)
+            Teachers(recipe.distil, config.embed_dim)(model, batch, recipe.data.flip)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return _Counted(
         flops=counter.get_total_flops() / samples,

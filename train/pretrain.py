@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,12 @@ from clipkit import distributed
 from clipkit.config import Recipe
 from clipkit.data.loader import Batch, packs_of, validation_of
 from clipkit.data.shards import Shards
-from clipkit.errors import RecipeError
+from clipkit.errors import CheckpointError, RecipeError
 from clipkit.io import write_atomically
 from clipkit.models.clip import CLIP, CLIPConfig
 from clipkit.models.pretrained import load
-from clipkit.models.tokenizer import SMALLEST_VOCABULARY, Tokenizer
+from clipkit.models.source import Source, open_source
+from clipkit.models.tokenizer import SMALLEST_VOCABULARY, AnyTokenizer, Tokenizer
 from clipkit.models.towers import residual_blocks
 from clipkit.models.words import split
 from clipkit.train import finetune
@@ -47,6 +49,28 @@ class PretrainRecipe(Recipe):
     loss: LossConfig
     finetune: FinetuneConfig
     distil: DistilConfig
+
+    @classmethod
+    def complete(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Take the keys of [model] that are not given from the CLIP that the run starts from.
+
+        A recipe with [model] can be read before there is that CLIP; training it raises CheckpointError.
+        """
+        sections = {name: data.get(name, {}) for name in ("finetune", "model", "loss")}
+        if not all(isinstance(section, dict) for section in sections.values()):
+            return data
+        init_from = sections["finetune"].get("init_from", "")
+        init = sections["finetune"].get("init", "both")
+        if not init_from or not isinstance(init_from, str) or init not in ("both", "image", "text"):
+            return data
+        try:
+            source = open_source(init_from)
+        except CheckpointError:
+            if sections["model"]:
+                return data
+            raise
+        sigmoid = sections["loss"].get("kind") == "sigmoid"
+        return {**data, "model": finetune.model_section(source, sections["model"], init, sigmoid)}
 
     def __post_init__(self) -> None:
         has_bias = self.model.init_logit_bias is not None
@@ -72,18 +96,22 @@ class Pretraining(Task):
         super().__init__()
         self.recipe = recipe
         self.image_size = recipe.model.image_size
-        self.tokenizer = make_tokenizer(recipe, shards)
-        self.model: CLIP = CLIP(recipe.model, self.tokenizer.vocab_size, self.tokenizer.end_id)
+        source = recipe.finetune.source()
+        self.tokenizer = make_tokenizer(recipe, shards, source)
+        with_text = source is not None and recipe.finetune.init != "image"
+        vocabulary = source.vocabulary if source is not None and with_text else self.tokenizer.vocab_size
+        self.model: CLIP = CLIP(recipe.model, vocabulary, self.tokenizer.end_id)
         if recipe.data.progressive_size:
             self.model.image.check_size(recipe.data.progressive_size)
-        finetune.initialise(self.model, recipe.finetune)
+        finetune.initialise(self.model, recipe.finetune, source)
         finetune.lock(self.model, recipe.finetune)
         self.teachers = Teachers(recipe.distil, recipe.model.embed_dim) if recipe.distil.teachers else None
+        self.tokenizers = (self.tokenizer, *(self.teachers.tokenizers if self.teachers else ()))
 
     def forward(self, batch: Batch) -> Features:
         """Unit vectors of images and captions [b, D], logit scale and bias [b], and the teachers' features [b, D]."""
         image = self.model.encode_image(batch.images)
-        text = self.model.encode_text(self.tokenizer(batch.captions))
+        text = self.model.encode_text(batch.ids(self.tokenizer))
         # As rows beside the features, so that the loss is a function of features and nothing else; FSDP wants no views.
         scales = self.model.logit_scale.repeat(len(batch)), self.model.logit_bias.repeat(len(batch))
         return image, text, *scales, *self._teach(batch, image, text)
@@ -92,22 +120,22 @@ class Pretraining(Task):
         """The teachers' features [b, D] of images and captions; for a locked tower its own."""
         if self.teachers is None:
             return ()
-        taught = self.teachers(self.model, batch.images, batch.captions, self.recipe.data.flip)
-        return tuple(
-            own.detach() if theirs is None else theirs for theirs, own in zip(taught, (image, text), strict=True)
-        )
+        taught = self.teachers(self.model, batch, self.recipe.data.flip)
+        return tuple(own.detach() if made is None else made for made, own in zip(taught, (image, text), strict=True))
 
     def loss(self, features: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The recipe's contrastive loss over all ranks, and the distance to the teachers; logs the logit scale."""
         image, text, scale, bias, *taught = features
         config = self.recipe.loss
-        value = contrastive_loss(config, image, text, scale, bias, batch.groups)
+        groups = batch.groups if config.positives == "group" else None
+        value = contrastive_loss(config, image, text, scale, bias, groups)
         logged = {"logit_scale": scale.detach().mean()}
         if config.takes("logit_bias"):
             logged["logit_bias"] = bias.detach().mean()
         if taught:
             distance = squared_distance(torch.cat([image, text], dim=1), torch.cat(taught, dim=1))
-            value, logged = value + self.recipe.distil.weight * distance, {**logged, "distance": distance.detach()}
+            value = value + self.recipe.distil.weight * distance
+            logged = {**logged, "distance": distance.detach()}
         return value, logged
 
     def train(self, mode: bool = True) -> Pretraining:
@@ -146,7 +174,8 @@ class Pretraining(Task):
         if self.validation is None:
             return {}
         if not self.validation.classes:
-            return retrieval.evaluate(self.model, self.tokenizer, self.validation)
+            found = retrieval.evaluate(self.model, self.tokenizer, self.validation)
+            return {"n": found.n, "texts": found.texts, "skipped": found.skipped.total(), **found.recalls}
         images = from_shards("validation", self.validation)
         head = heads.class_head(self.model, self.tokenizer, images.classes, images.templates)
         scores = classify.evaluate(self.model, head, images)
@@ -159,15 +188,15 @@ class Pretraining(Task):
         return {"tokenizer.json": self.tokenizer.to_json(), **words}
 
 
-def make_tokenizer(recipe: PretrainRecipe, shards: Shards) -> Tokenizer:
-    """The tokenizer of the text tower to start from, or CLIP's if the recipe names its merges file, or a trained one.
+def make_tokenizer(recipe: PretrainRecipe, shards: Shards, source: Source | None = None) -> AnyTokenizer:
+    """The tokenizer of the text encoder to start from, CLIP's if the recipe names its merges file, or a new one.
 
-    Rank 0 trains it on captions of all packs once and writes it into the run's folder, with the captions' words if it
-    has read all captions.
+    A new one is trained on captions of all packs, once, on rank 0, and kept in the run's folder; so are their words, if
+    no caption is omitted.
     """
-    config, source = recipe.model, recipe.finetune.source
+    config = recipe.model
     if source is not None and recipe.finetune.init != "image":
-        return Tokenizer.from_json(source.text("tokenizer.json"), config.context_length)
+        return source.tokenizer
     if config.merges:
         return Tokenizer.clip(config.merges, config.context_length)
     path = Path(recipe.run.out) / "tokenizer.json"

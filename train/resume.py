@@ -68,7 +68,8 @@ def check_recipe(found: checkpoint.Checkpoint, recipe: Recipe) -> list[str]:
             f"{run} holds a run of another recipe ({'; '.join(changed)}); give run.out another folder, or the recipe "
             f"its old values{hint if 'finetune.init_from' in ours else ''}"
         )
-    steps, before = recipe.run.steps, theirs["run.steps"]
+    steps = recipe.run.steps
+    before = theirs["run.steps"]
     if steps == before:
         return []
     if steps <= found.step:

@@ -60,7 +60,8 @@ def _grad_cache(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Gradient accumulation over micro-batches; `module` is `task`, wrapped for data parallel training."""
     device = batch.images.device
-    states, cached = [], []
+    states = []
+    cached = []
     with keep_running_stats(task):
         for part in parts:
             states.append(_random_state(device))

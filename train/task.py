@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clipkit.data.loader import Batch
+from clipkit.models.tokenizer import AnyTokenizer
 
 Features = tuple[Tensor, ...]
 
@@ -25,6 +26,8 @@ class Task(nn.Module, ABC):
     model: nn.Module
     image_size: int
     """Side of the images that `forward` is called with, in pixels."""
+    tokenizers: Sequence[AnyTokenizer] = ()
+    """Tokenizers that the data loader applies to captions, for `Batch.ids`."""
     progressive = False
     """Whether the model takes smaller images too (data.progressive_size)."""
 

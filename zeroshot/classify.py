@@ -1,40 +1,36 @@
-"""Zero-shot classification of a data set against a class head, and what is counted: accuracy, calibration, confusions.
+"""Zero-shot classifier: predictions of a class head on a data set, accuracy, calibration (ECE), confusion matrix.
 
 Radford et al. 2021 (arXiv 2103.00020), section 3.1.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from clipkit import distributed
 from clipkit.data.files import counted
-from clipkit.data.images import preprocessing
-from clipkit.errors import DataError, SampleError, UsageError
-from clipkit.log import progress
-from clipkit.models.clip import CLIP, CLIPConfig
+from clipkit.errors import DataError, UsageError
+from clipkit.models.clip import CLIP
 from clipkit.zeroshot.datasets import ImageSet
+from clipkit.zeroshot.embedding import Encoder, embed
 
 _BINS = 15
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says about each of N images of C classes, in their order, on the CPU."""
+    """Predictions for each of N images of C classes, in their order, on the CPU."""
 
     targets: Tensor
-    """bool [N, C]: the classes that an image is of; several in a multi-label set."""
+    """bool [N, C]: the true classes of an image; several in a multi-label set."""
     ranking: Tensor
-    """int64 [N, k]: the most similar classes, best first; k is 5, or C where that is less."""
+    """int64 [N, k]: the most similar classes, best first; k is the smaller of 5 and C."""
     confidence: Tensor
-    """float64 [N]: the probability of the first, under the model's own logit scale."""
+    """float64 [N]: the probability of the first, under the model's learned logit scale."""
     similarities: Tensor | None
     """float32 [N, C], kept for multi-label sets only."""
     rows: Sequence[int] | None = None
@@ -50,9 +46,9 @@ class Scores:
     n: int
     top1: float
     top5: float
-    """Of five guesses one is right; of all, where there are fewer classes."""
+    """One of five predictions is correct; of all C where there are fewer classes."""
     mean_per_class: float
-    """Mean recall of those classes that have images."""
+    """Mean recall over the classes that have images."""
     top1_low: float
     top1_high: float
     """Ends of the bootstrap's 95 % interval of top1."""
@@ -60,30 +56,9 @@ class Scores:
     """Expected calibration error: 15 bins of confidence (Guo et al. 2017, arXiv 1706.04599, equation 3)."""
 
 
-class _Share(Dataset[tuple[int, Tensor, Tensor, str]]):
-    """This rank's share of an image set: index, pixels, which classes it is of, and why it cannot be read."""
-
-    def __init__(self, images: ImageSet, config: CLIPConfig) -> None:
-        self.images, self.preprocess, self.size = images, preprocessing(config), config.image_size
-        self.rank, self.ranks = distributed.rank(), distributed.world_size()
-
-    def __len__(self) -> int:
-        return -(-len(self.images) // self.ranks)  # the same on all ranks: a cut model needs them all
-
-    def __getitem__(self, i: int) -> tuple[int, Tensor, Tensor, str]:
-        index = self.rank + i * self.ranks
-        targets = torch.zeros(len(self.images.classes), dtype=torch.bool)
-        try:
-            image, labels = self.images[min(index, len(self.images) - 1)]
-        except SampleError as error:
-            return index, torch.zeros(3, self.size, self.size, dtype=torch.uint8), targets, error.reason
-        targets[list(labels)] = True
-        return index, self.preprocess(image), targets, ""
-
-
 @torch.no_grad()
 def predict(model: CLIP, head: Tensor, images: ImageSet, batch_size: int = 256, workers: int = 0) -> Predictions:
-    """Compare every image with every row of `head` [C, D]; all ranks share the work and get all of it.
+    """Cosines of every image with every row of `head` [C, D], as predictions; the ranks share the work, each gets all.
 
     Images that cannot be read are skipped and counted. Raises UsageError for an empty set, or a head with another
     number of classes, DataError when no image can be read.
@@ -92,47 +67,38 @@ def predict(model: CLIP, head: Tensor, images: ImageSet, batch_size: int = 256, 
         raise UsageError(f"data set {images.name!r} holds no image")
     if len(head) != len(images.classes):
         raise UsageError(f"the head has {len(head)} classes, data set {images.name!r} {len(images.classes)}")
-    n, classes, device = len(images), len(head), head.device
-    k = min(5, classes)
-    found = torch.zeros(n, k + 1, dtype=torch.float64)  # ranking and confidence, filled by one rank each
-    targets = torch.zeros(n, classes, dtype=torch.uint8)
-    similarities = torch.zeros(n if images.multilabel else 0, classes)
-    is_read, skipped = torch.zeros(n, dtype=torch.uint8), Counter[str]()
-    loader = DataLoader(_Share(images, model.config), batch_size=batch_size, num_workers=workers)
-    for index, pixels, labels, reasons in progress(loader, len(loader), "zero-shot"):
-        similar = model.encode_image(pixels.to(device)) @ head.T  # [b, C]
+    found = embed(Encoder.of(model), images.__getitem__, range(len(images)), batch_size, workers, "zero-shot")
+    if not found.rows:
+        raise DataError(f"none of the {len(images)} images of {images.name} can be read: {counted(found.reasons)}")
+    targets = torch.zeros(len(found.rows), len(head), dtype=torch.bool)
+    for row, labels in zip(targets, found.notes, strict=True):
+        row[list(labels)] = True
+    rankings, confidences, similarities = list[Tensor](), list[Tensor](), list[Tensor]()
+    for features in torch.split(found.features, batch_size):
+        similar = features.to(head) @ head.T  # [b, C]
+        ranking = similar.topk(min(5, len(head)), dim=1).indices
         probability = (model.logit_scale * similar).softmax(dim=1)
-        ranking = similar.topk(k, dim=1).indices
-        best = probability.gather(1, ranking[:, :1])
-        skipped.update(why for i, why in zip(index.tolist(), reasons, strict=True) if why and i < n)
-        inside = (index < n) & torch.tensor([not why for why in reasons])
-        rows = index[inside]
-        is_read[rows] = 1
-        found[rows] = torch.cat([ranking.double(), best.double()], dim=1).cpu()[inside]
-        targets[rows] = labels[inside].to(torch.uint8)
+        rankings.append(ranking.cpu())
+        confidences.append(probability.gather(1, ranking[:, :1])[:, 0].double().cpu())
         if images.multilabel:
-            similarities[rows] = similar.float().cpu()[inside]
-    if distributed.active():
-        found, targets, similarities, is_read = (
-            distributed.sum_over_ranks(t.to(device)).cpu() for t in (found, targets, similarities, is_read)
-        )
-        skipped = distributed.sum_counts(skipped)
-    kept = is_read.bool()
-    if not kept.any():
-        raise DataError(f"none of the {n} images of {images.name} can be read: {counted(skipped)}")
-    found, targets = found[kept], targets[kept].bool()
-    similar_to_all = similarities[kept] if images.multilabel else None
-    rows = kept.nonzero()[:, 0].tolist()
-    return Predictions(targets, found[:, :k].long(), found[:, k], similar_to_all, rows, skipped)
+            similarities.append(similar.float().cpu())
+    return Predictions(
+        targets,
+        torch.cat(rankings),
+        torch.cat(confidences),
+        torch.cat(similarities) if images.multilabel else None,
+        found.rows,
+        found.reasons,
+    )
 
 
 def evaluate(model: CLIP, head: Tensor, images: ImageSet, batch_size: int = 256, workers: int = 0) -> Scores:
-    """Classify every image by its nearest row of `head` [C, D]; all ranks share the work and get the same scores."""
+    """Scores of the zero-shot classifier `head` [C, D]; the ranks share the work and get the same scores."""
     return score(predict(model, head, images, batch_size, workers))
 
 
 def score(predictions: Predictions) -> Scores:
-    """Count. In a multi-label set a guess is right when it is one of the image's classes."""
+    """Scores of predictions. In a multi-label set a prediction is correct if it is one of the image's classes."""
     targets, ranking = predictions.targets, predictions.ranking
     hits = targets.gather(1, ranking)  # [N, k]
     top1 = hits[:, 0].double()
@@ -140,7 +106,7 @@ def score(predictions: Predictions) -> Scores:
     right = (targets & (ranking[:, :1] == torch.arange(targets.shape[1]))).double().sum(dim=0)
     recall = (right / per_class)[per_class > 0].mean()
     n, share = len(top1), float(top1.mean())
-    # A bootstrap sample of n hits and misses is n draws with this share of hits: a binomial number.
+    # A bootstrap sample of n hits and misses is n draws with this fraction of hits: binomial.
     low, high = np.quantile(np.random.default_rng(0).binomial(n, share, 10_000) / n, [0.025, 0.975])
     return Scores(
         n=n,
@@ -154,14 +120,14 @@ def score(predictions: Predictions) -> Scores:
 
 
 def calibration_error(confidence: Tensor, right: Tensor, bins: int = _BINS) -> float:
-    """Mean over images of |accuracy - confidence| of the bin that they fall in; bins are equally wide, (low, high]."""
+    """ECE: mean over images of |accuracy - confidence| of their bin; bins are equally wide, (low, high]."""
     place = (confidence * bins).ceil().long().clamp(1, bins) - 1
     gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, right.double() - confidence.double())
     return float(gaps.abs().sum() / len(confidence))
 
 
 def confusions(predictions: Predictions) -> Tensor:
-    """int64 [C, C]: how many images of the row's class were taken for the column's."""
+    """Confusion matrix, int64 [C, C]: images of the row's class that were classified as the column's."""
     classes = predictions.targets.shape[1]
     matrix = torch.zeros(classes, classes, dtype=torch.int64)
     image, target = predictions.targets.nonzero().T
@@ -173,7 +139,7 @@ def mean_average_precision(similarities: Tensor, targets: Tensor) -> float:
     """Mean over classes of the average precision of [N, C] scores against bool [N, C].
 
     The area under the precision-recall steps, as in scikit-learn: equal scores count together. Classes without images
-    are left out.
+    are omitted.
     """
     present = [c for c in range(targets.shape[1]) if targets[:, c].any()]
     return float(torch.stack([_average_precision(similarities[:, c], targets[:, c]) for c in present]).mean())

@@ -1,7 +1,6 @@
-"""Data sets for zero-shot evaluation: named ones, and anyone's folder, tar, CSV, pack or webdataset.
+"""Labelled images for zero-shot evaluation and linear probes: a folder, tar, CSV, pack, webdataset or named data set.
 
-Class names and templates of the named sets are data files, or read from the set itself; in a folder or tar the class is
-the directory's name.
+Named data sets are the entries of `clipkit.registry.DATASETS`. In a folder or tar the class is the directory's name.
 """
 
 from __future__ import annotations
@@ -11,11 +10,11 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -23,72 +22,78 @@ from PIL import Image
 from clipkit.data.classes import Names, are_consecutive, checked_templates, class_name, fit_names, in_order, say_alike
 from clipkit.data.files import File, Files, members
 from clipkit.data.images import SUFFIXES, decode
-from clipkit.data.orientation import upright
-from clipkit.data.shards import Shards, is_hidden, split_key, tar_files
+from clipkit.data.manifest import tar_files
+from clipkit.data.shards import Shards
 from clipkit.data.sources import DEFAULT_TEMPLATES, RawSample, Source, class_layout, draw_captions, encode_png
 from clipkit.data.tables import decoded, read_table
-from clipkit.errors import DataError, SampleError, UsageError, did_you_mean
-from clipkit.zeroshot.heads import ensembles
+from clipkit.data.tar_scan import is_hidden, split_key
+from clipkit.errors import DataError, SampleError, UsageError, did_you_mean, shown
+from clipkit.registry import DATASETS
 
 KINDS = ("folder", "tar", "csv", "shards", "wds")
-"""What may stand before the colon of KIND:PLACE."""
+"""Kinds of KIND:PLACE."""
 
 
 @dataclass(frozen=True)
 class ImageSet:
     """Labelled images: `images[i]` is (RGB image, its labels), which index `classes`; one label unless `multilabel`.
 
-    An image that cannot be read raises SampleError when it is asked for. keys: what the classes are called where the
-    images lie, if not by their first names. ordered: whether a list of names that somebody else made has this order.
-    skipped: what is no image of the set, by reason.
+    get: row -> image and labels; raises SampleError for an image that cannot be read. keys: the classes' folders, where
+    these are not their first names. ordered: whether a list of names made elsewhere has this order. skipped: counts of
+    files that are not taken, by reason.
     """
 
     name: str
     classes: Sequence[Sequence[str]]
     templates: Sequence[str]
-    _length: int
-    _get: Callable[[int], tuple[Image.Image, tuple[int, ...]]]
+    length: int
+    get: Callable[[int], tuple[Image.Image, tuple[int, ...]]]
     multilabel: bool = False
     keys: Sequence[str] = ()
     ordered: bool = True
     skipped: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return self._length
+        return self.length
 
     def __getitem__(self, i: int) -> tuple[Image.Image, tuple[int, ...]]:
-        return self._get(i)
+        return self.get(i)
 
     def only(self, rows: Sequence[int]) -> ImageSet:
         """The set of these images alone."""
-        return dataclasses.replace(self, _length=len(rows), _get=lambda i: self._get(rows[i]))
+        return dataclasses.replace(self, length=len(rows), get=lambda i: self.get(rows[i]))
 
     def renamed(self, names: Mapping[str, Names] | Sequence[Names], what: str) -> ImageSet:
-        """The set with its classes named otherwise. Raises UsageError as `fit_names` does; `what` is the source."""
+        """The set with other class names. Raises UsageError as `fit_names` does; `what` is the names' source."""
         first = [c[0] for c in self.classes]
         classes = fit_names(names, self.keys or first, first, self.ordered, what)
         return dataclasses.replace(self, classes=classes)
 
 
-@cache
-def known() -> dict[str, dict[str, Any]]:
-    """The registry: name -> its classes, templates and source, and the torchvision data set that reads it."""
-    found: dict[str, dict[str, Any]] = _data("datasets.json")
-    return found
-
-
-def _data(name: str) -> Any:
+def packaged(name: str) -> Any:
+    """A JSON file of zeroshot/data."""
     return json.loads(files("clipkit.zeroshot").joinpath(f"data/{name}").read_text(encoding="utf-8"))
+
+
+class OpenDataset(Protocol):
+    """Opens a named data set: an entry of `registry.DATASETS`, clipkit's own or another package's."""
+
+    def __call__(self, data_dir: Path, download: bool = False, training: bool = False) -> ImageSet:
+        """The test images below `data_dir`, or the training images; fetched there if `download`.
+
+        Raises DataError for missing or unreadable data, UsageError where there are no training images.
+        """
+        ...
 
 
 def open_set(
     name: str, data_dir: Path, download: bool = False, training: bool = False, folders: Collection[str] = ()
 ) -> ImageSet:
-    """A data set by its name in the registry, or folder:DIR, tar:FILE, csv:FILE, shards:DIR or wds:DIR.
+    """A data set by its name in `registry.DATASETS`, or folder:DIR, tar:FILE, csv:FILE, shards:DIR or wds:DIR.
 
-    Named sets are looked for in `data_dir` and fetched there only with `download`; they are what is tested on, or with
-    `training` what is trained on. `folders` are those of classes, where a layout leaves that open. Raises UsageError
-    for an unknown name or one without training part, DataError (saying how to get it) for missing or unreadable data.
+    Named sets are looked for in `data_dir` and fetched there only with `download`: their test images, or with
+    `training` their training images. `folders` are those of classes, where a layout leaves that open. Raises UsageError
+    for an unknown name or a set without training images, DataError for missing or unreadable data.
     """
     kind, colon, where = name.partition(":")
     if colon and kind in KINDS:
@@ -97,23 +102,26 @@ def open_set(
         if kind in ("folder", "tar"):
             return _from_files(name, Path(where), kind, folders)
         return (_from_csv if kind == "csv" else _from_webdataset)(name, Path(where))
-    if name not in known():
-        raise UsageError(
-            f"unknown data set {name!r}; {did_you_mean(name, known())} (or KIND:PLACE, KIND one of {', '.join(KINDS)})"
-        )
-    entry = known()[name]
-    if training and "training" not in entry:
-        raise UsageError(f"{name} has no training part that clipkit knows; give its files as folder:DIR")
-    if "folders" in entry:
-        return _from_imagenet(name, entry, data_dir)
-    arguments = {**entry["arguments"], **(entry["training"] if training else {})}
-    return _from_torchvision(name, f"{name}:train" if training else name, arguments, data_dir, download)
+    if name not in DATASETS:
+        raise UsageError(f"unknown data set {shown(name)!r}; {_suggestion(name)}")
+    return DATASETS[name](data_dir, download, training)
+
+
+def _suggestion(name: str) -> str:
+    """Advice on a name that is no data set: the kind of an existing place, or a similar name."""
+    place = Path(name)
+    with suppress(OSError, ValueError):
+        if place.is_dir():
+            return f"for the folder of this name, give {'shards' if tar_files(place) else 'folder'}:{name}"
+        if place.is_file():
+            return f"for the file of this name, give {'csv' if place.suffix in ('.csv', '.tsv') else 'tar'}:{name}"
+    return f"{did_you_mean(name, DATASETS)} (or KIND:PLACE, KIND one of {', '.join(KINDS)})"
 
 
 def as_source(images: ImageSet, seed: int) -> Source:
     """A data set to be packed, as PNG, its captions from its own templates. Raises UsageError for a multi-label one."""
     if images.multilabel:
-        raise UsageError(f"{images.name} has pictures of several labels; pack it with --csv and captions")
+        raise UsageError(f"{images.name} has pictures of several labels; pack it from a table of images and captions")
 
     def samples() -> Iterator[RawSample | SampleError]:
         rng = np.random.default_rng(seed)
@@ -130,6 +138,16 @@ def as_source(images: ImageSet, seed: int) -> Source:
     return Source(samples(), lambda: len(images), identity, classes, templates, lambda: images.skipped)
 
 
+def dataset_source(source: str | Path, split: str, seed: int, data_dir: Path, download: bool) -> Source:
+    """A split, "train" or "test", of a data set that `open_set` knows, to be packed.
+
+    Raises UsageError for another split, and as `as_source` does.
+    """
+    if split not in ("train", "test"):
+        raise UsageError(f"--split is {split!r}; {source} has train and test")
+    return as_source(open_set(str(source), data_dir, download, training=split == "train"), seed)
+
+
 def _from_files(name: str, source: Path, kind: str, folders: Collection[str]) -> ImageSet:
     if not (source.is_dir() if kind == "folder" else source.is_file()):
         raise DataError(f"no {kind} at {source}")
@@ -141,16 +159,16 @@ def _from_files(name: str, source: Path, kind: str, folders: Collection[str]) ->
             skipped["unknown class"] += 1
         else:
             kept.append((file if found.is_folder else _held(file), label))
-    ordered = are_consecutive(keys) or set(keys) == _data("imagenet.json").keys()
-    return _of_files(name, kept, [[class_name(k)] for k in keys], DEFAULT_TEMPLATES, keys, ordered, skipped)
+    ordered = are_consecutive(keys) or set(keys) == packaged("imagenet.json").keys()
+    return labelled_files(name, kept, [[class_name(k)] for k in keys], DEFAULT_TEMPLATES, keys, ordered, skipped)
 
 
 def _held(file: File) -> File:
-    """A tar's picture, kept in memory."""
+    """A file of a tar, kept in memory."""
     return dataclasses.replace(file, read=functools.partial(bytes, file.read()))
 
 
-def _of_files(
+def labelled_files(
     name: str,
     found: Sequence[tuple[File, int]],
     classes: list[Names],
@@ -159,6 +177,8 @@ def _of_files(
     ordered: bool,
     skipped: Mapping[str, int],
 ) -> ImageSet:
+    """A data set of encoded files with one label each; the other arguments are those of `ImageSet`."""
+
     def get(i: int) -> tuple[Image.Image, tuple[int, ...]]:
         file, label = found[i]
         return _decode(file.read(), f"{name}, {file.name}"), (label,)
@@ -284,82 +304,9 @@ def _lines_of(folder: Path, name: str, optional: bool = False) -> list[str]:
     return [line.strip() for line in decoded(path).splitlines() if line.strip()]
 
 
-def _from_imagenet(name: str, entry: Mapping[str, Any], data_dir: Path) -> ImageSet:
-    """Folders by WordNet id, or by number (ImageNet-V2); of the thousand classes those that are there."""
-    names: dict[str, str] = _data(f"{entry['folders']}.json")
-    wordnet = sorted(names)
-    places = [p for p in (data_dir / name / "val", data_dir / name, data_dir) if p.is_dir()]
-    for place in places:
-        directories = {p.name for p in place.iterdir() if p.is_dir()}
-        ids = {d: d if d in names else wordnet[int(d)] for d in directories if d in names or _is_index(d)}
-        if ids:
-            break
-    else:
-        how = "unpack it there, into folders by WordNet id (n01440764 ...)"
-        raise DataError(f"{name} is not in {data_dir / name}; {how}")
-    classes = sorted(set(ids.values()))
-    found, skipped = list[tuple[File, int]](), Counter[str]()
-    for directory in sorted(ids):
-        inside = Files(place / directory)
-        label = classes.index(ids[directory])
-        found += [(dataclasses.replace(file, name=f"{directory}/{file.name}"), label) for file in inside]
-        skipped += inside.counts()
-    return _of_files(
-        name, found, [[names[c]] for c in classes], ensembles()[entry["templates"]], classes, True, skipped
-    )
-
-
-def _is_index(directory: str) -> bool:
-    return directory.isdecimal() and int(directory) < 1000
-
-
 def _decode(data: bytes, where: str) -> Image.Image:
     try:
         return decode(data)
     except SampleError as error:
         detail = str(error).removeprefix(f"{error.reason}: ")
         raise SampleError(error.reason, f"{where}: {detail}") from None
-
-
-def _from_torchvision(name: str, shown: str, arguments: Mapping[str, Any], data_dir: Path, download: bool) -> ImageSet:
-    from torchvision import datasets
-
-    entry = known()[name]
-    kind = getattr(datasets, entry["torchvision"])
-    try:
-        data = kind(str(data_dir), **arguments, download=download)
-        classes = [[c] if isinstance(c, str) else list(c) for c in _class_names(entry, data)]
-    except (ImportError, RuntimeError) as error:
-        if "scipy" in str(error).lower():
-            raise DataError(f"{name} keeps its labels in MATLAB files; pip install scipy reads them") from None
-        how = f"download it with --download, or put it in {data_dir} with --data-dir"
-        if download:
-            how = f"the download failed: {str(error).splitlines()[0][:120]}"
-        raise DataError(f"{name} is not in {data_dir}; {how}") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{name} could not be fetched or read ({error}); put its files in {data_dir} by hand") from None
-
-    def get(i: int) -> tuple[Image.Image, tuple[int, ...]]:
-        try:
-            image, label = data[i]
-        except (OSError, ValueError, SyntaxError, EOFError) as error:  # of its files torchvision decodes each by itself
-            raise SampleError("damaged image", f"{name}, image {i}: {error}") from None
-        return upright(image), (int(label),)
-
-    return ImageSet(shown, classes, entry["templates"], len(data), get)
-
-
-def _class_names(entry: Mapping[str, Any], data: Any) -> Sequence[str | Sequence[str]]:
-    """The registry's, or the data set's own where it has them, in the words of a prompt."""
-    if not isinstance(entry["classes"], str):
-        listed: Sequence[str | Sequence[str]] = entry["classes"]
-        return listed
-    renamed: dict[str, str] = entry.get("renamed", {})
-    found = [class_name(renamed.get(c, c)) for c in getattr(data, entry["classes"])]
-    return [_year_first(name) for name in found] if entry.get("year_first") else found
-
-
-def _year_first(name: str) -> str:
-    """A car as people say it: "2012 Audi S4 Sedan"."""
-    words = name.split()
-    return " ".join([words[-1], *words[:-1]]) if words[-1].isdecimal() else name

@@ -1,4 +1,4 @@
-"""Several models on several data sets in one call, and the results as a table, as JSON or as a page."""
+"""Zero-shot evaluation of several models on several data sets, and the results as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Result:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """What of the data set is in no score, by reason: files that are not taken, and images that cannot be read."""
+        """Counts of what is in no score, by reason: files that are not taken, and images that cannot be read."""
         return dict(Counter(self.images.skipped) + Counter(self.predictions.skipped))
 
     def as_dict(self) -> dict[str, Any]:
-        """What a script reads: names, counts, and the scores as fractions."""
+        """Names, counts, and the scores as fractions, for JSON."""
         found = {"dataset": self.images.name, "model": self.model, **dataclasses.asdict(self.scores)}
         found["skipped"] = self.skipped
         if self.mean_average_precision is not None:
@@ -46,7 +46,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Prompts:
-    """What replaces a data set's own names and templates, where it is given."""
+    """Class names, templates and descriptions that replace a data set's own."""
 
     classes: Sequence[Sequence[str]] | None = None
     templates: Sequence[str] | None = None
@@ -62,7 +62,7 @@ def evaluate(
     workers: int = 0,
     cache: Path | None = None,
 ) -> Result:
-    """Make a head for the data set and classify its images; all ranks share the work and get the same result.
+    """Build a class head for the data set and classify its images; the ranks share the work and get the same result.
 
     Images that cannot be read are skipped and counted. Raises UsageError for prompts that do not fit the data set,
     DataError when no image can be read.
@@ -86,25 +86,22 @@ def evaluate(
 def evaluate_all(
     models: Sequence[str], sets: Sequence[ImageSet], prompts: Prompts, device: str = "auto", **how: Any
 ) -> list[Result]:
-    """Each model, loaded once, on each data set; `how` as `evaluate` takes it."""
+    """Each model, loaded once, on each data set; `how` are further arguments of `evaluate`."""
     return list(evaluate_each(models, sets, prompts, device, **how))
 
 
 def evaluate_each(
     models: Sequence[str], sets: Sequence[ImageSet], prompts: Prompts, device: str = "auto", **how: Any
 ) -> Iterator[Result]:
-    """The same, each result as soon as it is there."""
+    """The same, one result at a time."""
     for name in models:
         clip = load(name, device)
         yield from (evaluate(name, clip, images, prompts, **how) for images in sets)
 
 
 def table(results: Sequence[Result]) -> str:
-    """The results as lines of text, and what was skipped."""
-    rows = [["model", "data set", "n", "top-1", "95 %", "top-5", "per class", "ECE", "mAP"]]
-    rows += [[r.model, r.images.name, *figures(r)] for r in results]
-    if all(row[-1] == "" for row in rows[1:]):
-        rows = [row[:-1] for row in rows]
+    """The results as lines of text, and the counts of skipped images."""
+    rows = cells(results)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     aligned = (
         [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
@@ -115,14 +112,22 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join([*lines, *skipped.values()])
 
 
-def figures(result: Result) -> list[str]:
-    """The result in words: n, top-1 and its interval, top-5, mean per class, ECE, mAP."""
-    s, precision = result.scores, result.mean_average_precision
+def cells(results: Sequence[Result]) -> list[list[str]]:
+    """Rows of text, the titles first: model, data set, n, and the scores; columns without a score are omitted."""
+    rows = [["model", "data set", "n", "top-1", "95 % interval", "top-5", "per class", "ECE", "mAP"]]
+    rows += [[r.model, r.images.name, *_scores(r)] for r in results]
+    used = [column for column in range(len(rows[0])) if any(row[column] for row in rows[1:])]
+    return [[row[column] for column in used] for row in rows]
+
+
+def _scores(result: Result) -> list[str]:
+    s = result.scores
+    precision = result.mean_average_precision
     return [
         f"{s.n:,}",
         f"{s.top1:.2%}",
         f"{s.top1_low:.1%} to {s.top1_high:.1%}",
-        f"{s.top5:.2%}",
+        f"{s.top5:.2%}" if len(result.images.classes) > 5 else "",
         f"{s.mean_per_class:.2%}",
         f"{s.ece:.3f}",
         "" if precision is None else f"{precision:.2%}",

@@ -1,23 +1,23 @@
-"""Pictures with names in a fixed order: files, folders, packs; and the loop that embeds them."""
+"""Pictures with names in a fixed order, to be embedded: files, folders, packs."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from PIL import Image
 
 from clipkit.data.files import Files, say_counts
-from clipkit.data.images import decode, preprocessing
-from clipkit.data.shards import Shards, tar_files
+from clipkit.data.images import decode
+from clipkit.data.manifest import is_pack, tar_files
+from clipkit.data.shards import Shards
 from clipkit.errors import DataError, SampleError
-from clipkit.log import progress
 from clipkit.models.pretrained import Pretrained
+from clipkit.zeroshot.embedding import Embedded, Encoder, embed
 
 
 class Gallery(Protocol):
@@ -33,17 +33,17 @@ class Gallery(Protocol):
         """Hash of all keys and marks."""
 
     def key(self, i: int) -> str:
-        """What the picture is called."""
+        """The picture's name."""
 
     def mark(self, i: int) -> str:
-        """What changes when the picture does: of a file its size and time, of a pack's sample its shard's sha256."""
+        """A mark that changes with the picture: a file's size and time, or the sha256 of a sample's shard."""
 
     def image(self, i: int) -> bytes:
         """Its bytes, encoded. Raises SampleError or ShardError."""
 
 
 class Folder:
-    """Every image file below a folder; a key is its path in it. Unless `quietly`, what is not taken is said."""
+    """Every image file below a folder; a key is the path in it. Unless `quietly`, stderr counts other files."""
 
     def __init__(self, folder: Path, quietly: bool = False) -> None:
         found = Files(folder)
@@ -102,10 +102,10 @@ class Pack:
 def open_gallery(source: str, quietly: bool = False) -> Gallery:
     """A folder of images, or a pack (folder or URL). Raises DataError for a folder with neither images nor shards.
 
-    Unless `quietly`, a line on stderr counts what is not taken.
+    Unless `quietly`, a line on stderr counts the files that are not taken.
     """
     folder = Path(source)
-    if "://" in source or (folder / "index.json").is_file():
+    if is_pack(source):
         return Pack(source)
     if not folder.is_dir():
         raise DataError(f"no folder at {source}")
@@ -127,7 +127,7 @@ class _Picture:
 
 
 class Pictures:
-    """Files, and what is in folders and packs, in the order given, each once: a key is the path, or folder and path."""
+    """Files, and the pictures of folders and packs, in the order given, each once. Keys are paths."""
 
     def __init__(self, sources: Sequence[str]) -> None:
         """Raises DataError naming all files that do not exist, and for a folder without images."""
@@ -149,7 +149,7 @@ class Pictures:
         return self._pictures[i].name
 
     def named(self, i: int) -> bool:
-        """Whether it was given itself, not found in a folder or pack."""
+        """Whether it was given by its own path, not by a folder or pack."""
         return self._pictures[i].path is not None
 
     def image(self, i: int) -> bytes:
@@ -167,44 +167,13 @@ def _all_of(gallery: Gallery) -> list[_Picture]:
     return [_Picture(name, None, gallery, i) for i, name in enumerate(names)]
 
 
-@dataclass(frozen=True)
-class Embedded:
-    """Unit vectors [len(rows), D] of the pictures that could be read, on the CPU, and why others could not, by row."""
-
-    vectors: Tensor
-    rows: list[int]
-    unread: dict[int, str]
-
-
-class _Pixels(Dataset[tuple[int, Tensor, str]]):
-    """Some rows of a gallery: row, pixels, and why there are none, if there are none."""
-
-    def __init__(self, gallery: Gallery | Pictures, rows: Sequence[int], clip: Pretrained) -> None:
-        self.gallery, self.rows, self.preprocess = gallery, rows, preprocessing(clip.model.config)
-        self.size = clip.model.config.image_size
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> tuple[int, Tensor, str]:
-        try:
-            return self.rows[i], self.preprocess(decode(self.gallery.image(self.rows[i]))), ""
-        except SampleError as error:
-            return self.rows[i], torch.zeros(3, self.size, self.size, dtype=torch.uint8), error.reason
-
-
-@torch.no_grad()
-def embed(
-    clip: Pretrained, gallery: Gallery | Pictures, rows: Sequence[int], batch_size: int = 64, workers: int = 0
+def embed_pictures(
+    clip: Pretrained, pictures: Gallery | Pictures, rows: Sequence[int], batch_size: int = 64, workers: int = 0
 ) -> Embedded:
-    """Embed these rows of a gallery, holding one batch of pixels at a time. Raises ShardError."""
-    device = clip.model.log_logit_scale.device
-    vectors, kept, unread = [torch.zeros(0, clip.model.config.embed_dim)], list[int](), dict[int, str]()
-    loader = DataLoader(_Pixels(gallery, rows, clip), batch_size=batch_size, num_workers=workers)
-    for batch, pixels, reasons in progress(loader, len(loader), "pictures"):
-        good = [i for i, reason in enumerate(reasons) if not reason]
-        unread |= {int(row): reason for row, reason in zip(batch, reasons, strict=True) if reason}
-        if good:
-            vectors.append(clip.model.encode_image(pixels[good].to(device)).float().cpu())
-            kept += [int(batch[i]) for i in good]
-    return Embedded(torch.cat(vectors), kept, unread)
+    """Embed these rows on this rank, holding one batch of pixels at a time. Raises ShardError."""
+    read = partial(_decoded, pictures)
+    return embed(Encoder.of(clip.model), read, rows, batch_size, workers, "pictures", shared=False)
+
+
+def _decoded(pictures: Gallery | Pictures, row: int) -> tuple[Image.Image, None]:
+    return decode(pictures.image(row)), None

@@ -1,4 +1,4 @@
-"""Class heads: prompts for each class, encoded once, their mean the class's weight.
+"""Class heads: the weights of a zero-shot classifier, a prompt ensemble for each class through the text encoder.
 
 Radford et al. 2021 (arXiv 2103.00020), section 3.1.4.
 """
@@ -27,7 +27,7 @@ from clipkit.models.clip import CLIP
 from clipkit.models.tokenizer import AnyTokenizer
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clipkit"
-"""Where the command line keeps heads and features."""
+"""Cache of class heads, features and indexes."""
 _TEXT_BATCH = 256
 
 
@@ -40,17 +40,24 @@ def ensembles() -> dict[str, list[str]]:
 
 
 @torch.no_grad()
-def embed_texts(model: CLIP, tokenizer: AnyTokenizer, texts: Sequence[str]) -> Tensor:
+def embed_texts(model: CLIP, tokenizer: AnyTokenizer, texts: Sequence[str], shared: bool = False) -> Tensor:
     """Texts -> unit vectors [len(texts), D] on the model's device.
 
-    Each distinct text is encoded once, and texts of like length share a batch.
+    Each distinct text is encoded once, and texts of similar length share a batch. With `shared` the ranks, which must
+    all ask for the same texts, share the batches.
     """
     distinct = sorted(set(texts), key=lambda t: (len(t), t))
-    starts = range(0, len(distinct), _TEXT_BATCH)
-    bar = progress(starts, len(starts), "prompts") if len(starts) > 4 else starts
-    features = [model.encode_text(tokenizer(distinct[i : i + _TEXT_BATCH])) for i in bar]
-    place = {text: i for i, text in enumerate(distinct)}
-    return torch.cat(features)[[place[t] for t in texts]]
+    batches = [distinct[i : i + _TEXT_BATCH] for i in range(0, len(distinct), _TEXT_BATCH)]
+    ranks = distributed.world_size() if shared else 1
+    # Every n-th batch on n ranks; who has one fewer repeats the last, since an FSDP model needs all ranks each time.
+    parts = [[batches[min(i + r, len(batches) - 1)] for i in range(0, len(batches), ranks)] for r in range(ranks)]
+    own = parts[distributed.rank()] if shared else parts[0]
+    bar = progress(own, len(own), "prompts") if len(own) > 4 else own
+    features = torch.cat([model.encode_text(tokenizer(batch)) for batch in bar])
+    if ranks > 1:
+        features = distributed.gather_rows(features, distributed.batch_sizes(len(features)))
+    place = {text: i for i, text in enumerate(text for part in parts for batch in part for text in batch)}
+    return features[[place[t] for t in texts]]
 
 
 def class_head(
@@ -61,11 +68,11 @@ def class_head(
     descriptions: Mapping[str, Sequence[str]] | None = None,
     cache: Path | None = None,
 ) -> Tensor:
-    """Head [C, D]: for each class the normalised mean of the normalised embeddings of its prompts.
+    """Class head [C, D]: for each class the normalised mean of the normalised embeddings of its prompts.
 
-    A class is a name or a list of names (synonyms count alike); a template has one `{}` (or `{c}`) for the name.
-    `descriptions` gives further prompts, whole sentences, to classes by their first name. With `cache` (a folder) a
-    head is computed once for the same text tower, tokenizer and prompts.
+    A class is a name or a list of names (synonyms have equal weight); a template has one `{}` (or `{c}`) for the name.
+    `descriptions` are further prompts, whole sentences, of classes by their first name. With `cache` (a folder) a
+    head is computed once for the same text encoder, tokenizer and prompts.
     Raises UsageError for no classes, no templates, an empty name or a template without `{}`.
     """
     prompts = _prompts(classnames, templates, descriptions or {})
@@ -91,12 +98,12 @@ def _prompts(
         raise UsageError("a class name is empty; every class needs at least one word")
     templates = checked_templates(templates)
     if strangers := [name for name in descriptions if name not in {group[0] for group in groups}]:
-        raise UsageError(f"there are descriptions of {strangers[0]!r}, which is none of the {len(groups)} classes")
+        raise UsageError(f"there are descriptions of {strangers[0]!r}, not one of the {len(groups)} classes")
     return [[fill(t, n) for n in group for t in templates] + list(descriptions.get(group[0], ())) for group in groups]
 
 
 def _key(model: CLIP, tokenizer: AnyTokenizer, prompts: list[list[str]]) -> str:
-    """Hash of all that the head depends on."""
+    """Hash of everything that the head depends on."""
     digest = hashlib.sha256(json.dumps([tokenizer.fingerprint, tokenizer.context_length, prompts]).encode())
     digest.update(repr(model.config.conventions).encode())
     for name, tensor in sorted(model.text.state_dict().items()):
@@ -106,7 +113,7 @@ def _key(model: CLIP, tokenizer: AnyTokenizer, prompts: list[list[str]]) -> str:
 
 
 def remembered(file: Path, compute: Callable[[], Tensor]) -> Tensor:
-    """The tensor in `file`; computed and put there when the file is not there, or not whole."""
+    """The tensor in `file`; computed and written if the file is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save
 
@@ -117,7 +124,7 @@ def remembered(file: Path, compute: Callable[[], Tensor]) -> Tensor:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, save({"tensor": computed.cpu().contiguous()}))
-    except OSError as error:  # a cache that cannot be written is only slower
+    except OSError as error:  # without a cache all is only slower
         _say_unwritable(file.parent, error.strerror or str(error))
     return computed
 
@@ -126,4 +133,4 @@ def remembered(file: Path, compute: Callable[[], Tensor]) -> Tensor:
 def _say_unwritable(folder: Path, reason: str) -> None:
     """Once for each folder and reason."""
     if distributed.rank() == 0:
-        say(f"clipkit: cannot write the cache {folder}: {reason}; what it would keep is computed each time")
+        say(f"clipkit: cannot write the cache {folder}: {reason}; nothing is cached")

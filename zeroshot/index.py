@@ -1,17 +1,15 @@
-"""Embeddings of many pictures on disk, and search in them by text or by picture.
+"""Embedding indexes on disk, and nearest-neighbour search in them by text or by image.
 
 An index is a folder: `part-00000.npy` (float16 unit vectors), `part-00000.json` (their keys and marks, and what was
-skipped) and so on, each part written when it is whole, so that an interrupted run goes on and several ranks share the
-work; and `index.json`, which says what the parts are of. When pictures have changed, parts of another series
-(`part-1a2b3c4d-00000.npy`) are written beside them, with the vectors of what has not changed; `index.json` names the
-series that counts, so that until it is written the index is the one before.
+skipped) and so on, each part written when it is complete, so that an interrupted run resumes and several ranks share
+the work; and `embeddings.json` (`index.json` in version 0.1), which names the source and the model. When pictures have
+changed, parts of another series (`part-1a2b3c4d-00000.npy`) are written beside them, with the vectors of unchanged
+pictures; `embeddings.json` names the series in use, so that until it is written the former index stays in use.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,26 +31,36 @@ from clipkit.models.pretrained import Pretrained, fingerprint, load
 from clipkit.zeroshot import galleries
 from clipkit.zeroshot.galleries import Gallery, Pack, open_gallery
 from clipkit.zeroshot.heads import embed_texts
+from clipkit.zeroshot.index_files import (
+    FILE,
+    FIRST,
+    FORMAT,
+    PART_FILE,
+    Array,
+    Labels,
+    Places,
+    description_file,
+    description_of,
+    is_pack,
+    marks_of,
+    part_file,
+    places_of,
+    read_array,
+    write_array,
+)
 from clipkit.zeroshot.similarity import embed_images, read_images
 
-FORMAT = 1
+_KEYS = ("source", "model", "weights", "dim", "count", "part_size")
 PART = 10_000
 """Pictures in a part."""
 FAISS_ABOVE = 1_000_000
-"""Vectors beyond which an approximate index is made (the [search] extra)."""
+"""Vectors beyond which approximate search is used (faiss, the [search] extra)."""
 _CHUNK = 1024
-_FIRST = "part"
-"""Series of the parts of an index that was never updated."""
-_PART_FILE = re.compile(r"(part(?:-[0-9a-f]{8})?)-\d{5}\.(?:json|npy|texts\.npy)")
-
-Array = np.ndarray[Any, np.dtype[np.float16]]
-Places = Mapping[tuple[str, str], tuple[Path, int]]
-"""(key, mark) of a picture -> a part, and the row of its vector in it."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """What an index holds now, and how it came to that from what it held before (nothing, for one that is new)."""
+    """Counts of an index, and of its changes since the run before (a new index had nothing)."""
 
     pictures: int
     skipped: Counter[str]
@@ -83,9 +91,9 @@ def build(
 ) -> Built:
     """Embed every picture of `gallery` into `out`, with `texts` also the first captions of a pack.
 
-    All ranks share the parts; parts that are there are kept. Of an index whose pictures have changed, the vectors of
-    those that have not are taken over. Unreadable pictures are skipped and counted.
-    Raises UsageError if `out` holds an index of another source or model, or texts are wanted of a folder.
+    The ranks share the parts; existing parts are kept. When pictures have changed, the vectors of unchanged ones are
+    reused. Unreadable pictures are skipped and counted.
+    Raises UsageError if `out` holds an index of another source or model, or `texts` is asked of a folder.
     """
     if texts and not isinstance(gallery, Pack):
         raise UsageError(f"{gallery.source} has no captions to embed; they come with packs (clipkit pack)")
@@ -105,13 +113,13 @@ def build(
     series, before = _begin(out, about)
     parts = range(-(-len(gallery) // part_size))
     mine = [p for p in parts if p % distributed.world_size() == distributed.rank()]
-    todo = [p for p in mine if not _part(out, series, p, "json").is_file()]
+    todo = [p for p in mine if not part_file(out, series, p, "json").is_file()]
     if len(todo) < len(mine):
         say(f"{len(mine) - len(todo)} of {len(mine)} parts are there already")
-    places = _places(out) if todo else {}
+    places = places_of(out) if todo else {}
     for p in progress(todo, len(todo), "parts"):
         rows = range(p * part_size, min((p + 1) * part_size, len(gallery)))
-        _write_part(clip, gallery, _part(out, series, p, "json"), rows, texts, batch_size, workers, places)
+        _write_part(clip, gallery, part_file(out, series, p, "json"), rows, texts, batch_size, workers, places)
     distributed.barrier()
     if distributed.rank() == 0:
         _finish(out, series, about)
@@ -119,18 +127,16 @@ def build(
     return Built.between(before, Index(out))
 
 
-def _part(folder: Path, series: str, number: int, kind: str) -> Path:
-    return folder / f"{series}-{number:05d}.{kind}"
-
-
 def _begin(out: Path, about: dict[str, Any]) -> tuple[str, dict[str, str]]:
-    """The series of parts to write, and what the index in `out` held before an update: marks by key."""
-    file = out / "index.json"
-    if distributed.rank() == 0 and not file.is_file():
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(about, indent=1))
+    """The series of parts to write, and the marks by key of the index in `out` before an update."""
+    if description_of(out) is None and is_pack(out):
+        raise UsageError(f"{out} is a pack; give another folder for the index")
     distributed.barrier()
-    found = read_object(file)
+    if distributed.rank() == 0 and description_of(out) is None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / FILE, json.dumps(about, indent=1))
+    distributed.barrier()
+    found = read_object(description_file(out))
     for k in about:
         same = found.get(k) == about[k] or (k == "source" and _same_place(str(found.get(k)), about[k]))
         if not same and k not in ("model", "pictures", "count"):
@@ -138,45 +144,27 @@ def _begin(out: Path, about: dict[str, Any]) -> tuple[str, dict[str, str]]:
                 f"{out} holds another index: {k} is {found.get(k)!r}, not {about[k]!r}; give another folder"
             )
     if (found.get("pictures"), found.get("count")) == (about["pictures"], about["count"]):
-        return str(found.get("series", _FIRST)), {}
-    before = _held(out, str(found.get("series", _FIRST)))
+        return str(found.get("series", FIRST)), {}
+    before = marks_of(out, str(found.get("series", FIRST)))
     if distributed.rank() == 0:
         if any(not mark for mark in before.values()):
-            say(f"clipkit: {out} is of an older version, which did not note when pictures change; embedding all")
+            say(f"clipkit: {out} is of an older version, which did not record changes of pictures; embedding all")
         else:
             say(f"clipkit: {out}: its pictures have changed; updating")
-    return f"{_FIRST}-{about['pictures'][:8]}", before
+    return f"{FIRST}-{about['pictures'][:8]}", before
 
 
 def _same_place(one: str, other: str) -> bool:
     return "://" not in one + other and Path(one).resolve() == Path(other).resolve()
 
 
-def _held(folder: Path, series: str) -> dict[str, str]:
-    """Mark by key of what the parts of a series hold; no marks in those of older versions."""
-    found: dict[str, str] = {}
-    for path in sorted(folder.glob(f"{series}-[0-9][0-9][0-9][0-9][0-9].json")):
-        labels = _Labels.read(path)
-        found |= dict(zip(labels.keys, labels.marks or [""] * len(labels.keys), strict=True))
-    return found
-
-
-def _places(folder: Path) -> Places:
-    """Where the vector of each picture is, in the parts of any series: interrupted updates are not lost either."""
-    found: dict[tuple[str, str], tuple[Path, int]] = {}
-    for path in sorted(folder.glob("part-*.json")):
-        labels = _Labels.read(path)
-        found |= {place: (path, i) for i, place in enumerate(zip(labels.keys, labels.marks, strict=False))}
-    return found
-
-
 def _finish(out: Path, series: str, about: dict[str, Any]) -> None:
-    """Let the parts of this series be the index, remove those of others, and make faiss's index if it is large."""
-    if str(read_object(out / "index.json").get("series", _FIRST)) != series:
-        write_atomically(out / "index.json", json.dumps({**about, "series": series}, indent=1))
+    """Put this series into use, remove the parts of others, and build faiss's index for a large one."""
+    if str(read_object(description_file(out)).get("series", FIRST)) != series:
+        write_atomically(description_file(out), json.dumps({**about, "series": series}, indent=1))
     index = Index(out)
     for path in out.iterdir():
-        part = _PART_FILE.fullmatch(path.name)
+        part = PART_FILE.fullmatch(path.name)
         faiss = path.name.startswith("index") and path.suffix == ".faiss" and path != index.approximate
         if (part and part[1] != series) or faiss or (path.name.startswith(".part-") and path.suffix == ".tmp"):
             path.unlink()
@@ -194,23 +182,23 @@ def _write_part(
     workers: int,
     places: Places,
 ) -> None:
-    """Vectors and labels of some rows: those whose places are known are copied, the others embedded."""
+    """Write vectors and labels of some rows; vectors whose places are known are copied."""
     marked = {row: (gallery.key(row), gallery.mark(row)) for row in rows}
     known = {row: places[label] for row, label in marked.items() if label in places}
-    found = galleries.embed(clip, gallery, [row for row in rows if row not in known], batch_size, workers)
+    found = galleries.embed_pictures(clip, gallery, [row for row in rows if row not in known], batch_size, workers)
     kept = sorted([*known, *found.rows])
     if texts:
         assert isinstance(gallery, Pack)
         captions = [gallery.shards.read(row).captions[0] for row in found.rows]
-        described = embed_texts(clip.model, clip.tokenizer, captions) if captions else found.vectors
-        _write_array(part.with_suffix(".texts.npy"), _merged(kept, known, found.rows, described, ".texts.npy"))
-    _write_array(part.with_suffix(".npy"), _merged(kept, known, found.rows, found.vectors, ".npy"))
+        text_features = embed_texts(clip.model, clip.tokenizer, captions) if captions else found.features
+        write_array(part.with_suffix(".texts.npy"), _merged(kept, known, found.rows, text_features, ".texts.npy"))
+    write_array(part.with_suffix(".npy"), _merged(kept, known, found.rows, found.features, ".npy"))
     about = {
         "rows": kept,
         "keys": [marked[row][0] for row in kept],
         "marks": [marked[row][1] for row in kept],
-        "skipped": Counter(found.unread.values()),
-        "unread": [marked[row] for row in found.unread],
+        "skipped": found.reasons,
+        "unread": [marked[row] for row in found.skipped],
     }
     write_atomically(part, json.dumps(about))
 
@@ -218,62 +206,19 @@ def _write_part(
 def _merged(
     kept: Sequence[int], known: Mapping[int, tuple[Path, int]], rows: Sequence[int], vectors: Tensor, suffix: str
 ) -> Tensor:
-    """Vectors of `kept` rows [len(kept), D], float16: out of the parts where they are known, or else of `rows`."""
+    """Vectors of `kept` rows [len(kept), D], float16: from the parts where they are known, else from `vectors`."""
     new = dict(zip(rows, vectors.half().cpu(), strict=True))
     merged = torch.zeros(len(kept), vectors.shape[1], dtype=torch.half)
-    opened = lru_cache(_array)
+    opened = lru_cache(read_array)
     for i, row in enumerate(kept):
         part, place = known.get(row, (None, 0))
         merged[i] = new[row] if part is None else torch.from_numpy(opened(part.with_suffix(suffix))[place])
     return merged
 
 
-def _write_array(path: Path, values: Tensor) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, values.numpy())
-    write_atomically(path, buffer.getvalue())
-
-
-def _array(path: Path) -> Array:
-    try:
-        found: Array = np.load(path, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
-    return found
-
-
-@dataclass(frozen=True)
-class _Labels:
-    """What a part's file says: rows in the gallery, keys, marks (of older versions none), and what was skipped."""
-
-    rows: list[int]
-    keys: list[str]
-    marks: list[str]
-    skipped: Counter[str]
-    unread: list[tuple[str, str]]
-
-    @classmethod
-    def read(cls, path: Path) -> _Labels:
-        """Raises CheckpointError for another file."""
-        found = read_object(path)
-        try:
-            labels = cls(
-                [int(row) for row in found["rows"]],
-                [str(key) for key in found["keys"]],
-                [str(mark) for mark in found.get("marks", ())],
-                Counter({str(k): int(n) for k, n in found["skipped"].items()}),
-                [(str(key), str(mark)) for key, mark in found.get("unread", ())],
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path} is damaged: {type(error).__name__} {error}") from None
-        if len(labels.rows) != len(labels.keys) or len(labels.marks) not in (0, len(labels.keys)):
-            raise CheckpointError(f"{path} is damaged: {len(labels.rows)} rows and {len(labels.keys)} keys")
-        return labels
-
-
 @dataclass(frozen=True)
 class Hit:
-    """A picture that was found: its key, its row in the gallery, and its cosine with the query."""
+    """A nearest neighbour of a query: its key, its row in the gallery, and its cosine with the query."""
 
     key: str
     row: int
@@ -281,37 +226,35 @@ class Hit:
 
 
 class Index:
-    """An index on disk. Raises CheckpointError for a folder that is none, or is not whole."""
+    """An embedding index on disk. Raises CheckpointError for any other folder, and for an incomplete index."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if not (self.folder / "index.json").is_file():
-            raise CheckpointError(f"{folder} is not an index; clipkit index makes one")
-        self.about = read_object(self.folder / "index.json")
-        if missing := [k for k in ("source", "model", "weights", "dim", "count", "part_size") if k not in self.about]:
-            raise CheckpointError(
-                f"{folder} is not an index (its index.json has no {missing[0]}); clipkit index makes one"
-            )
+        description = description_file(self.folder)
+        self.about = read_object(description)
+        if missing := [key for key in _KEYS if key not in self.about]:
+            raise CheckpointError(f"{description} is damaged: it has no {missing[0]}; `clipkit index` makes indexes")
         if self.about.get("format") != FORMAT:
             raise CheckpointError(f"{folder} is an index of format {self.about.get('format')!r}; {FORMAT} is known")
-        series = str(self.about.get("series", _FIRST))
-        self.approximate = self.folder / f"index{series.removeprefix(_FIRST)}.faiss"
+        series = str(self.about.get("series", FIRST))
+        self.approximate = self.folder / f"index{series.removeprefix(FIRST)}.faiss"
         parts = [
-            _part(self.folder, series, p, "json")
+            part_file(self.folder, series, p, "json")
             for p in range(-(-int(self.about["count"]) // int(self.about["part_size"])))
         ]
         if lacking := [p for p, part in enumerate(parts) if not part.is_file()]:
-            raise CheckpointError(f"{folder} is not whole: part {lacking[0]} is missing; run the same command again")
-        self._labels = [_Labels.read(part) for part in parts]
+            raise CheckpointError(f"{folder} is incomplete: part {lacking[0]} is missing; run the same command again")
+        self._labels = [Labels.read(part) for part in parts]
         self._vectors = [
             self._map(part.with_suffix(".npy"), len(labels.keys))
             for part, labels in zip(parts, self._labels, strict=True)
         ]
 
     def _map(self, path: Path, rows: int) -> Array:
-        found, due = _array(path), (rows, self.about["dim"])
-        if found.shape != due or found.dtype != np.float16:
-            raise CheckpointError(f"{path} is damaged: {found.dtype} {found.shape}, float16 {due} due")
+        found = read_array(path)
+        expected = (rows, self.about["dim"])
+        if found.shape != expected or found.dtype != np.float16:
+            raise CheckpointError(f"{path} is damaged: it is {found.dtype} {found.shape}, not float16 {expected}")
         return found
 
     def __len__(self) -> int:
@@ -329,7 +272,7 @@ class Index:
 
     @cached_property
     def marks(self) -> dict[str, str]:
-        """Each picture's mark, by its key; "" where an older version wrote the part."""
+        """Marks by key; "" where an older version wrote the part."""
         pairs = (zip(labels.keys, labels.marks or [""] * len(labels.keys), strict=True) for labels in self._labels)
         return {key: mark for each in pairs for key, mark in each}
 
@@ -339,7 +282,7 @@ class Index:
         return sum((labels.skipped for labels in self._labels), Counter[str]())
 
     def differences(self, gallery: Gallery) -> str:
-        """How the pictures in `gallery` differ from those that were embedded, in words; "" when they do not."""
+        """Differences between the pictures in `gallery` and the embedded ones, in words; "" if there are none."""
         if gallery.identity() == self.about.get("pictures"):
             return ""
         before = self.marks | {key: mark for labels in self._labels for key, mark in labels.unread}
@@ -352,9 +295,9 @@ class Index:
         return ", ".join(f"{n} {what}" for what, n in counts.items() if n) or "some changed"
 
     def search(self, queries: Tensor, k: int = 12) -> list[list[Hit]]:
-        """Unit vectors [Q, D] -> for each the k pictures most like it, best first.
+        """Unit vectors [Q, D] -> the k nearest neighbours of each by cosine, best first.
 
-        Exact; beyond a million pictures through faiss's index. Raises UsageError for queries of another model's width.
+        Exact; approximate beyond a million pictures (faiss). Raises UsageError for queries of another model's width.
         """
         if queries.ndim != 2 or queries.shape[1] != self.about["dim"]:
             raise UsageError(f"queries are {list(queries.shape)}; this index needs [Q, {self.about['dim']}]")
@@ -369,7 +312,7 @@ class Index:
         scores = torch.empty(len(queries), len(self))
         start = 0
         for vectors in self._vectors:
-            for i in range(0, len(vectors), _CHUNK):  # as float32 only as much as the cache holds
+            for i in range(0, len(vectors), _CHUNK):  # in chunks, whose float32 copy fits the processor's cache
                 chunk = torch.from_numpy(vectors[i : i + _CHUNK]).float()
                 scores[:, start : start + len(chunk)] = queries @ chunk.T
                 start += len(chunk)
@@ -377,7 +320,7 @@ class Index:
         return best.values, best.indices
 
     def make_approximate(self) -> None:
-        """Write faiss's index beside the vectors: cells of a coarse quantiser, 16-bit vectors in them."""
+        """Write faiss's inverted-file index for approximate search: cells of a coarse quantiser, 16-bit vectors."""
         faiss = _faiss()
         dim, cells = int(self.about["dim"]), max(1, int(4 * len(self) ** 0.5))
         quantiser = faiss.IndexFlatIP(dim)
@@ -408,24 +351,21 @@ def _faiss() -> Any:
     try:
         import faiss
     except ModuleNotFoundError:
-        raise UsageError('beyond a million vectors the search uses faiss: pip install "clipkit[search]"') from None
+        raise UsageError('beyond a million vectors the search needs faiss: pip install "clipkit[search]"') from None
     return faiss
 
 
 def load_model(index: Index, model: str | None = None, device: str = "auto") -> Pretrained:
-    """The model that an index was made with, or `model` in its place.
-
-    Raises CheckpointError when its weights are not those that the index was made with.
-    """
+    """Load the model of an index, or `model` instead. Raises CheckpointError when its weights are others."""
     name = model or str(index.about["model"])
     clip = load(name, device)
     if fingerprint(clip.model) != index.about["weights"]:
-        raise CheckpointError(f"{index.folder} was made with other weights than those of {name}")
+        raise CheckpointError(f"{index.folder} was made with other weights than those of {name}; give that model")
     return clip
 
 
 def read_query(query: str) -> str | Image.Image:
-    """A description as it is, or the picture in the file that `query` names.
+    """The picture in the file that `query` names, or `query` itself, a description.
 
     Raises UsageError for an empty query and a missing file, DataError for a file that is no picture.
     """
@@ -441,15 +381,15 @@ def embed_asked(clip: Pretrained, asked: str | Image.Image) -> Tensor:
 
 
 def embed_query(index: Index, query: str, model: str | None = None, device: str = "auto") -> Tensor:
-    """The same of what `read_query` takes, by the model that `load_model` loads; raises what they raise."""
+    """A query, as `read_query` reads it -> a unit vector [1, D] of the index's model; raises what both raise."""
     asked = read_query(query)
     return embed_asked(load_model(index, model, device), asked)
 
 
 def show(index: Index, hits: Sequence[Hit], gallery: Gallery | None = None) -> list[tuple[bytes | str, str]]:
-    """For a contact sheet: each picture's bytes, or what is wrong with it now, and its key and score.
+    """For a contact sheet: each picture's bytes, or why it cannot be read now, and its key and score.
 
-    Pictures are found by their keys: in a folder that has changed, other pictures have their rows.
+    Pictures are looked up by their keys, since their rows change when files are added to a folder.
     """
     gallery = gallery or open_gallery(index.about["source"], quietly=True)
     rows = {hit.key: hit.row for hit in hits}
@@ -458,7 +398,7 @@ def show(index: Index, hits: Sequence[Hit], gallery: Gallery | None = None) -> l
     found: list[tuple[bytes | str, str]] = []
     for hit in hits:
         try:
-            image: bytes | str = gallery.image(rows[hit.key]) if hit.key in rows else "it is not there any more"
+            image: bytes | str = gallery.image(rows[hit.key]) if hit.key in rows else "it is gone"
         except (SampleError, ShardError) as error:
             image = str(error)
         found.append((image, f"{hit.score:.3f} {hit.key}"))

@@ -1,38 +1,35 @@
-"""Linear probe: how well a linear classifier does on frozen image features, with all training images or a few a class.
+"""Linear probes, also few-shot: logistic regression on frozen image features.
 
-Radford et al. 2021 (arXiv 2103.00020), section 3.2 and appendix A.3: logistic regression by L-BFGS, its regularisation
-chosen on a part of the training images.
+Radford et al. 2021 (arXiv 2103.00020), section 3.2 and appendix A.3: fitted by L-BFGS, the strength of regularisation
+chosen on a validation part of the training images.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from clipkit.data.files import counted
-from clipkit.data.images import preprocessing
-from clipkit.errors import DataError, SampleError, UsageError
+from clipkit.errors import DataError, UsageError
 from clipkit.log import progress
 from clipkit.models.clip import CLIP
-from clipkit.models.pretrained import fingerprint
 from clipkit.zeroshot.datasets import ImageSet
-from clipkit.zeroshot.heads import remembered
+from clipkit.zeroshot.embedding import Encoder, embed
 
 STRENGTHS = tuple(10.0 ** (e / 2) for e in range(-6, 13))
-"""Values of C that are tried, 0.001 to 1,000,000; more is weaker regularisation."""
+"""Candidates for C, 0.001 to 1,000,000; larger is weaker regularisation."""
 _VALIDATION = 0.2
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a probe reached. shots: training images a class, 0 for all; accuracy: on the test images."""
+    """Scores of a linear probe. shots: training images a class, 0 for all; accuracy: on the test images."""
 
     train: int
     test: int
@@ -43,54 +40,36 @@ class Probe:
     accuracy: float
 
 
-class _Labelled(Dataset[tuple[Tensor, int, str]]):
-    """Pixels, label, and why there are none."""
+def check_same_classes(train: ImageSet, test: ImageSet) -> None:
+    """Check that two data sets have the same classes, by their first names. Raises UsageError naming the first other.
 
-    def __init__(self, images: ImageSet, model: CLIP) -> None:
-        self.images, self.preprocess, self.size = images, preprocessing(model.config), model.config.image_size
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int, str]:
-        try:
-            image, labels = self.images[i]
-        except SampleError as error:
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1, error.reason
-        return self.preprocess(image), labels[0], ""
+    Further names of a class are for prompts, and may differ.
+    """
+    known, tested = ([names[0] for names in images.classes] for images in (train, test))
+    if known != tested:
+        differ = next(f"{a!r} and {b!r}" for a, b in zip_longest(known, tested) if a != b)
+        raise UsageError(
+            f"{train.name} and {test.name} must have the same classes in the same order; they have {len(known)} and "
+            f"{len(tested)}, and differ first in {differ}"
+        )
 
 
-@torch.no_grad()
 def features(
     model: CLIP, images: ImageSet, batch_size: int = 256, workers: int = 0, cache: Path | None = None
 ) -> tuple[Tensor, Tensor, Counter[str]]:
-    """Unit image features [N, D] in float64 and labels [N], on the CPU, and what of the set is skipped, by reason.
+    """Unit image features [N, D] in float64 and labels [N], on the CPU, and the counts of skipped images, by reason.
 
-    With `cache` (a folder) each batch is encoded once for the same weights and pixels, whatever its files are called.
+    The ranks share the work. With `cache` (a folder) each batch is encoded once for the same weights and pixels,
+    whatever its files are called.
     Raises UsageError for a multi-label or an empty set, DataError when no image can be read.
     """
     if images.multilabel or not len(images):
         raise UsageError(f"a probe needs images with one label each; {images.name} has none, or several")
-    folder = cache / fingerprint(model) if cache is not None else None
-    loader = DataLoader(_Labelled(images, model), batch_size=batch_size, num_workers=workers)
-    found, unread = [], Counter[str]()
-    for x, y, reasons in progress(loader, len(loader), "features"):
-        unread.update(filter(None, reasons))
-        if (y >= 0).any():
-            found.append((_encoded(model, x[y >= 0], folder), y[y >= 0]))
-    if not found:
-        raise DataError(f"none of the {len(images)} images of {images.name} can be read: {counted(unread)}")
-    skipped = unread + Counter(images.skipped)
-    return torch.cat([x for x, _ in found]).double(), torch.cat([y for _, y in found]), skipped
-
-
-def _encoded(model: CLIP, pixels: Tensor, folder: Path | None) -> Tensor:
-    def encode() -> Tensor:
-        return model.encode_image(pixels.to(model.log_logit_scale.device)).cpu()
-
-    if folder is None:
-        return encode()
-    return remembered(folder / f"{hashlib.sha256(pixels.numpy().tobytes()).hexdigest()}.safetensors", encode)
+    found = embed(Encoder.of(model, cache), images.__getitem__, range(len(images)), batch_size, workers, "features")
+    if not found.rows:
+        raise DataError(f"none of the {len(images)} images of {images.name} can be read: {counted(found.reasons)}")
+    labels = torch.tensor([labels[0] for labels in found.notes])
+    return found.features.double(), labels, found.reasons + Counter(images.skipped)
 
 
 class LogisticRegression:
@@ -117,7 +96,9 @@ class LogisticRegression:
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            penalty = self.weight.square().sum() / (2 * self.C * len(x))  # all over C N: gradients of one size
+            penalty = self.weight.square().sum() / (
+                2 * self.C * len(x)
+            )  # divided by C N, so that gradients do not grow with N
             loss = F.cross_entropy(F.linear(x, self.weight, self.bias), y) + penalty
             loss.backward()  # type: ignore[no-untyped-call]
             return loss
@@ -127,12 +108,12 @@ class LogisticRegression:
 
     @torch.no_grad()
     def accuracy(self, x: Tensor, y: Tensor) -> float:
-        """Share of [N] that is classified right."""
+        """Fraction of [N] classified correctly."""
         return float((F.linear(x, self.weight, self.bias).argmax(dim=1) == y).double().mean())
 
 
 def few(y: Tensor, shots: int, seed: int) -> Tensor:
-    """Rows with `shots` images of each class, drawn by `seed`. Raises UsageError for a class with fewer."""
+    """Rows of a few-shot training set: `shots` images of each class, drawn by `seed`. Raises UsageError for too few."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(y), generator=generator)
     chosen = []
@@ -147,7 +128,7 @@ def few(y: Tensor, shots: int, seed: int) -> Tensor:
 def probe(
     train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: int, shots: int = 0, seed: int = 0
 ) -> Probe:
-    """Choose C on a fifth of the training images (of each class), fit on all of them, count on the test images."""
+    """Choose C on a fifth of the training images of each class, fit on all of them, evaluate on the test images."""
     x, y = train
     if shots:
         rows = few(y, shots, seed)
@@ -164,7 +145,7 @@ def probe(
 
 
 def _held_out(y: Tensor, seed: int) -> Tensor:
-    """bool [N]: a fifth of each class's images, of a class with one image none."""
+    """bool [N]: the validation part, a fifth of the images of each class; none of a class with one image."""
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed + 1))
     held = torch.zeros(len(y), dtype=torch.bool)
     for c in sorted(set(y.tolist())):

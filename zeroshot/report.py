@@ -1,4 +1,4 @@
-"""Results as one self-contained HTML page: accuracies side by side, and for each data set where it goes wrong."""
+"""Zero-shot results as one self-contained HTML page: accuracies, confusion matrices, and the worst classes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from clipkit._version import __version__
 from clipkit.data.files import counted
 from clipkit.io import write_atomically
 from clipkit.zeroshot.classify import confusions
-from clipkit.zeroshot.evaluation import Result, figures
+from clipkit.zeroshot.evaluation import Result, cells
 
 _WORST, _EXAMPLES, _PAIRS, _THUMBNAIL = 8, 6, 10, 96
 _STYLE = """
@@ -50,19 +50,19 @@ def write_report(results: Sequence[Result], folder: Path) -> Path:
 
 
 def _overview(results: Sequence[Result]) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(r.model)}</td><td>{html.escape(r.images.name)}</td>"
-        + "".join(f'<td class="number">{cell}</td>' for cell in figures(r))
+    titles, *rows = cells(results)
+    heads = "".join(f"<th>{title}</th>" for title in titles)
+    body = "".join(
+        f"<tr><td>{html.escape(model)}</td><td>{html.escape(name)}</td>"
+        + "".join(f'<td class="number">{cell}</td>' for cell in scores)
         + "</tr>"
-        for r in results
+        for model, name, *scores in rows
     )
-    names = ("model", "data set", "images", "top-1", "95 % interval", "top-5", "per class", "ECE", "mAP")
-    heads = "".join(f"<th>{name}</th>" for name in names)
-    return f'<table id="overview"><tr>{heads}</tr>{rows}</table>'
+    return f'<table id="overview"><tr>{heads}</tr>{body}</table>'
 
 
 def _bars(results: Sequence[Result]) -> str:
-    """Top-1 of each result with its interval, as SVG."""
+    """Bar chart of the top-1 accuracies with their intervals, as SVG."""
     height, left, wide = 24, 260, 400
     marks = []
     for i, r in enumerate(results):
@@ -85,9 +85,9 @@ def _section(result: Result) -> str:
     skipped = f"; skipped: {html.escape(counted(result.skipped))}" if result.skipped else ""
     return f"""<section><h2>{title}</h2>
 <p>{result.scores.n:,} images, {len(result.images.classes)} classes, {result.templates} templates{skipped}.</p>
-<div class="columns"><div><h3>Confusions</h3>{_matrix_picture(matrix)}
-<p class="muted">A row is a class, a column what it was taken for, in the order of the class list; dark is much.</p>
-</div><div><h3>Most frequent</h3>{_pairs(result, matrix)}</div></div>
+<div class="columns"><div><h3>Confusion matrix</h3>{_matrix_picture(matrix)}
+<p class="muted">Rows are true classes, columns predicted classes, in the order of the class list; dark is frequent.</p>
+</div><div><h3>Most frequent confusions</h3>{_pairs(result, matrix)}</div></div>
 <h3>Worst classes</h3>{_worst(result, matrix)}</section>"""
 
 
@@ -96,7 +96,7 @@ def _name(result: Result, index: int) -> str:
 
 
 def _matrix_picture(matrix: Tensor) -> str:
-    """Each row's shares as grey levels; the square root lets rare confusions be seen."""
+    """The matrix, normalised by row, as grey levels of its square root, which makes rare confusions visible."""
     share = matrix.double() / matrix.sum(dim=1, keepdim=True).clamp(min=1)
     grey = (255 * (1 - share.sqrt())).round().to(torch.uint8)
     picture = Image.fromarray(grey.numpy())
@@ -114,7 +114,7 @@ def _pairs(result: Result, matrix: Tensor) -> str:
         for count, place in zip(counts.tolist(), places.tolist(), strict=True)
         if count
     )
-    return f"<table><tr><th>class</th><th>taken for</th><th>images</th></tr>{rows}</table>"
+    return f"<table><tr><th>class</th><th>predicted</th><th>images</th></tr>{rows}</table>"
 
 
 def _worst(result: Result, matrix: Tensor) -> str:

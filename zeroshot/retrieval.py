@@ -1,20 +1,23 @@
-"""Image-text retrieval: how often a right text is the nearest of all to an image, and the other way round."""
+"""Image-text retrieval: recall@k from images to texts and from texts to images."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from clipkit.data.files import counted
-from clipkit.data.images import decode, preprocessing
+from clipkit.data.images import decode
 from clipkit.data.shards import Shards
-from clipkit.errors import DataError, SampleError, UsageError
-from clipkit.log import progress
+from clipkit.errors import DataError, UsageError
 from clipkit.models.clip import CLIP
 from clipkit.models.tokenizer import AnyTokenizer
+from clipkit.zeroshot.embedding import Encoder, embed
 from clipkit.zeroshot.heads import embed_texts
 
 _CHUNK = 1024
@@ -23,27 +26,27 @@ _CHUNK = 1024
 def ranks(queries: Tensor, targets: Tensor, relevant: Sequence[Sequence[int]]) -> Tensor:
     """For each row of `queries` [N, D] the rank, from 0, of the best of its relevant rows of `targets` [M, D] -> [N].
 
-    Ties count against it. In chunks: of the similarities there are never N x M in memory, but 1,024 x M.
+    Ties count against it. Computed in chunks: 1,024 x M similarities are in memory at a time, never N x M.
     """
     found = []
     for start in range(0, len(queries), _CHUNK):
         similarity = queries[start : start + _CHUNK] @ targets.T  # [chunk, M]
         for row, own in zip(similarity, relevant[start : start + _CHUNK], strict=True):
             best = row[list(own)].max()
-            row[list(own)] = -torch.inf  # the others of its own do not stand in its way
+            row[list(own)] = -torch.inf  # its other relevant targets do not count against it
             found.append(int((row >= best).sum()))
     return torch.tensor(found)
 
 
 def recall(rank: Tensor, k: int) -> float:
-    """Share of ranks [N] below k."""
+    """Recall@k: the fraction of ranks [N] below k."""
     return float((rank < k).double().mean())
 
 
 def recalls(images: Tensor, texts: Tensor, owner: Sequence[int]) -> dict[str, float]:
     """Recall@1, 5 and 10 both ways, of image rows [N, D] and text rows [M, D], text j being of image `owner[j]`.
 
-    An image is found right when any of its texts is among the k nearest. Raises UsageError for an image without text.
+    For an image it is enough that one of its texts is among the k nearest. Raises UsageError for an image without text.
     """
     own: list[list[int]] = [[] for _ in range(len(images))]
     for j, i in enumerate(owner):
@@ -57,34 +60,35 @@ def recalls(images: Tensor, texts: Tensor, owner: Sequence[int]) -> dict[str, fl
     }
 
 
+@dataclass(frozen=True)
+class Scores:
+    """Recall over n images and their texts, and the counts of skipped samples, by reason."""
+
+    n: int
+    texts: int
+    recalls: dict[str, float]
+    skipped: Counter[str]
+
+
 @torch.no_grad()
-def evaluate(model: CLIP, tokenizer: AnyTokenizer, shards: Shards, batch_size: int = 256) -> dict[str, float]:
-    """Recall over every image of a pack and all of its distinct captions.
+def evaluate(model: CLIP, tokenizer: AnyTokenizer, shards: Shards, batch_size: int = 256, workers: int = 0) -> Scores:
+    """Recall over every image of a pack and all of its distinct captions; the ranks share the embedding.
 
     Samples that cannot be read are skipped and counted. Raises UsageError for an empty pack, DataError when none can.
     """
-    device, preprocess = model.log_logit_scale.device, preprocessing(model.config)
-    images, captions, owner = list[Tensor](), list[str](), list[int]()
-    n, skipped = 0, Counter[str]()
-    starts = range(0, len(shards), batch_size)
-    for start in progress(starts, len(starts), "retrieval"):
-        pixels = []
-        for i in range(start, min(start + batch_size, len(shards))):
-            try:
-                sample = shards.read(i)
-                pixels.append(preprocess(decode(sample.image)))
-            except SampleError as error:
-                skipped[error.reason] += 1
-                continue
-            distinct = list(dict.fromkeys(sample.captions))
-            captions += distinct
-            owner += [n] * len(distinct)
-            n += 1
-        if pixels:
-            images.append(model.encode_image(torch.stack(pixels).to(device)))
     if not len(shards):
         raise UsageError(f"{shards.source} holds no sample")
-    if not images:
-        raise DataError(f"none of the {len(shards)} samples of {shards.source} can be read: {counted(skipped)}")
-    found = recalls(torch.cat(images), embed_texts(model, tokenizer, captions), owner)
-    return {"n": n, "texts": len(captions), "unread": skipped.total(), **found}
+    read = partial(_captioned, shards)
+    found = embed(Encoder.of(model), read, range(len(shards)), batch_size, workers, "retrieval")
+    if not found.rows:
+        raise DataError(f"none of the {len(shards)} samples of {shards.source} can be read: {counted(found.reasons)}")
+    captions = [caption for own in found.notes for caption in own]
+    owner = [image for image, own in enumerate(found.notes) for _ in own]
+    texts = embed_texts(model, tokenizer, captions, shared=True)
+    return Scores(len(found.rows), len(captions), recalls(found.features.to(texts), texts, owner), found.reasons)
+
+
+def _captioned(shards: Shards, row: int) -> tuple[Image.Image, list[str]]:
+    """A sample's image and its distinct captions."""
+    sample = shards.read(row)
+    return decode(sample.image), list(dict.fromkeys(sample.captions))

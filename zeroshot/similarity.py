@@ -1,4 +1,4 @@
-"""A few pictures and a few texts: how similar they are, and which label fits best; as numbers and as figures."""
+"""Cosine similarity and zero-shot classification of a few pictures, as numbers and as figures."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from clipkit.data.images import decode
 from clipkit.errors import DataError, UsageError
 from clipkit.models.pretrained import Pretrained
 from clipkit.models.words import unknown
+from clipkit.zeroshot.embedding import Encoder, embed
 from clipkit.zeroshot.heads import class_head, embed_texts
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ MOST_SHOWN = 100
 
 @dataclass(frozen=True)
 class Guess:
-    """A label and its probability among all labels, under the model's own logit scale."""
+    """A label and its probability among all labels, under the model's learned logit scale."""
 
     label: str
     probability: float
@@ -47,14 +48,10 @@ def read_images(paths: Sequence[str | Path]) -> list[Image.Image]:
     return found
 
 
-@torch.no_grad()
 def embed_images(clip: Pretrained, images: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
     """Images -> unit vectors [len(images), D] on the model's device."""
-    device = clip.model.log_logit_scale.device
-    batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
-    return torch.cat(
-        [clip.model.encode_image(torch.stack([clip.preprocess(i) for i in b]).to(device)) for b in batches]
-    )
+    found = embed(Encoder.of(clip.model), lambda i: (images[i], None), range(len(images)), batch_size, shared=False)
+    return found.features.to(clip.model.logit_scale.device)
 
 
 def similarities(clip: Pretrained, images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
@@ -65,7 +62,7 @@ def similarities(clip: Pretrained, images: Sequence[Image.Image], texts: Sequenc
 
 
 def cosines(clip: Pretrained, vectors: Tensor, texts: Sequence[str]) -> Tensor:
-    """The same of images that were embedded, [N, D] -> [len(texts), N]."""
+    """Cosines [len(texts), N] of every text with image embeddings [N, D]. Raises UsageError as `similarities` does."""
     if not texts or not all(t.strip() for t in texts):
         raise UsageError("similarity needs at least one image and one text, none of them empty")
     described = embed_texts(clip.model, clip.tokenizer, texts)
@@ -85,7 +82,7 @@ def classify(
 
 @torch.no_grad()
 def guesses(clip: Pretrained, vectors: Tensor, labels: Sequence[str], head: Tensor) -> list[list[Guess]]:
-    """The same of images that were embedded, [N, D], under a head [len(labels), D]."""
+    """The five most probable labels of image embeddings [N, D] under a class head [len(labels), D], best first."""
     probabilities = (clip.model.logit_scale * vectors.to(head) @ head.T).softmax(dim=1).cpu()
     best = probabilities.topk(min(_TOP, len(labels)), dim=1)
     return [
@@ -95,9 +92,9 @@ def guesses(clip: Pretrained, vectors: Tensor, labels: Sequence[str], head: Tens
 
 
 def unknown_words(clip: Pretrained, texts: Sequence[str]) -> list[str]:
-    """Words of `texts` that no caption had from which the model learned; none where its captions' words are not known.
+    """Words of `texts` that are in no caption of the training set; none if the words of its captions are unknown.
 
-    Numbers are left out: they are read digit by digit.
+    Numbers are omitted: the tokenizer splits them into digits.
     """
     found = unknown([text.replace("_", " ") for text in texts], clip.words)
     return [word for word in found if not any(character.isdigit() for character in word)]

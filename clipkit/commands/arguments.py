@@ -1,4 +1,4 @@
-"""What is given to commands in files: lists of words, class names, templates; and options that have no effect."""
+"""Arguments of commands: class names and templates in files, options without effect, and names of registries."""
 
 from __future__ import annotations
 
@@ -11,12 +11,39 @@ import click
 from click.core import ParameterSource
 
 from clipkit.errors import UsageError
-from clipkit.inputs import file_of, read_text
+from clipkit.inputs import file_of, lines_of, parsed_json, read_text
 
 if TYPE_CHECKING:
     from clipkit.data.classes import Names
+    from clipkit.registry import Registry
 
-MODEL_HELP = "A run's folder, others' weights, or a published name (see clipkit models)."
+MODEL_HELP = "A run's folder, weights trained elsewhere, or a published name (see clipkit models)."
+
+
+class RegistryChoice(click.Choice[str]):
+    """An option whose values are the names of a registry, which is read when they are needed."""
+
+    def __init__(self, registry: Registry[Any]) -> None:
+        self.registry, self.case_sensitive = registry, True
+
+    @property
+    def choices(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Every name."""
+        return tuple(self.registry)
+
+
+class RegistryCommand(click.Command):
+    """A command whose help ends with the entries of registries."""
+
+    def __init__(self, *arguments: Any, registries: Collection[Registry[Any]], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.registries = registries
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """A list of names with their help for each registry."""
+        for registry in self.registries:
+            with formatter.section(f"{registry.noun.capitalize()}s"):
+                formatter.write_dl([(name, registry.entry(name).help) for name in registry])
 
 
 def refuse_options(names: Collection[str], reason: str) -> None:
@@ -33,7 +60,7 @@ def refuse_options(names: Collection[str], reason: str) -> None:
 
 def read_class_names(path: Path) -> dict[str, list[str]]:
     """A JSON object of names, or lists of names, by key. Raises UsageError for anything else, naming the key."""
-    data = read_json(path)
+    data = parsed_json(read_text(path), str(path))
     if not isinstance(data, dict):
         raise UsageError(f"{path} must map each class folder to its names; found a {type(data).__name__}")
     return _named(path, data)
@@ -46,8 +73,8 @@ def read_class_list(path: Path) -> dict[str, list[str]] | list[list[str]]:
     """
     text = read_text(path)
     if path.suffix.lower() != ".json" and not text.lstrip().startswith(("{", "[")):
-        return [[line] for line in _lines(path, text)]
-    data = _parsed(path, text)
+        return [[line] for line in lines_of(text, str(path))]
+    data = parsed_json(text, str(path))
     if isinstance(data, dict):
         return _named(path, data)
     if not isinstance(data, list):
@@ -72,30 +99,6 @@ def _names(path: Path, place: str, entry: Any) -> Names:
     return [name.strip() for name in names]
 
 
-def read_json(path: Path) -> Any:
-    """Raises UsageError for a file that is not there or is not JSON."""
-    return _parsed(path, read_text(path))
-
-
-def _parsed(path: Path, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not readable JSON: {error}") from None
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that are not empty. Raises UsageError when there are none."""
-    return _lines(path, read_text(path))
-
-
-def _lines(path: Path, text: str) -> list[str]:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise UsageError(f"{path} is empty; it needs one entry a line")
-    return lines
-
-
 def read_templates(given: str, ensembles: Mapping[str, list[str]]) -> list[str]:
     """A set of templates by its name, or the lines of a file. Raises UsageError for neither, and for bad ones."""
     from clipkit.data.classes import checked_templates
@@ -106,4 +109,11 @@ def read_templates(given: str, ensembles: Mapping[str, list[str]]) -> list[str]:
     if path is None:
         shown = given if len(given) <= 60 else f"{given[:57]}..."
         raise UsageError(f"--templates {shown!r} is neither a file nor one of {', '.join(ensembles)}")
-    return checked_templates(read_lines(path), str(path))
+    return checked_templates(lines_of(read_text(path), str(path)), str(path))
+
+
+def complete_dataset(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Names of data sets, for shell completion."""
+    from clipkit.registry import DATASETS
+
+    return [name for name in DATASETS if name.startswith(incomplete)]

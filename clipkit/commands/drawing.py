@@ -1,59 +1,84 @@
-"""guided-sample: pictures of a prompt; noise-curve: how well its guide sees."""
+"""guided-sample: text-guided sampling, img2img, inpainting; noise-curve: accuracy of a CLIP at each noise level."""
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from clipkit import DEFAULT_MODEL
-from clipkit.errors import DataError, SampleError, UsageError
+from clipkit.commands.arguments import RegistryChoice, RegistryCommand
+from clipkit.errors import DataError, UsageError
 from clipkit.inputs import print_json
+from clipkit.registry import GUIDERS, SAMPLERS, SPACINGS
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import Tensor
 
-    from clipkit.data.shards import Sample, Shards
-    from clipkit.guidance.pipeline import Start, Studio
-
-_SAMPLERS = ["dpmpp-2m", "dpmpp-2m-sde", "dpmpp-2s", "heun", "unipc", "ddim", "ddpm"]
-_SPACINGS = ["karras", "linspace", "leading", "trailing"]
+    from clipkit.guidance.config import DrawRequest
+    from clipkit.guidance.pipeline import Drawn, Pipeline
 
 
-@click.command("guided-sample")
+@click.command("guided-sample", cls=RegistryCommand, registries=(SAMPLERS, SPACINGS, GUIDERS))
 @click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
 @click.option(
-    "--model", default=DEFAULT_MODEL, show_default=True, help="A denoiser's run, or a folder of the runs it draws with."
+    "--model", default=DEFAULT_MODEL, show_default=True, help="A denoiser's run, or a folder with it and its networks."
 )
-@click.option("--n", type=click.IntRange(min=1), default=16, show_default=True, help="Pictures.")
+@click.option("--n", type=click.IntRange(min=1), default=16, show_default=True, help="Number of pictures.")
 @click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True, help="Sampler steps.")
-@click.option("--scale", type=float, help="Of the noise-aware CLIP; 0 is unguided.  [default: 10; 0 with descriptions]")
-@click.option("--cfg-scale", type=float, help="Classifier-free, for denoisers trained with descriptions.  [default: 2]")
-@click.option("--sampler", type=click.Choice(_SAMPLERS), default="dpmpp-2m", show_default=True)
-@click.option("--spacing", type=click.Choice(_SPACINGS), help="Of the steps.  [default: karras; ddim, ddpm: linspace]")
-@click.option("--objective", type=click.Choice(["softmax", "dot"]), help="Of the noise-aware CLIP.  [default: softmax]")
+@click.option(
+    "--scale",
+    type=float,
+    help="Classifier guidance by the noise-aware CLIP; 0 is unguided.  [default: 10; 0 for conditional denoisers]",
+)
+@click.option("--cfg-scale", type=float, help="Classifier-free guidance, for conditional denoisers.  [default: 2]")
+@click.option(
+    "--sampler", type=RegistryChoice(SAMPLERS), default="dpmpp-2m", show_default=True, help="Sampler; see below."
+)
+@click.option(
+    "--spacing",
+    type=RegistryChoice(SPACINGS),
+    help="Spacing of the steps on the noise schedule; see below.  [default: karras; ddim, ddpm: linspace]",
+)
+@click.option(
+    "--guider",
+    "guiders",
+    multiple=True,
+    metavar="NAME[:KEY=VALUE,...]",
+    help="A further guider, see below; may be repeated, the innermost first. With one, --scale is 0 and --cfg-scale 1 "
+    "unless given.",
+)
+@click.option(
+    "--objective",
+    type=click.Choice(["softmax", "dot"]),
+    help="Objective of the noise-aware CLIP: log p of the prompt among other captions, or cosine similarity.  "
+    "[default: softmax]",
+)
 @click.option(
     "--shift",
     type=click.Choice(["score", "mean"]),
-    help="What the guide's gradient shifts: the score, or each step's mean.  [default: score]",
+    help="Target of its gradient: the score, or the mean of each step (ADM, GLIDE).  [default: score]",
 )
-@click.option("--interval", type=(float, float), help="Log-SNR range in which the noise-aware CLIP guides.")
-@click.option("--init", type=click.Path(path_type=Path), help="Begin with this picture; see --strength and --mask.")
+@click.option("--interval", type=(float, float), help="Log SNR from, to: the noise-aware CLIP guides only there.")
+@click.option(
+    "--init", type=click.Path(path_type=Path), help="Img2img: start from this picture; see --strength and --mask."
+)
 @click.option("--strength", type=float, help="Noise on --init: a share of the schedule's time.  [default: 0.6]")
 @click.option(
-    "--mask", type=click.Path(path_type=Path), help="Draw where this picture is white, keep --init elsewhere."
+    "--mask",
+    type=click.Path(path_type=Path),
+    help="Inpainting: draw where it is white, keep --init elsewhere.",
 )
-@click.option("--reference", type=click.Path(path_type=Path), help="Keep the coarse shape of this picture.")
-@click.option("--image-prompt", type=click.Path(path_type=Path), help="Be like this picture, as the CLIP sees it.")
-@click.option("--negative", multiple=True, help="What the pictures should not show; may be repeated.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--reference", type=click.Path(path_type=Path), help="ILVR: keep the coarse shape of this picture.")
 @click.option(
-    "--out", default="grid.png", show_default=True, help="One sheet (.png, .jpg, .webp), or DIR/ for single pictures."
+    "--image-prompt", type=click.Path(path_type=Path), help="Maximise the CLIP similarity to this picture, too."
+)
+@click.option("--negative", multiple=True, help="Negative prompt: what to avoid; may be repeated.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise.")
+@click.option(
+    "--out", default="grid.png", show_default=True, help="One grid (.png, .jpg, .webp), or DIR/ for single pictures."
 )
 @click.option("--gif", type=click.Path(path_type=Path), help="Also write the denoising as an animation.")
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
@@ -61,90 +86,60 @@ _SPACINGS = ["karras", "linspace", "leading", "trailing"]
 def guided_sample(
     prompts: tuple[str, ...],
     model: str,
-    n: int,
-    steps: int,
-    scale: float | None,
-    cfg_scale: float | None,
-    sampler: str,
-    spacing: str | None,
-    objective: Literal["softmax", "dot"] | None,
-    shift: Literal["score", "mean"] | None,
-    interval: tuple[float, float] | None,
     init: Path | None,
     strength: float | None,
     mask: Path | None,
     reference: Path | None,
     image_prompt: Path | None,
     negative: tuple[str, ...],
-    seed: int,
     out: str,
     gif: Path | None,
     device: str,
     as_json: bool,
+    **options: Any,
 ) -> None:
-    """Draw pictures of a prompt.
+    """Draw pictures of a prompt (text-to-image).
 
-    A denoiser is steered by a noise-aware CLIP, or draws by itself if it was told what it drew.
-    Writes one sheet, or single pictures, whose metadata holds all that is needed to draw them again, and prints each
+    A denoiser samples under classifier-free guidance, or under the gradient of a noise-aware CLIP (classifier
+    guidance), or both. Writes one grid or single pictures with their full settings as metadata, and prints each
     picture's CLIP score. The same seed gives the same bytes on a CPU, and the same first picture whatever --n is.
-    Several prompts are wanted together; "a rocket:0.5" weighs half.
+    Several prompts are composed; "a rocket:0.5" has half the weight.
 
     \b
     Examples:
       clipkit guided-sample "a rocket" --gif rocket.gif
       clipkit guided-sample "a rocket" --n 64 --out drawn/
+      clipkit guided-sample "a rocket" --sampler ddim --guider cfg++:scale=0.6
       clipkit guided-sample "a rocket" --model runs/drawings --init sketch.png --strength 0.7
       clipkit guided-sample "a cat" "something red:0.5" --negative "a dog"
     """
-    from clipkit.guidance.image_grid import check_places, is_folder, save_gif, save_grid, save_pictures
-    from clipkit.guidance.pipeline import Steering, Studio
+    from clipkit.guidance.image_grid import check_places
+    from clipkit.guidance.pipeline import Pipeline
 
-    wanted = _weighted(prompts, negative)
-    check_places(out, gif, n)
+    weighted = _weighted(prompts, negative)
+    check_places(out, gif, options["n"])
     if mask is not None and init is None:
         raise UsageError("--mask selects the part of --init to redraw; give --init too")
     if strength is not None and init is None:
         raise UsageError("--strength is the share of noise added to --init; give --init too")
-    studio = Studio.open(model, device)
+    pipeline = Pipeline.open(model, device)
     files = {"init": init, "mask": mask, "reference": reference, "image_prompt": image_prompt}
-    seen, about = _pictures({name: path for name, path in files.items() if path is not None}, studio.image_size)
-    _warn(studio, [*wanted, *negative], scale)
-    drawn = studio.draw(
-        wanted,
-        n=n,
-        steps=steps,
-        scale=scale,
-        sampler=sampler,
-        negative=negative,
-        seed=seed,
-        spacing=spacing or "",
-        start=_start(seen, strength),
-        reference=seen.get("reference"),
-        steering=Steering(cfg_scale, objective, shift, interval, seen.get("image_prompt")),
-    )
-    about = drawn.about | about
-    if is_folder(out):
-        each = [about | {"index": i, "clip_score": score} for i, score in enumerate(drawn.scores)]
-        save_pictures(drawn.images, each, Path(out))
-    else:
-        save_grid(drawn.images, about, Path(out))
-    if gif is not None:
-        save_gif(drawn.trajectory, gif)
-    if as_json:
-        print_json({**about, "out": out, "clip_scores": drawn.scores})
-    else:
-        _say(about, prompts, out)
-        if gif is not None:
-            click.echo(f"{gif}: the denoising as an animation")
-        click.echo("CLIP scores: " + " ".join(f"{s:.3f}" for s in drawn.scores))
+    seen, sources = _pictures({name: path for name, path in files.items() if path is not None}, pipeline.image_size)
+    request = _request(weighted, negative, seen, strength, **options)
+    _warn(pipeline, request)
+    drawn = pipeline.draw(request)
+    about = drawn.about | sources
+    _write(drawn, about, out, gif)
+    _report(drawn, about, prompts, out, gif, as_json)
 
 
 def _pictures(files: dict[str, Path], size: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Files as the denoiser sees them; and what is kept of each beside a drawing: its name and sha256."""
+    """Files as tensors for the pipeline, and the name and sha256 of each for the metadata."""
     from clipkit.data.images import decode
     from clipkit.guidance.pipeline import picture
 
-    seen, about = {}, {}
+    seen = {}
+    about = {}
     for name, path in files.items():
         try:
             data = path.read_bytes()  # once: it may be a pipe
@@ -157,43 +152,75 @@ def _pictures(files: dict[str, Path], size: int) -> tuple[dict[str, Tensor], dic
     return seen, about
 
 
-def _start(seen: dict[str, Tensor], strength: float | None) -> Start | None:
-    """The picture to begin with, and where it is redrawn."""
-    from clipkit.guidance.config import DEFAULT_STRENGTH, Start
+def _request(
+    prompts: dict[str, float],
+    negative: tuple[str, ...],
+    seen: dict[str, Tensor],
+    strength: float | None,
+    **options: Any,
+) -> DrawRequest:
+    """The options as a request."""
+    from clipkit.guidance.config import DEFAULT_STRENGTH, DrawRequest, GuidanceConfig, Start
 
-    if "init" not in seen:
-        return None
-    mask = _white(seen["mask"]) if "mask" in seen else None
-    return Start(seen["init"], DEFAULT_STRENGTH if strength is None else strength, mask)
+    start = None
+    if "init" in seen:
+        mask = _white(seen["mask"]) if "mask" in seen else None
+        start = Start(seen["init"], DEFAULT_STRENGTH if strength is None else strength, mask)
+    settings = {name: options.pop(name) for name in ("cfg_scale", "objective", "shift", "interval")}
+    guidance = GuidanceConfig(**settings, picture=seen.get("image_prompt"))
+    options["spacing"] = options["spacing"] or ""
+    return DrawRequest(prompts, negative, guidance=guidance, start=start, reference=seen.get("reference"), **options)
 
 
-def _warn(studio: Studio, texts: list[str], scale: float | None) -> None:
-    """Name what the model does not know of these texts, and what it does not read, before it draws."""
+def _warn(pipeline: Pipeline, request: DrawRequest) -> None:
+    """Name out-of-vocabulary words, and prompts beyond the text encoder's context, before drawing."""
     from clipkit.commands.pictures import say_unknown
 
-    say_unknown(studio.unknown_words(texts))
-    for text, last in studio.cut_after(texts, scale).items():
+    texts = [*request.prompts, *request.negative]
+    say_unknown(pipeline.unknown_words(texts))
+    for text, last in pipeline.cut_after(texts, request.completed(pipeline.is_conditional).scale).items():
         shown = text if len(text) <= 40 else f"{text[:37]}..."
         click.echo(f"clipkit: {shown!r} is longer than what the model reads; it is cut after {last!r}", err=True)
 
 
-def _say(about: dict[str, Any], prompts: tuple[str, ...], out: str) -> None:
-    """What was drawn."""
-    wanted = ", ".join(map(repr, prompts))
+def _write(drawn: Drawn, about: dict[str, Any], out: str, gif: Path | None) -> None:
+    """The pictures, as a grid or one by one, and the animation."""
+    from clipkit.guidance.image_grid import is_folder, save_gif, save_grid, save_pictures
+
+    if is_folder(out):
+        each = [about | {"index": i, "clip_score": score} for i, score in enumerate(drawn.scores)]
+        save_pictures(drawn.images, each, Path(out))
+    else:
+        save_grid(drawn.images, about, Path(out))
+    if gif is not None:
+        save_gif(drawn.trajectory, gif)
+
+
+def _report(
+    drawn: Drawn, about: dict[str, Any], prompts: tuple[str, ...], out: str, gif: Path | None, as_json: bool
+) -> None:
+    """One JSON object, or lines: prompts, scales, CLIP scores."""
+    if as_json:
+        print_json({**about, "out": out, "clip_scores": drawn.scores})
+        return
     scales = f"noise-aware scale {about['scale']:g}"
     if "cfg_scale" in about:
         scales = f"classifier-free scale {about['cfg_scale']:g}, {scales}"
-    click.echo(f"{out}: {about['n']} x {wanted}, {scales}, seed {about['seed']}")
+    guiders = "".join(f", {guider}" for guider in about.get("guiders", ()))
+    click.echo(f"{out}: {about['n']} x {', '.join(map(repr, prompts))}, {scales}{guiders}, seed {about['seed']}")
+    if gif is not None:
+        click.echo(f"{gif}: the denoising as an animation")
+    click.echo("CLIP scores: " + " ".join(f"{s:.3f}" for s in drawn.scores))
 
 
 def _weighted(prompts: tuple[str, ...], negative: tuple[str, ...]) -> dict[str, float]:
-    """Prompts with their weights. Raises UsageError for one that is given twice, and for what lacks its quotes."""
+    """Prompts with their weights. Raises UsageError for a repeated prompt, and for prompts that seem to lack quotes."""
     found: dict[str, float] = {}
     bare = []
     for prompt in prompts:
         text, weight = _weight(prompt)
         if text.replace(".", "").isdigit():
-            raise UsageError(f"the prompt {text!r} is a number; what it belongs to may lack its option")
+            raise UsageError(f"the prompt {text!r} is a number; it may lack the option that it belongs to")
         if text in found:
             raise UsageError(f"the prompt {text!r} is given twice; give it once, with a weight")
         found[text] = 1.0 if weight is None else weight
@@ -235,89 +262,38 @@ def _white(mask: Tensor) -> Tensor:
 
 @click.command("noise-curve")
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="A noisy_clip run, or a folder of one.")
-@click.option("--shards", required=True, help="A pack: its classes are told apart, or its captions if it has none.")
+@click.option("--shards", required=True, help="A pack: its classes are the targets, or its captions if it has none.")
 @click.option("--n", type=click.IntRange(min=2), default=1000, show_default=True, help="Pictures, evenly spread.")
-@click.option("--out", type=click.Path(path_type=Path), help="Also draw the curve into this file (PNG, SVG, PDF).")
+@click.option("--out", type=click.Path(path_type=Path), help="Also plot the curve into this file (PNG, SVG, PDF).")
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def noise_curve(model: str, shards: str, n: int, out: Path | None, device: str, as_json: bool) -> None:
-    """Say how much a CLIP sees at each noise level.
+    """Measure the zero-shot accuracy of a CLIP at each noise level.
 
-    How often the noise-aware CLIP is right, and the clean CLIP on the same noised pictures.
+    Top-1 of the noise-aware CLIP, and of the clean CLIP on the same noised pictures.
 
     \b
     Example:
       clipkit noise-curve --model runs/drawings --shards packs/drawings-heldout --out curves.png
     """
-    import torch
-
     from clipkit.commands.pictures import save_figure
-    from clipkit.data.images import preprocessing
     from clipkit.data.shards import Shards
     from clipkit.guidance.components import load_guide_and_clip
     from clipkit.guidance.metrics import noise_curve as curves
-    from clipkit.log import progress
-    from clipkit.zeroshot.heads import class_head, embed_texts
     from clipkit.zeroshot.similarity import check_figure
 
     if out is not None:
         check_figure(out)
-    (guide, clip), pack = load_guide_and_clip(model, device), Shards(shards)
-    where = clip.model.log_logit_scale.device
-    if len(guide.model.clip.config.conventions.image_mean) != 3:
-        raise UsageError(f"the noise-aware CLIP of {model} sees latents, which the clean one does not; compare others")
-    samples, pictures, skipped = _evenly(pack, n)
-    texts = list(dict.fromkeys(sample.captions[0] for sample in samples))  # equal captions are one target
-    labels = [sample.label if pack.classes else texts.index(sample.captions[0]) for sample in samples]
-    if (targets := len(pack.classes or texts)) < 2:
-        raise UsageError(f"{shards} has one class or caption, which is always right; give a pack with several")
-    wanted, found = torch.tensor(labels, device=where), {}
-    for name, towers, tokenizer, encode in (
-        ("noise-aware", guide.model.clip, guide.tokenizer, curves.noise_aware(guide.model)),
-        ("clean", clip.model, clip.tokenizer, curves.clean(clip.model)),
-    ):
-        if pack.classes:
-            head = class_head(towers, tokenizer, pack.classes, pack.templates)
-        else:
-            head = embed_texts(towers, tokenizer, texts)
-        seen = preprocessing(towers.config)
-        x0 = torch.stack([seen(picture) for picture in pictures]).to(where).float() / 127.5 - 1
-        levels = progress(curves.LEVELS, len(curves.LEVELS), name)
-        found[name] = [curves.accuracy_at(encode, head, x0, wanted, level) for level in levels]
+    guide, clip = load_guide_and_clip(model, device)
+    curve = curves.measure(guide, clip, Shards(shards), n)
     if out is not None:
-        save_figure(curves.figure(curves.LEVELS, found, 1 / targets), out)
-    names = ["clean" if math.isinf(level) else f"{level:g}" for level in curves.LEVELS]
+        save_figure(curves.figure(curves.LEVELS, curve.top1, 1 / curve.targets), out)
     if as_json:
-        about = {"n": len(samples), "targets": targets, "skipped": skipped, "log_snr": names}
-        print_json({**about, **found})
+        about = {"n": curve.n, "targets": curve.targets, "skipped": curve.skipped, "log_snr": curves.LEVEL_NAMES}
+        print_json({**about, **curve.top1})
         return
-    reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "none"
-    click.echo(f"top-1 of {len(samples)} pictures among {targets}; skipped: {reasons}")
-    click.echo("log SNR  " + "  ".join(f"{name:>11}" for name in found))
-    for row, name in enumerate(names):
-        click.echo(f"{name:>7}  " + "  ".join(f"{values[row]:11.1%}" for values in found.values()))
-
-
-def _evenly(pack: Shards, n: int) -> tuple[list[Sample], list[Image], dict[str, int]]:
-    """At most `n` samples of a pack, evenly spread, with their pictures; and how many were skipped, by reason.
-
-    Raises DataError when none is left.
-    """
-    import numpy as np
-
-    from clipkit.data.images import decode
-
-    samples, pictures, skipped = [], [], Counter[str]()
-    for i in np.linspace(0, len(pack) - 1, min(n, len(pack))).astype(int):
-        try:
-            sample = pack.read(int(i))
-            if pack.classes and not (isinstance(sample.label, int) and 0 <= sample.label < len(pack.classes)):
-                raise SampleError("no label of its classes")
-            pictures.append(decode(sample.image))
-            samples.append(sample)
-        except SampleError as error:
-            skipped[error.reason] += 1
-    if not samples:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "none"
-        raise DataError(f"no picture of {pack.source} can be used; skipped: {reasons}")
-    return samples, pictures, dict(skipped)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in curve.skipped.items()) or "none"
+    click.echo(f"top-1 of {curve.n} pictures among {curve.targets}; skipped: {reasons}")
+    click.echo("log SNR  " + "  ".join(f"{name:>11}" for name in curve.top1))
+    for row, name in enumerate(curves.LEVEL_NAMES):
+        click.echo(f"{name:>7}  " + "  ".join(f"{values[row]:11.1%}" for values in curve.top1.values()))

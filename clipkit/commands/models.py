@@ -1,4 +1,4 @@
-"""models, export: other people's weights in, ours out."""
+"""models, export, average, release: published models, and weights for others."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from clipkit import DEFAULT_MODEL
 from clipkit.commands.arguments import MODEL_HELP
 from clipkit.errors import UsageError
 from clipkit.inputs import print_json
+from clipkit.registry import EXPORT_FORMATS
 
 
 @click.command()
@@ -20,9 +21,9 @@ def models(pattern: str, as_json: bool) -> None:
 
     With PATTERN those whose names contain it.
 
-    Wherever a command takes --model, it takes one of these names, which is fetched from the Hugging Face hub once;
-    "hf-hub:organisation/name"; a folder with open_clip_config.json, or of transformers' CLIP or SigLIP; a file of
-    OpenAI's; or the folder of a run.
+    A command's --model and a recipe's finetune.init_from take one of these names, which is fetched from the Hugging
+    Face hub once; "hf-hub:organisation/name"; a folder with open_clip_config.json, or of transformers' CLIP or
+    SigLIP; a file of OpenAI's; or the folder of a run.
 
     \b
     Example:
@@ -47,9 +48,10 @@ def models(pattern: str, as_json: bool) -> None:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["open_clip", "transformers", "onnx", "torch"]),
+    type=click.Choice(list(EXPORT_FORMATS)),
     default="open_clip",
     show_default=True,
+    help="; ".join(f"{name}: {EXPORT_FORMATS.entry(name).help}" for name in EXPORT_FORMATS) + ".",
 )
 @click.option("--push", help="Also upload OUT as this hub repository, organisation/name, with a model card.")
 def export(model: str, out: Path, form: str, push: str | None) -> None:
@@ -62,31 +64,34 @@ def export(model: str, out: Path, form: str, push: str | None) -> None:
     Example:
       clipkit export --model runs/clip exported/clip --format onnx
     """
-    from clipkit.convert import export as room
     from clipkit.convert import hub
+    from clipkit.convert.export import check_place
+    from clipkit.convert.export import export as write
     from clipkit.models.pretrained import load
 
-    room.check_place(out, form)
+    check_place(out, form)
     clip = load(model, "cpu")
-    for path in room.export(clip, out, form, push or ""):
+    for path in write(clip, out, form, push or ""):
         click.echo(f"{path}")
     if push is not None:
         click.echo(hub.push(clip.model, out, push))
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True)
+@click.argument("models", nargs=-1, required=True)
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--shares", default="", help="One for each run, with commas between them.  [default: equal ones]")
-def average(runs: tuple[str, ...], out: Path, shares: str) -> None:
-    """Write the average of several CLIPs' weights.
+@click.option("--shares", default="", help="One for each model, with commas between them.  [default: equal ones]")
+def average(models: tuple[str, ...], out: Path, shares: str) -> None:
+    """Average the weights of several CLIPs.
 
-    Of RUNS, two or more that started from the same weights, into OUT: a fine-tuned CLIP and the one it started from, or
-    several fine-tuned ones. The average is as fast as each, and often better. --model takes OUT as it takes RUNS.
+    MODELS are two or more, runs or published, that started from the same weights: a fine-tuned CLIP and its original
+    (WiSE-FT), or several fine-tuned ones (a model soup). The average is as fast as each, and often better. OUT is a new
+    folder; --model takes it as it takes a run.
 
     \b
-    Example:
+    Examples:
       clipkit average runs/clip runs/tuned runs/between --shares 0.3,0.7
+      clipkit average runs/tuned ViT-B-32/laion2b_s34b_b79k runs/between
     """
     from clipkit.train.averaging import average as write
 
@@ -94,18 +99,19 @@ def average(runs: tuple[str, ...], out: Path, shares: str) -> None:
         wanted = [float(word) for word in shares.split(",")] if shares else []
     except ValueError:
         raise UsageError(f"--shares is {shares!r}; it must be numbers, such as 0.3,0.7") from None
-    click.echo(f"{write(runs, out, wanted)}")
+    click.echo(f"{write(models, out, wanted)}")
 
 
 @click.command()
 @click.argument("runs", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 def release(runs: Path, out: Path) -> None:
-    """Write the weights of runs, to give them away.
+    """Write the weights of runs for publication.
 
-    Those of RUNS into OUT: averaged, in half precision, without the optimizer's state.
+    Those of RUNS into OUT: the exponential moving average, in half precision, without the optimizer's state.
 
-    RUNS is a run, or a folder of the runs clip, denoiser and noisy_clip. --model takes OUT as it takes RUNS.
+    RUNS is a run, or a folder of runs that are named after their tasks: clip, denoiser, noisy_clip, ... --model takes
+    OUT as it takes RUNS.
 
     \b
     Example:

@@ -1,156 +1,170 @@
-"""pack, verify, inspect: from images and captions to shards, and a look into them."""
+"""Commands pack, verify, inspect: write packs, check them, look at their samples."""
 
 from __future__ import annotations
 
 import sys
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import click
 
 from clipkit.commands.arguments import read_class_names, read_templates, refuse_options
 from clipkit.errors import UsageError, did_you_mean
-from clipkit.inputs import check_file, print_json
+from clipkit.inputs import check_file, plural, print_json
+from clipkit.registry import DATASETS, SOURCES
 
 
-@click.command()
+class _Pack(click.Command):
+    """Lists the sources in its help."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The table of sources."""
+        with formatter.section("Sources"):
+            formatter.write_dl([(name, entry.help) for name, entry in SOURCES.entries.items()])
+
+
+@click.command(cls=_Pack)
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--classnames", type=click.Path(path_type=Path), help="JSON: class folder -> list of names, or name.")
+@click.option(
+    "--classnames", "classes", type=click.Path(path_type=Path), help="JSON: class folder -> list of names, or name."
+)
 @click.option("--templates", help='Text file, one caption template with {} a line; or "one", "7", "80".')
 @click.option("--csv", "table", type=click.Path(path_type=Path), help="Table with the columns image,caption.")
-@click.option("--shard-size", type=click.IntRange(min=1), default=10_000, show_default=True, help="Samples a shard.")
-@click.option("--holdout", type=click.IntRange(min=0), default=0, help="Samples set aside in OUT-val.")
+@click.option("--shard-size", type=click.IntRange(min=1), default=10_000, show_default=True, help="Samples per shard.")
+@click.option("--holdout", type=click.IntRange(min=0), default=0, help="Samples held out in OUT-val.")
 @click.option(
     "--resize", type=click.IntRange(min=0), default=0, help="Reduce the shorter side of larger images to this."
 )
-@click.option("--encode", type=click.Choice(["jpeg", "png", "webp"]), help="Encode the images anew.")
-@click.option("--quality", type=click.IntRange(1, 100), default=90, show_default=True, help="Of new JPEG and WebP.")
+@click.option("--encode", type=click.Choice(["jpeg", "png", "webp"]), help="Re-encode the images.")
 @click.option(
-    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Decides captions and drawings."
+    "--quality", type=click.IntRange(1, 100), default=90, show_default=True, help="Quality of re-encoded JPEG and WebP."
+)
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of captions and renderings."
 )
 @click.option(
     "--split",
     default="train",
     show_default=True,
-    help="drawings: train, val, heldout; scenes: also relations; pictograms: train, heldout; NAME: train, test.",
+    help="drawings: train, val, heldout; scenes: also relations; pictograms: train, heldout; data sets: train, test.",
 )
 @click.option(
-    "--count", type=click.IntRange(min=1), default=12_000, show_default=True, help="drawings, scenes: number."
+    "--count", type=click.IntRange(min=1), default=12_000, show_default=True, help="Number of rendered samples."
 )
-@click.option("--size", type=click.IntRange(min=8), default=24, show_default=True, help="Pixels of what is rendered.")
-@click.option("--variants", type=click.IntRange(min=1), default=4, show_default=True, help="Samples of a pictogram.")
+@click.option("--size", type=click.IntRange(min=8), default=24, show_default=True, help="Pixels of rendered samples.")
 @click.option(
-    "--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True, help="NAME: place."
+    "--variants", type=click.IntRange(min=1), default=4, show_default=True, help="Samples made of each pictogram."
 )
-@click.option("--download", is_flag=True, help="NAME: fetch it into --data-dir if it is not there.")
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path),
+    default=Path("data"),
+    show_default=True,
+    help="Folder of downloaded data sets.",
+)
+@click.option("--download", is_flag=True, help="Fetch a data set into --data-dir if it is not there.")
 def pack(
     source: str,
     out: Path,
-    classnames: Path | None,
-    templates: str | None,
-    table: Path | None,
     shard_size: int,
     holdout: int,
     resize: int,
     encode: str | None,
     quality: int,
-    seed: int,
-    split: str,
-    count: int,
-    size: int,
-    variants: int,
-    data_dir: Path,
-    download: bool,
+    **options: Any,
 ) -> None:
-    """Pack captioned images into shards with an index.
+    """Pack captioned images into shards with a manifest.
 
-    SOURCE is a folder or tar laid out <class>/<image>, or a folder or tar of images with --csv, or the word
-    "drawings" for the embedded data set or "scenes" for rendered scenes of one to three objects, or pictograms:DIR
-    (captions.csv and transparent images), or a NAME that zeroshot knows (fashion-mnist, cifar100 ...). Images are kept
-    byte for byte unless --resize or --encode says otherwise. The class is the first folder, as for torchvision's
-    ImageFolder. What is not taken is counted by reason. Interrupted, the same command resumes after the last whole
-    shard.
+    SOURCE is a folder or tar laid out <class>/<image>, or a folder or tar of images with --csv, or the name of a data
+    set (fashion-mnist, cifar100 ...), or a source listed below: NAME, or NAME:FOLDER where it reads one. Images are
+    kept byte for byte unless --resize or --encode is given. The class is the first folder, as for torchvision's
+    ImageFolder. Skipped files are counted by reason. After an interruption the same command resumes after the last
+    complete shard.
 
     \b
     Examples:
       clipkit pack photos/ packs/photos --classnames names.json
       clipkit pack emoji.tar.xz packs/emoji --csv captions.csv --holdout 500
       clipkit pack drawings packs/drawings --count 20000
-      clipkit pack scenes packs/scenes --count 20000 --size 48
+      clipkit pack pictograms:pictograms/ packs/pictograms --size 64
       clipkit pack fashion-mnist packs/fashion-mnist --download
     """
-    from clipkit.data import sources
     from clipkit.data.files import counted
     from clipkit.data.pack import Encoding, holdout_of
     from clipkit.data.pack import pack as write
-    from clipkit.data.pictograms import pictograms_source
     from clipkit.inputs import check_writable
-    from clipkit.zeroshot.datasets import as_source, known, open_set
-    from clipkit.zeroshot.heads import ensembles
 
-    is_named = source in known() and not Path(source).exists()
-    kind, colon, place = source.partition(":")
-    pictograms = Path(place) if colon and kind == "pictograms" else None
-    if source not in _RENDERED and pictograms is None and not is_named and not Path(source).exists():
-        raise UsageError(
-            f"no folder or tar at {source}, nor a data set; {did_you_mean(source, [*_RENDERED, *known()])}"
-        )
-    if Path(source).suffix.lower() in (".csv", ".tsv") and Path(source).is_file():
-        raise UsageError(f"{source} is a table; give the folder or tar of its pictures, and --csv {source}")
-    _refuse_options(source, pictograms is not None, is_named, table is not None)
+    kind, place = _kind_of(source, options["table"] is not None)
+    taken = _options_of(kind, source)
     if encode == "png" or not (encode or resize):
         refuse_options(["quality"], "on PNGs" if encode else "on images that are kept (see --resize and --encode)")
     for folder in (out, holdout_of(out))[: 1 + bool(holdout)]:
         check_writable(folder)
-    if source == "drawings":
-        data = sources.drawings_source(split, count, size, seed)
-    elif source == "scenes":
-        data = sources.scenes_source(split, count, size, seed)
-    elif pictograms is not None:
-        data = pictograms_source(pictograms, split, size, variants, seed)
-    elif is_named:
-        if split not in ("train", "test"):
-            raise UsageError(f"--split is {split!r}; {source} has train and test")
-        data = as_source(open_set(source, data_dir, download, training=split == "train"), seed)
-    elif table is not None:
-        data = sources.csv_source(table, Path(source))
-    else:
-        lines = read_templates(templates, ensembles()) if templates else sources.DEFAULT_TEMPLATES
-        data = sources.class_source(Path(source), read_class_names(classnames) if classnames else None, lines, seed)
-    index = write(data, out, shard_size, holdout, Encoding(resize, encode or "", quality))
-    skipped = counted(index["skipped"])
-    click.echo(f"{out}: {index['samples']} samples in {len(index['shards'])} shards; skipped: {skipped}")
+    given = {"source": place, **_read_options(options)}
+    data = SOURCES[kind](**{name: given[name] for name in taken})
+    manifest = write(data, out, shard_size, holdout, Encoding(resize, encode or "", quality))
+    samples = plural(manifest["samples"], "sample")
+    shards = plural(len(manifest["shards"]), "shard")
+    click.echo(f"{out}: {samples} in {shards}; skipped: {counted(manifest['skipped'])}")
 
 
-_RENDERED = ("drawings", "scenes")
+def _kind_of(source: str, has_table: bool) -> tuple[str, str | Path]:
+    """Name of the source that SOURCE means, and the place that it reads. Raises UsageError for anything else."""
+    name, colon, place = source.partition(":")
+    if name in SOURCES and ("source" in _parameters(name)) == bool(colon):
+        if name == "csv" and not has_table:
+            raise UsageError(f"{source} needs a table of captions; give --csv TABLE")
+        return name, Path(place)
+    if Path(source).suffix.lower() in (".csv", ".tsv") and Path(source).is_file():
+        raise UsageError(f"{source} is a table; give the folder or tar of its images, and --csv {source}")
+    if Path(source).exists():
+        return ("csv" if has_table else "folder"), Path(source)
+    if source in DATASETS:
+        return "dataset", source
+    names = [*(f"{name}:FOLDER" if "source" in _parameters(name) else name for name in SOURCES), *DATASETS]
+    raise UsageError(f"no folder or tar at {source}, nor a data set; {did_you_mean(source, names)}")
 
 
-def _refuse_options(source: str, is_pictograms: bool, is_named: bool, has_table: bool) -> None:
-    """Refuse options that do nothing for this kind of source."""
-    named, written = ["data_dir", "download"], ["classnames", "templates", "table"]
-    drawn = ["count", "size", "variants"]
-    if source in _RENDERED:
-        refuse_options([*named, *written, "variants"], f"on {source}")
-    elif is_pictograms:
-        refuse_options([*named, *written, "count"], "on pictograms, which have their own names and captions")
-    elif is_named:
-        refuse_options([*drawn, *written], f"on {source}, which has its own names and templates")
-    elif has_table:
-        refuse_options([*named, *drawn, "split", "classnames", "templates", "seed"], "with --csv")
-    else:
-        refuse_options([*named, *drawn, "split"], "on a folder or tar")
+def _parameters(kind: str) -> list[str]:
+    return list(signature(SOURCES[kind]).parameters)
+
+
+def _options_of(kind: str, source: str) -> list[str]:
+    """Options that this kind of source takes. Raises UsageError if another was given on the command line."""
+    command = click.get_current_context().command
+    common = {"source", "out", "shard_size", "holdout", "resize", "encode", "quality"}
+    options = [parameter.name for parameter in command.params if parameter.name not in common]
+    taken = _parameters(kind)
+    if unknown := [name for name in taken if name not in ("source", *options)]:
+        raise UsageError(f"the source {kind!r} takes {unknown[0]!r}, which is no option of clipkit pack")
+    where = {"folder": "on a folder or tar", "csv": "with --csv"}.get(kind, f"on {source}")
+    refuse_options([name for name in options if name and name not in taken], where)
+    return taken
+
+
+def _read_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The options, with class names and templates read from their files."""
+    from clipkit.data.sources import DEFAULT_TEMPLATES
+    from clipkit.zeroshot.heads import ensembles
+
+    classes, templates = options["classes"], options["templates"]
+    return {
+        **options,
+        "classes": read_class_names(classes) if classes else None,
+        "templates": read_templates(templates, ensembles()) if templates else DEFAULT_TEMPLATES,
+    }
 
 
 @click.command()
 @click.argument("shards")
-@click.option("--samples", type=click.IntRange(min=0), default=16, show_default=True, help="Decoded of each shard.")
+@click.option("--samples", type=click.IntRange(min=0), default=16, show_default=True, help="Decoded samples per shard.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def verify(shards: str, samples: int, as_json: bool) -> None:
-    """Check a pack against its index.
+    """Check a pack against its manifest: sizes, checksums and structure of all shards, and that some images decode.
 
-    Sizes, hashes and structure of all shards, and whether some of the images decode.
-
-    SHARDS is a folder made by `clipkit pack`, or the URL of one. Exit code 1 when something is wrong.
+    SHARDS is a folder made by `clipkit pack`, or the URL of one. Exit code 1 for a damaged pack.
 
     \b
     Example:
@@ -164,18 +178,18 @@ def verify(shards: str, samples: int, as_json: bool) -> None:
     if as_json:
         print_json(dataclasses.asdict(report))
     else:
-        click.echo(f"{report.source}: {report.samples} samples in {report.shards} shards")
+        click.echo(f"{report.source}: {plural(report.samples, 'sample')} in {plural(report.shards, 'shard')}")
         for name, count in report.skipped.items():
-            click.echo(f"  not taken into the index: {count} {name}")
+            click.echo(f"  skipped when it was made: {count} {name}")
         for name, problem in report.damaged.items():
             click.echo(f"  {name}: {problem}")
         for reason, count in report.incomplete.items():
             click.echo(f"  {count} of {report.samples} samples: {reason}")
         for reason, count in report.bad.items():
             click.echo(f"  {count} of {report.decoded} decoded samples: {reason}")
-        good = f"sound: every hash is right, {report.decoded} samples decoded"
+        good = f"sound: every checksum is right, {plural(report.decoded, 'sample')} decoded"
         unsound = report.bad or report.incomplete
-        click.echo(f"{len(report.damaged)} damaged shards" if report.damaged else "not sound" if unsound else good)
+        click.echo(plural(len(report.damaged), "damaged shard") if report.damaged else "not sound" if unsound else good)
     if report.damaged or report.bad or report.incomplete:
         sys.exit(1)
 
@@ -183,8 +197,10 @@ def verify(shards: str, samples: int, as_json: bool) -> None:
 @click.command()
 @click.argument("shards")
 @click.option("-n", "--n", "count", type=click.IntRange(min=1), default=16, show_default=True, help="Samples shown.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Decides which.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("sheet.png"), show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of the choice.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("sheet.png"), show_default=True, help="PNG to write."
+)
 def inspect(shards: str, count: int, seed: int, out: Path) -> None:
     """Show random samples of a pack and their captions.
 
@@ -200,4 +216,4 @@ def inspect(shards: str, count: int, seed: int, out: Path) -> None:
     picture = sheet(pack, count, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     picture.save(out, "PNG")
-    click.echo(f"{out}: {min(count, len(pack))} samples of {shards}")
+    click.echo(f"{out}: {plural(min(count, len(pack)), 'sample')} of {shards}")

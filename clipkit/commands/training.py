@@ -12,8 +12,8 @@ from clipkit.inputs import print_json
 from clipkit.registry import TASKS, task_entry
 
 _RECIPE_HELP = """
-    RECIPE is a TOML file or the name of a shipped recipe; OVERRIDES are section.key=value words. The same command
-    resumes an interrupted run."""
+    RECIPE is a TOML file or the name of a shipped recipe; OVERRIDES are section.key=value words, and `clipkit recipe`
+    explains the keys. The same command resumes an interrupted run."""
 
 
 def training_command(kind: str) -> click.Command:
@@ -146,7 +146,7 @@ def demo(out: Path, seed: int, quick: bool) -> None:
 
     Nothing is downloaded.
 
-    Trains a small CLIP and scores it on (object, colour) pairs it never saw, trains a denoiser and a noise-aware CLIP,
+    Trains a small CLIP and scores it on held-out (object, colour) pairs, trains a denoiser and a noise-aware CLIP,
     and draws four prompts unguided and guided. Writes grid.png, loss.png and metrics.json into OUT. Some 15 minutes
     on 2 CPU cores; interrupted, the same command resumes.
 

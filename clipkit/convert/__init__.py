@@ -1,1 +1,1 @@
-"""Other formats: published weights in, ours out; nothing that is read runs code."""
+"""Import of published weights and export of ours; nothing that is read runs code."""

@@ -1,4 +1,4 @@
-"""Models that others published: their names, and their files from the Hugging Face hub."""
+"""Published models: their names, and their files on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def known() -> dict[str, Published]:
 
 
 def find(name: str) -> Published | None:
-    """What a name like "ViT-B-32/laion2b_s34b_b79k" or "hf-hub:organisation/name" stands for; None for other names.
+    """The model of a name like "ViT-B-32/laion2b_s34b_b79k" or "hf-hub:organisation/name"; None for other names.
 
     Raises UsageError for "-quickgelu" before weights that were trained with the plain one.
     """
@@ -74,7 +74,7 @@ def find(name: str) -> Published | None:
 
 
 def suggestion(name: str) -> str:
-    """What the name may have meant, as the end of an error message; empty when nothing is near."""
+    """A similar name, as the end of an error message; empty when there is none."""
     close = difflib.get_close_matches(name, known(), n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else ""
 
@@ -88,11 +88,14 @@ def fetch(published: Published) -> Path:
     from huggingface_hub import file_download, utils  # noqa: F401  (the import sets the level of its log)
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of what matters the caller hears by an error
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # errors reach the caller as exceptions
     if not sys.stderr.isatty():
         utils.disable_progress_bars()  # type: ignore[attr-defined]
-    repository, commit, weights, offline = published.repository, None, None, not _reachable()
+    repository = published.repository
     name = shown(repository)
+    commit: str | None = None
+    weights: Path | None = None
+    offline = not _reachable()
     try:
         for file in (*_AROUND, *WEIGHTS):
             if file in WEIGHTS and weights is not None:
@@ -177,7 +180,7 @@ def _check(weights: Path) -> None:
 
 
 def card(model: CLIP, name: str) -> str:
-    """A model card: what it is, how it is used, and what is not known of it is left for its author to say."""
+    """A model card: architecture and usage; training data, evaluation and licence are for its author to add."""
     config = model.config
     parameters = sum(p.numel() for p in model.parameters())
     return f"""---
@@ -191,10 +194,10 @@ A CLIP of {parameters / 1e6:.1f} million parameters, exported by clipkit {__vers
 
 | | |
 |---|---|
-| image tower | {config.image_tower}, {config.image_size} x {config.image_size} pixels |
-| text tower | {config.text_layers} layers, width {config.text_width}, {config.context_length} tokens |
+| image encoder | {config.image_tower}, {config.image_size} x {config.image_size} pixels |
+| text encoder | {config.text_layers} layers, width {config.text_width}, {config.context_length} tokens |
 | embedding | {config.embed_dim} |
-| activation of the text tower | {config.conventions.text_activation} |
+| activation of the text encoder | {config.conventions.text_activation} |
 | logit scale | {float(model.logit_scale.detach()):.2f} |
 
 ```python
@@ -203,7 +206,7 @@ import clipkit
 clip = clipkit.load("hf-hub:{name}")
 ```
 
-Trained on, evaluated on, licence, intended use and limits: to be written by who publishes it.
+Training data, evaluation, licence, intended use and limits: to be written by the publisher.
 """
 
 

@@ -1,28 +1,19 @@
-"""How other people's models want pictures and captions: what the files beside their weights say of it.
+"""Image preprocessing of published models: preprocess_cfg of open_clip, preprocessor_config.json of transformers.
 
-preprocessor_config.json and preprocess_cfg say how a picture becomes a square; tokenizer_config.json and its neighbours
-what stands around a caption. What they ask for is done, or refused by name.
+Both become compatibility switches (`Conventions`), and both are written from them. A step that clipkit does not have is
+refused by name.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clipkit.errors import CheckpointError, shown
-from clipkit.io import only_known, read_object, write_atomically
+from clipkit.io import only_known, read_object
 from clipkit.models.clip import Conventions
-from clipkit.models.tokenizer import END, START, AnyTokenizer, Tokenizer, is_clip_like, read_encoder
-
-CLIP_VOCABULARY = 49408
-"""Tokens of CLIP's own vocabulary, the last of which ends a caption."""
-
-
-# Pictures
 
 
 def square(value: Any, where: str) -> Any:
@@ -49,18 +40,25 @@ def _statistics(mean: Any, std: Any, where: str) -> dict[str, Any]:
     return found
 
 
-def _known(value: Any, known: Mapping[Any, str], where: str) -> str:
-    if value not in known:
-        raise CheckpointError(f"{where} {value!r} is not supported; known: {', '.join(map(str, known))}")
-    return known[value]
+def known(value: Any, table: Mapping[Any, str], where: str) -> str:
+    """Our name for a value of theirs. Raises CheckpointError for values that are not in the table."""
+    if value not in table:
+        raise CheckpointError(f"{where} {value!r} is not supported; known: {', '.join(map(str, table))}")
+    return table[value]
 
 
-def open_clip_pictures(seen: object) -> dict[str, Any]:
-    """The conventions that open_clip's preprocess_cfg asks for; what it leaves out is as in open_clip."""
-    if isinstance(seen, Mapping):
-        seen = {key: value for key, value in seen.items() if value is not None}
+# open_clip
+
+_RESIZE_MODES = {"shortest": "crop", "squash": "squash", "longest": "pad"}
+"""open_clip's names for the ways to make a picture square -> ours."""
+
+
+def open_clip_pictures(preprocess_cfg: object) -> dict[str, Any]:
+    """The switches that open_clip's preprocess_cfg asks for; keys that it omits have open_clip's defaults."""
+    if isinstance(preprocess_cfg, Mapping):
+        preprocess_cfg = {key: value for key, value in preprocess_cfg.items() if value is not None}
     how = only_known(
-        seen,
+        preprocess_cfg,
         "preprocess_cfg",
         {"mean": None, "std": None, "interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0},
         {"mode": ("RGB",)},
@@ -68,16 +66,15 @@ def open_clip_pictures(seen: object) -> dict[str, Any]:
     )
     if how["fill_color"] > 255:
         raise CheckpointError(f"preprocess_cfg.fill_color is {how['fill_color']}; it must be at most 255")
-    mean, std = (how[k] if how[k] is not None else d for k, d in (("mean", _OPENAI[0]), ("std", _OPENAI[1])))
-    resize = _known(
-        how["resize_mode"], {"shortest": "crop", "squash": "squash", "longest": "pad"}, "preprocess_cfg.resize_mode"
-    )
+    mean = _OPENAI[0] if how["mean"] is None else how["mean"]
+    std = _OPENAI[1] if how["std"] is None else how["std"]
+    resize = known(how["resize_mode"], _RESIZE_MODES, "preprocess_cfg.resize_mode")
     return {
         **_statistics(mean, std, "preprocess_cfg."),
         "image_resize": resize,
         "image_fill": how["fill_color"] if resize == "pad" else 0,
         # "random" is for training; open_clip evaluates bicubic then.
-        "image_interpolation": _known(
+        "image_interpolation": known(
             how["interpolation"],
             {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"},
             "preprocess_cfg.interpolation",
@@ -85,8 +82,23 @@ def open_clip_pictures(seen: object) -> dict[str, Any]:
     }
 
 
+def open_clip_preprocessing(conventions: Conventions) -> dict[str, Any]:
+    """preprocess_cfg of a model with these switches."""
+    modes = {ours: theirs for theirs, ours in _RESIZE_MODES.items()}
+    return {
+        "mean": list(conventions.image_mean),
+        "std": list(conventions.image_std),
+        "interpolation": conventions.image_interpolation,
+        "resize_mode": modes[conventions.image_resize],
+        "fill_color": conventions.image_fill,
+    }
+
+
+# transformers
+
 _OPENAI = (Conventions.image_mean, Conventions.image_std)
 _HALVES = ((0.5,) * 3, (0.5,) * 3)
+_RESAMPLINGS = {2: "bilinear", 3: "bicubic"}
 _PROCESSORS = {"CLIPImageProcessor": "clip", "CLIPFeatureExtractor": "clip", "SiglipImageProcessor": "siglip"}
 
 
@@ -100,7 +112,7 @@ def read_preprocessor(folder: Path) -> dict[str, Any] | None:
 
 
 def transformers_pictures(seen: Mapping[str, Any] | None, model_type: str, image_size: int) -> dict[str, Any]:
-    """The conventions that transformers' image processor asks for; what it leaves out is as in its class there.
+    """The conventions that transformers' image processor asks for; keys that it omits have the defaults of its class.
 
     Without any settings they are those of the model's own processor. Raises CheckpointError for steps that are not
     done here, and for sizes that are not the model's.
@@ -111,7 +123,7 @@ def transformers_pictures(seen: Mapping[str, Any] | None, model_type: str, image
     seen = {key: value for key, value in seen.items() if value is not None}
     where = "preprocessor_config.json: "
     named = str(seen.get("image_processor_type", seen.get("feature_extractor_type", "")))
-    kind = _known(named.removesuffix("Fast").removesuffix("Pil"), _PROCESSORS, where) if named else model_type
+    kind = known(named.removesuffix("Fast").removesuffix("Pil"), _PROCESSORS, where) if named else model_type
     clip, default = kind == "clip", {"height": 224, "width": 224}
     how = only_known(
         seen,
@@ -134,11 +146,11 @@ def transformers_pictures(seen: Mapping[str, Any] | None, model_type: str, image
     return {
         **_statistics(mean, std, f"{where}image_"),
         "image_resize": _resize(size, crop, image_size, where),
-        "image_interpolation": _known(how["resample"], {2: "bilinear", 3: "bicubic"}, f"{where}resample"),
+        "image_interpolation": known(how["resample"], _RESAMPLINGS, f"{where}resample"),
     }
 
 
-# Names, and what is done to every picture here: it is made RGB, and leaves as channels first.
+# Names, and steps that clipkit does for every picture: RGB, channels first.
 _WITHOUT_EFFECT = {
     "image_processor_type", "feature_extractor_type", "processor_class", "do_convert_rgb", "data_format", "device",
     "input_data_format", "return_tensors", "default_to_square", "disable_grouping", "pad_size", "_valid_processor_keys",
@@ -162,198 +174,18 @@ def _resize(size: Any, crop: Any, image_size: int, where: str) -> str:
     )
 
 
-# Captions
-
-
-@dataclass(frozen=True)
-class TokenizerFiles:
-    """The tokenizer beside somebody's weights; by default CLIP's own vocabulary."""
-
-    text: str = ""
-    """Its tokenizer.json; none for CLIP's own."""
-    encoder: Any = None
-    """That, read by the `tokenizers` library."""
-    clip_like: bool = True
-    """Whether it cuts captions as CLIP's does."""
-    kind: str = ""
-    """Class that transformers reads it with."""
-    end_id: int = CLIP_VOCABULARY - 1
-    """Token after a caption."""
-    size: int = CLIP_VOCABULARY
-    """Its tokens."""
-    pad_id: int | None = None
-    """Token that fills a batch, where something names it."""
-    longest: int | None = None
-    """Most tokens of a caption, where something says it."""
-
-
-def read_tokenizer(folder: Path) -> TokenizerFiles:
-    """The folder's tokenizer.json, and what tokenizer_config.json and special_tokens_map.json say of it.
-
-    Raises CheckpointError where they contradict each other, and for settings that are not done here.
-    """
-    if not (folder / "tokenizer.json").is_file():
-        return TokenizerFiles()
-    text = _text(folder / "tokenizer.json")
-    encoder = read_encoder(text)
-    settings, tokens = (
-        read_object(folder / name) if (folder / name).is_file() else {}
-        for name in ("tokenizer_config.json", "special_tokens_map.json")
-    )
-    clip_like, around = is_clip_like(encoder), encoder.encode("").ids
-    end = encoder.token_to_id(END) if clip_like else (around or [-1])[-1]
-    if not clip_like:
-        _check_settings(settings, {**tokens, **settings}, encoder, around)
-    longest = settings.get("model_max_length")
-    return TokenizerFiles(
-        text=text,
-        encoder=encoder,
-        clip_like=clip_like,
-        kind=str(settings.get("tokenizer_class") or ""),
-        end_id=int(end),
-        size=int(encoder.get_vocab_size()),
-        pad_id=_pad_id(settings, tokens, encoder),
-        longest=int(longest) if isinstance(longest, (int, float)) and longest >= 1 else None,
-    )
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except ValueError:
-        raise CheckpointError(f"{path} is damaged: it is not UTF-8") from None
-
-
-def _content(token: Any) -> str | None:
-    """A token's text; newer files have an object around it."""
-    text = token.get("content") if isinstance(token, Mapping) else token
-    return text if isinstance(text, str) else None
-
-
-def _pad_id(settings: Mapping[str, Any], tokens: Mapping[str, Any], encoder: Any) -> int | None:
-    named = {
-        "tokenizer_config.json": _content(settings.get("pad_token")),
-        "special_tokens_map.json": _content(tokens.get("pad_token")),
-        "tokenizer.json": (encoder.padding or {}).get("pad_token"),
-    }
-    named = {file: token for file, token in named.items() if token is not None}
-    for file, token in named.items():
-        if encoder.token_to_id(token) is None:
-            raise CheckpointError(f"{file} pads with {shown(repr(token))}, which is no token of tokenizer.json")
-    if len(set(named.values())) > 1:
-        said = ", ".join(f"{token!r} in {file}" for file, token in named.items())
-        raise CheckpointError(f"the token that pads captions is {shown(said)}; correct what is wrong")
-    return int(encoder.token_to_id(next(iter(named.values())))) if named else None
-
-
-def _check_settings(settings: Mapping[str, Any], tokens: Mapping[str, Any], encoder: Any, around: list[int]) -> None:
-    """That captions are filled and cut at the right, and that what stands around them is what was asked for."""
-    for name, side in (
-        *((key, settings.get(key)) for key in ("padding_side", "truncation_side")),
-        ("padding of tokenizer.json", (encoder.padding or {}).get("direction")),
-        ("truncation of tokenizer.json", (encoder.truncation or {}).get("direction")),
-    ):
-        if side not in (None, "right"):
-            raise CheckpointError(f"tokenizer_config.json: {name} {side!r} is not supported; it must be 'right'")
-    for key, value in (("do_lower_case", True), ("auto_map", None)):
-        if settings.get(key, value) != value:
-            raise CheckpointError(f"tokenizer_config.json: {key} {shown(repr(settings[key]))} is not supported")
-    for which, place in (("bos", 0), ("eos", -1)):
-        token = _content(tokens.get(f"{which}_token"))
-        stands = bool(around) and token is not None and around[place] == encoder.token_to_id(token)
-        if settings.get(f"add_{which}_token") not in (None, stands):
-            raise CheckpointError(
-                f"tokenizer_config.json says add_{which}_token {settings[f'add_{which}_token']}, and tokenizer.json "
-                f"{'adds it' if stands else 'does not add it'}; correct what is wrong"
-            )
-
-
-def padding(files: TokenizerFiles, stated: int | None, where: str) -> int:
-    """The token that fills captions: the tokenizer's, with which the configuration must agree if it states one."""
-    if files.pad_id is None and stated is None:
-        raise CheckpointError("nothing names the token that pads captions; tokenizer_config.json needs its pad_token")
-    if files.pad_id is not None and stated is not None and stated != files.pad_id:
-        raise CheckpointError(f"{where} is {stated}, and the tokenizer pads with {files.pad_id}; correct what is wrong")
-    return files.pad_id if files.pad_id is not None else int(stated or 0)
-
-
-# Classes of transformers -> what they do to captions before tokenizer.json does its part. Those of sentencepiece do it
-# in Python; SigLIP 2 was trained in lower case, which Gemma's tokenizer does not know of.
-_CLEANINGS = {
-    "": "siglip",
-    "SiglipTokenizer": "siglip",
-    "Siglip2Tokenizer": "lower",
-    "GemmaTokenizer": "lower",
-    "PreTrainedTokenizer": "none",
-    "TokenizersBackend": "none",
-    "T5Tokenizer": "none",
-}
-
-
-def siglip_cleaning(files: TokenizerFiles) -> str:
-    """What transformers does to captions of a SigLIP. Raises CheckpointError for classes that are not known here."""
-    return _known(files.kind.removesuffix("Fast"), _CLEANINGS, "tokenizer_config.json: tokenizer_class")
-
-
-def _replace(pattern: str, content: str) -> dict[str, Any]:
-    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
-
-
-_SPACES = (_replace(r"[\s\x1c-\x1f]+", " "), {"type": "Strip", "strip_left": True, "strip_right": True})
-_LOWER, _PUNCTUATION = {"type": "Lowercase"}, _replace(r"[!-/:-@\[-`{-~]", "")
-# Of what ftfy mends, that which is a matter of single characters; for the rest there is no rule in a tokenizer.json.
-_MENDED = ({"type": "NFC"}, _replace("[\u2018-\u201b\u02bc]", "'"), _replace("[\u201c-\u201f]", '"'))
-_NORMALIZERS: dict[str, tuple[dict[str, Any], ...]] = {
-    "clip": (*_MENDED, *_SPACES, _LOWER),
-    "whitespace": (*_MENDED, *_SPACES),
-    "canonical": (*_MENDED, _replace("_", " "), _PUNCTUATION, _LOWER, *_SPACES),
-    "siglip": (_LOWER, _PUNCTUATION, *_SPACES),
-    "lower": (_LOWER,),
-    "none": (),
-}
-"""What is done to captions (clipkit/models/tokenizer.py), for programs that only have the tokenizer.json."""
-
-
-def write_tokenizer(tokenizer: AnyTokenizer, how: Conventions, folder: Path) -> list[Path]:
-    """tokenizer.json with the cleaning and the special tokens around a caption, and what transformers wants beside it.
-
-    `tokenizers` and transformers' AutoTokenizer then give the ids that `tokenizer` gives. Of its cleaning they lack
-    what ftfy mends across characters, and HTML's entities.
-    """
-    content = json.loads(tokenizer.to_json())
-    content["truncation"] = content["padding"] = None
-    vocabulary = content["model"]["vocab"]
-    if isinstance(vocabulary, list):  # Unigram: pairs of token and score, in order
-        vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
-    names = {i: token for token, i in vocabulary.items()}
-    names |= {token["id"]: token["content"] for token in content.get("added_tokens", [])}
-    own = [content["normalizer"]] if content.get("normalizer") else []
-    content["normalizer"] = {"type": "Sequence", "normalizers": [*_NORMALIZERS[how.text_cleaning], *own]}
-    special = {"eos_token": names[tokenizer.end_id], "pad_token": names[how.pad_id]}
-    settings: dict[str, Any] = {}
-    if isinstance(tokenizer, Tokenizer):
-        content["post_processor"] = _around({START: tokenizer.start_id}, {END: tokenizer.end_id})
-        special |= {"bos_token": START}
-        settings["split_special_tokens"] = True  # no caption can end itself
-        if how.text_attention == "causal":  # what follows END is not seen, and this is what CLIP's own has there
-            special["pad_token"] = END
-    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": tokenizer.context_length}
-    files = {
-        "tokenizer.json": content,
-        "tokenizer_config.json": {**settings, **special, "padding_side": "right"},
-        "special_tokens_map.json": special,
-    }
-    for name, written in files.items():
-        write_atomically(folder / name, json.dumps(written, indent=2) + "\n")
-    return [folder / name for name in files]
-
-
-def _around(start: dict[str, int], end: dict[str, int]) -> dict[str, Any]:
-    first, last = ([{"SpecialToken": {"id": name, "type_id": 0}} for name in tokens] for tokens in (start, end))
-    pieces = [*first, {"Sequence": {"id": "A", "type_id": 0}}, *last]
+def transformers_preprocessing(conventions: Conventions, image_size: int, siglip: bool) -> dict[str, Any]:
+    """preprocessor_config.json of a CLIP or SigLIP with these switches."""
+    square_size = {"height": image_size, "width": image_size}
+    crop = conventions.image_resize == "crop"
+    resamplings = {ours: theirs for theirs, ours in _RESAMPLINGS.items()}
     return {
-        "type": "TemplateProcessing",
-        "single": pieces,
-        "pair": pieces,
-        "special_tokens": {t: {"id": t, "ids": [i], "tokens": [t]} for t, i in (start | end).items()},
+        # SigLIP's own processor does not crop.
+        "image_processor_type": "SiglipImageProcessor" if siglip and not crop else "CLIPImageProcessor",
+        "size": {"shortest_edge": image_size} if crop else square_size,
+        "crop_size": square_size,
+        "do_center_crop": crop,
+        "resample": resamplings[conventions.image_interpolation],
+        "image_mean": list(conventions.image_mean),
+        "image_std": list(conventions.image_std),
     }

@@ -25,7 +25,7 @@ def release(runs: Path, out: Path) -> list[Path]:
     Raises CheckpointError when there is no run, UsageError when `out` holds something else or cannot be written.
     """
     folders = [folder for folder in (runs, *(runs / kind for kind in TASKS)) if (folder / "checkpoints").is_dir()]
-    found = [latest for folder in folders if (latest := checkpoint.latest(folder)) is not None]
+    found = [latest for folder in folders if (latest := checkpoint.latest(folder, ["ema"])) is not None]
     if not found:
         raise CheckpointError(f"{runs} is not a run and holds none ({', '.join(TASKS)})")
     _check_place(out, [part.state["kind"] for part in found])

@@ -1,9 +1,9 @@
-"""Tensors out of weight files of any origin, without running what else is in them.
+"""Safe unpickling: tensors from safetensors, torch.save and TorchScript files of any origin, without running code.
 
-safetensors hold no code. A file of torch.save is a zip archive of raw numbers and of a pickle that says what they are,
-and pickles run code: this one is read by an unpickler that knows how to put tensors, lists and dictionaries together,
-and refuses everything else. A TorchScript archive is the same with modules instead of dictionaries; its code is not
-looked at. Large models come in several files, with an index that says which tensor is in which.
+safetensors hold no code. A file of torch.save is a zip archive of raw numbers and a pickle that describes them, and
+pickles run code: this one is read by an unpickler that builds tensors, lists and dictionaries, and refuses everything
+else. A TorchScript archive has modules instead of dictionaries; its code is not read. Large models are sharded over
+several files, with an index that maps tensors to files.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _HEADS = {b"\xff\xd8\xff": "a picture", b"\x89PNG": "a picture", b"RIFF": "a pic
 
 
 class Archive(NamedTuple):
-    """Tensors by name, and whether they were TorchScript's."""
+    """Tensors by name, and whether the file was TorchScript's."""
 
     tensors: dict[str, Tensor]
     scripted: bool
@@ -56,8 +56,8 @@ class Archive(NamedTuple):
 def read(path: Path) -> Archive:
     """The tensors of a .safetensors, a file of torch.save, a TorchScript archive, or an index of several such files.
 
-    The weights are found inside a training checkpoint, and the names that torch.compile, DistributedDataParallel and
-    FSDP put before those of the model are taken off.
+    The weights are found inside a training checkpoint, and the prefixes of torch.compile, DistributedDataParallel and
+    FSDP are removed from the names.
     Raises CheckpointError for files that are damaged, of another kind, or in need of running code.
     """
     found = _read_sharded(path) if path.name.endswith(INDEX) else _read_file(path)
@@ -120,7 +120,7 @@ def _read_file(path: Path) -> Archive:
 
 
 def _other_kind(head: bytes) -> str | None:
-    """What a file is that holds no weights, by its first bytes."""
+    """The kind of a file without weights, by its first bytes."""
     if not head:
         return "empty"
     if head[257:262] == b"ustar":
@@ -137,7 +137,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file ({str(error)[:100]}); fetch it anew") from None
+        raise CheckpointError(
+            f"{path} is damaged or no safetensors file ({str(error)[:100]}); fetch it again"
+        ) from None
     return tensors
 
 
@@ -155,7 +157,7 @@ def _read_zip(path: Path) -> Archive:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # damaged pickles raise whatever they run into
-        raise CheckpointError(f"{path} is damaged ({str(error)[:100]}); fetch it anew") from None
+        raise CheckpointError(f"{path} is damaged ({str(error)[:100]}); fetch it again") from None
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors")
     return Archive(tensors, scripted)
@@ -175,7 +177,7 @@ def _is_code(name: str) -> bool:
 
 
 class _Module:
-    """Stands for a TorchScript module: attributes, no methods."""
+    """Takes the place of a TorchScript module: attributes, no methods."""
 
 
 class _Unpickler(pickle.Unpickler):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from clipkit.data.images import OTHER_SUFFIXES, SUFFIXES
-from clipkit.data.shards import StrictTarInfo, is_hidden
+from clipkit.data.tar_scan import StrictTarInfo, is_hidden
 from clipkit.errors import DataError, SampleError, ShardError
 from clipkit.log import remark
 

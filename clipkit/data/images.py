@@ -324,3 +324,13 @@ def to_image(tensor: Tensor) -> Image.Image:
     """Float tensor [3, H, W] in [-1, 1] (clamped) -> RGB image."""
     pixels = ((tensor.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def to_signed(pixels: Tensor) -> Tensor:
+    """Pixels in [0, 255], uint8 or float -> float32 in [-1, 1], the range of denoisers and autoencoders."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_unit(signed: Tensor) -> Tensor:
+    """Floats in [-1, 1] -> [0, 1], the range of CLIP's image encoders."""
+    return (signed + 1) / 2

@@ -13,8 +13,10 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from clipkit.data.images import decode
+from clipkit.data.manifest import check_count, load_manifest, unlisted
 from clipkit.data.remote import Cache, open_store
-from clipkit.data.shards import Shards, check_count, load_index, scan, unlisted
+from clipkit.data.shards import Shards
+from clipkit.data.tar_scan import scan
 from clipkit.errors import SampleError, ShardError, UsageError
 from clipkit.io import sha256
 from clipkit.log import progress
@@ -46,14 +48,16 @@ def verify(source: str, per_shard: int = 16, cache: Cache | None = None) -> Repo
     Goes on after damage, so that all of it is found. Raises ShardError only when there is no index to check against.
     """
     store = open_store(source, cache)
-    index, _ = load_index(store, cache)
-    report = Report(source, len(index["shards"]), int(index["samples"]), skipped=dict(index.get("skipped", {})))
+    manifest, _ = load_manifest(store, cache)
+    report = Report(
+        source, len(manifest["shards"]), int(manifest["samples"]), skipped=dict(manifest.get("skipped", {}))
+    )
     whole: list[npt.NDArray[np.int64]] = []  # of each shard, the samples that can be read
-    for entry in progress(index["shards"], len(index["shards"]), "verifying"):
+    for entry in progress(manifest["shards"], len(manifest["shards"]), "verifying"):
         try:
             path = store.get(entry["name"], entry["bytes"], entry["sha256"])
             if sha256(path) != entry["sha256"]:
-                raise ShardError("its sha256 is not that of the index")
+                raise ShardError("its sha256 is not that of the manifest")
             found = scan(path)
             check_count(path, len(found.offsets), entry)
             incomplete = found.incomplete()
@@ -64,7 +68,7 @@ def verify(source: str, per_shard: int = 16, cache: Cache | None = None) -> Repo
         except (ShardError, OSError) as error:
             report.damaged[entry["name"]] = str(error)
     if not store.remote:
-        report.damaged.update(dict.fromkeys(sorted(unlisted(Path(source), index)), "it is not in the index"))
+        report.damaged.update(dict.fromkeys(sorted(unlisted(Path(source), manifest)), "the manifest does not list it"))
     if not report.damaged:
         report.decoded, bad = _decode_some(Shards(source, verify=False, cache=cache), whole, per_shard)
         report.bad = dict(bad)

@@ -33,6 +33,7 @@ from clipkit.data.remote import Cache
 from clipkit.data.sample_order import BLOCK, Mixture, Order
 from clipkit.data.shards import Shards
 from clipkit.errors import DataError, SampleError, ShardError
+from clipkit.models.tokenizer import AnyTokenizer
 
 _REMOTE_WINDOW = 16
 _DYING = 5.0
@@ -44,7 +45,8 @@ class Batch:
     """A rank's share of one step.
 
     images: uint8 [b, 3, S, S]. captions: b strings. groups: int64 [b]; samples of one group have interchangeable
-    captions (the class of a classed pack, the hash of the caption elsewhere). skipped: bad samples by reason.
+    captions (the class of a classed pack, the hash of the caption elsewhere). skipped: number of bad samples by reason.
+    tokens: token ids of each caption, by the key of each tokenizer that the loader was given.
     """
 
     images: Tensor
@@ -52,6 +54,7 @@ class Batch:
     groups: Tensor
     keys: list[str]
     skipped: Counter[str] = field(default_factory=Counter)
+    tokens: dict[str, list[list[int]]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -61,19 +64,31 @@ class Batch:
         images, groups = (t.to(device, non_blocking=True) for t in (self.images, self.groups))
         return dataclasses.replace(self, images=images, groups=groups)
 
+    def token_ids(self, tokenizer: AnyTokenizer) -> list[list[int]]:
+        """Each caption's token ids, tokenised by the loader if it was given this tokenizer, else now."""
+        found = self.tokens.get(tokenizer.key)
+        return tokenizer.encode(self.captions) if found is None else found
+
+    def ids(self, tokenizer: AnyTokenizer) -> Tensor:
+        """The captions' token ids, int64 [b, L] on the CPU, L being the longest caption."""
+        return tokenizer.pad(self.token_ids(tokenizer))
+
     def pin_memory(self) -> Batch:
-        """The same batch where a GPU can fetch it by itself; DataLoader calls this."""
+        """The same batch in pinned memory; DataLoader calls this."""
         return dataclasses.replace(self, images=self.images.pin_memory(), groups=self.groups.pin_memory())
 
     def split(self, parts: int) -> list[Batch]:
-        """`parts` batches of nearly equal size, in order, or as many as there are samples; `skipped` stays here.
+        """`parts` micro-batches of nearly equal size, in order, or as many as there are samples, without `skipped`.
 
         A batch whose samples were all skipped is one empty part.
         """
         parts = max(1, min(parts, len(self)))
         edges = [len(self) * i // parts for i in range(parts + 1)]
-        cuts = [slice(*edge) for edge in pairwise(edges)]
-        return [Batch(self.images[c], self.captions[c], self.groups[c], self.keys[c]) for c in cuts]
+        return [self._part(slice(*edge)) for edge in pairwise(edges)]
+
+    def _part(self, rows: slice) -> Batch:
+        tokens = {key: ids[rows] for key, ids in self.tokens.items()}
+        return Batch(self.images[rows], self.captions[rows], self.groups[rows], self.keys[rows], tokens=tokens)
 
 
 class _Samples(Dataset["Batch | ShardError"]):
@@ -83,9 +98,16 @@ class _Samples(Dataset["Batch | ShardError"]):
     """
 
     def __init__(
-        self, packs: Sequence[Shards], config: DataConfig, image_size: int, seed: int, early: tuple[int, int]
+        self,
+        packs: Sequence[Shards],
+        config: DataConfig,
+        image_size: int,
+        seed: int,
+        early: tuple[int, int],
+        tokenizers: Sequence[AnyTokenizer],
     ) -> None:
         self.packs, self.config, self.image_size, self.seed, self.early = packs, config, image_size, seed, early
+        self.tokenizers = {tokenizer.key: tokenizer for tokenizer in tokenizers}
         self.mixture = Mixture([1 - sum(config.mix.values()), *config.mix.values()], seed)
         windows = [config.shuffle_window or (_REMOTE_WINDOW if pack.store.remote else 0) for pack in packs]
         self.orders = [Order(p.starts, w, seed, i) for i, (p, w) in enumerate(zip(packs, windows, strict=True))]
@@ -140,7 +162,8 @@ class _Samples(Dataset["Batch | ShardError"]):
         # [b, S, S, 3] in memory, as the decoder left them -> [b, 3, S, S]
         images = torch.stack(views) if views else torch.empty(0, size, size, 3, dtype=torch.uint8)
         images = flip_and_jitter(images.permute(0, 3, 1, 2), self.config, rngs)
-        return Batch(images, captions, torch.tensor(groups, dtype=torch.int64), keys, skipped)
+        tokens = {key: tokenizer.encode(captions) for key, tokenizer in self.tokenizers.items()}
+        return Batch(images, captions, torch.tensor(groups, dtype=torch.int64), keys, skipped, tokens)
 
     def _prefetch(self, pack: int) -> None:
         """When a window of a pack behind a URL is begun, fetch the next one in the background."""
@@ -164,6 +187,7 @@ class _Samples(Dataset["Batch | ShardError"]):
             threading.Thread(target=_end_if_the_parent_says_so, daemon=True).start()
         # torch's own watch over the parent fails when another process forked this one, and when the queue is full.
         threading.Thread(target=_die_with_parent, daemon=True).start()
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker; else a forked process warns
         self.whereabouts[worker, 0] = os.getpid()
 
 
@@ -200,7 +224,7 @@ class Stream:
     """Batches of one rank, from any step on.
 
     `batch_size` is global: rank r of W takes positions r*B/W to (r+1)*B/W - 1 of each batch. Before step `early_steps`
-    the pictures are `early_size` wide, then `image_size`.
+    images are `early_size` wide, then `image_size`. `tokenizers` run in the worker processes (`Batch.ids`).
     Raises DataError when W does not divide the batch.
     """
 
@@ -215,6 +239,7 @@ class Stream:
         world_size: int = 1,
         early_size: int = 0,
         early_steps: int = 0,
+        tokenizers: Sequence[AnyTokenizer] = (),
     ) -> None:
         if batch_size % world_size:
             raise DataError(f"batch_size {batch_size} does not divide over {world_size} ranks; change run.batch_size")
@@ -222,7 +247,8 @@ class Stream:
         for pack in packs:
             if not len(pack):
                 raise DataError(f"{pack.source} holds no sample")
-        self.samples = _Samples(packs, config, image_size, seed, (early_size, early_steps * batch_size))
+        early = (early_size, early_steps * batch_size)
+        self.samples = _Samples(packs, config, image_size, seed, early, tokenizers)
         for pack, order in zip(packs, self.samples.orders, strict=True):
             _fits(pack, order, cache)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size

@@ -1,9 +1,8 @@
-"""Packing: a source into webdataset shards with an index.
+"""Packing: write a source to webdataset shards with a manifest.
 
-Every image is decoded once while packing, so that what cannot be read is skipped and counted here, not found in the
-middle of a training run. Images are read by several threads and written in the source's order: the same source gives
-the same bytes. A finished shard is noted in a journal; the same command resumes after the last one, if the source is
-still the same.
+Every image is decoded once while packing, so that unreadable ones are skipped and counted before training. Several
+threads read images, which are written in the source's order: the same source gives the same bytes. A journal lists
+finished shards; the same command resumes after the last one if the source is unchanged.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import tarfile
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -25,9 +25,10 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
+from clipkit.data.captions import clean_caption
 from clipkit.data.files import counted
 from clipkit.data.images import FORMATS, decode, format_of
-from clipkit.data.shards import FORMAT, clean_caption, index_shard
+from clipkit.data.manifest import index_shard, write_manifest
 from clipkit.data.sources import RawSample, Source
 from clipkit.errors import ClipkitError, DataError, SampleError, UsageError
 from clipkit.io import write_atomically
@@ -40,7 +41,7 @@ B = TypeVar("B")
 
 @dataclass(frozen=True)
 class Encoding:
-    """What becomes of the images: bytes are kept as they are unless one of these asks otherwise.
+    """How images are stored: byte for byte, unless one of these is set.
 
     resize: the shorter side of larger images is reduced to this. encode: "jpeg", "png" or "webp". quality: of JPEG and
     WebP, 1 to 100.
@@ -51,7 +52,7 @@ class Encoding:
     quality: int = 90
 
     def __call__(self, data: bytes) -> bytes:
-        """Check an image, and encode it anew if asked. Raises SampleError as `images.decode` does."""
+        """Check an image, and re-encode it if set. Raises SampleError as `images.decode` does."""
         image, kind = decode(data), format_of(data)
         shorter = min(image.size)
         if 0 < self.resize < shorter:
@@ -67,7 +68,7 @@ class Encoding:
 
 @dataclass
 class _Journal:
-    """How far packing has come: written after each shard."""
+    """Progress of packing, written after each shard."""
 
     plan: str
     consumed: int = 0
@@ -77,7 +78,7 @@ class _Journal:
 
     @classmethod
     def open(cls, out: Path, plan: str) -> _Journal:
-        """The journal of what was begun in `out`, or a new one. Raises UsageError if something else is there."""
+        """The journal of an interrupted run in `out`, or a new one. Raises UsageError if `out` holds something else."""
         try:
             journal = cls(**json.loads((out / JOURNAL).read_text(encoding="utf-8")))
         except FileNotFoundError:
@@ -88,7 +89,7 @@ class _Journal:
             raise UsageError(f"{out / JOURNAL} is damaged ({error}); remove {out} and pack again") from None
         if journal.plan != plan:
             raise UsageError(
-                f"{out} was begun with another source or options, or files were added, removed or changed since; "
+                f"{out} was started with another source or options, or files were added, removed or changed since; "
                 "remove it and pack again"
             )
         return journal
@@ -100,12 +101,12 @@ class _Journal:
 def pack(
     source: Source, out: Path, shard_size: int = 10_000, holdout: int = 0, encoding: Encoding | None = None
 ) -> dict[str, Any]:
-    """Write `source` to shards of `shard_size` samples in `out` -> the index.
+    """Write `source` to shards of `shard_size` samples in `out` -> the manifest.
 
     With `holdout`, that many samples, spread evenly over the source, go to `<out>-val` instead. Samples without a
-    readable image or a caption are skipped and counted in the index. What was interrupted resumes after its last whole
-    shard. Raises UsageError if `out` holds something else, DataError when nothing could be packed; then no folder that
-    was not there before stays behind.
+    readable image or a caption are skipped and counted in the manifest. An interrupted call resumes after its last
+    complete shard. Raises UsageError if `out` holds something else, DataError when nothing could be packed; then no new
+    folder is left behind.
     """
     encoding = encoding or Encoding()
     val = holdout_of(out)
@@ -132,20 +133,20 @@ def pack(
     if holdout:
         with _made(val):
             entry, _ = _write_shard(val / "shard-000000.tar", 0, enumerate(kept.samples))
-            _write_index(val, [entry], {}, about)
-    index = _write_index(out, journal.shards, skipped, about)
+            write_manifest(val, [entry], {}, about)
+    manifest = write_manifest(out, journal.shards, skipped, about)
     (out / JOURNAL).unlink()
-    return index
+    return manifest
 
 
 def holdout_of(out: Path) -> Path:
-    """The folder beside `out` for what is held out."""
+    """The folder beside `out` for the held-out samples."""
     return Path(f"{os.path.abspath(out)}-val") if out.name in ("", "..") else out.with_name(f"{out.name}-val")
 
 
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """A folder, made with those above it; if something fails, those that were made are removed where they are empty."""
+    """Make a folder and its parents; on failure, those that were made are removed if they are empty."""
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -158,7 +159,7 @@ def _made(folder: Path) -> Iterator[None]:
 
 
 class _Kept:
-    """Which samples are held out: evenly over the source; the next good one stands in for a bad one."""
+    """The held-out samples, spread evenly over the source; the next good one replaces a bad one."""
 
     def __init__(self, holdout: int, total: int, journal: _Journal) -> None:
         self.holdout, self.total, self.journal = holdout, total, journal
@@ -176,7 +177,7 @@ class _Kept:
 
 
 def _good(source: Source, encoding: Encoding, journal: _Journal, kept: _Kept) -> Iterator[tuple[int, RawSample]]:
-    """Number and sample of what is to be written; what was written before is passed over."""
+    """Number and sample of those still to be written."""
     done = journal.consumed
 
     def check(item: tuple[int, RawSample | SampleError]) -> RawSample | SampleError | None:
@@ -199,7 +200,7 @@ def _checked(sample: RawSample | SampleError, encoding: Encoding) -> RawSample |
     if isinstance(sample, SampleError):
         return sample
     try:
-        with warnings.catch_warnings():  # Pillow warns of odd metadata; what matters, it raises
+        with warnings.catch_warnings():  # Pillow warns of odd metadata, and raises errors that matter
             warnings.simplefilter("ignore")
             image = encoding(sample.image)
     except SampleError as error:
@@ -232,24 +233,15 @@ def _write_shards(samples: Iterator[tuple[int, RawSample]], out: Path, shard_siz
 
 
 def _write_shard(path: Path, written: int, samples: Iterable[tuple[int, RawSample]]) -> tuple[dict[str, Any], int]:
-    """One shard, there as a whole or not at all -> its entry of the index, and the last sample's number."""
-    import webdataset
-
-    aside, last = path.with_name(f".{path.name}.part"), -1
+    """Write one shard, complete or not at all -> its manifest entry, and the last sample's number."""
+    aside = path.with_name(f".{path.name}.part")
+    last = -1
     try:
-        # Fixed owner, mode and time: the same samples give the same bytes.
-        with webdataset.TarWriter(str(aside), user="", group="", mtime=0.0) as writer:
+        with tarfile.open(aside, "w", format=tarfile.PAX_FORMAT) as archive:
             for key, (number, sample) in enumerate(samples, written):
                 last = number
-                record = {"captions": list(sample.captions), "label": sample.label}
-                writer.write(
-                    {
-                        "__key__": f"{key:09d}",
-                        _SUFFIX[format_of(sample.image)]: sample.image,
-                        "txt": sample.captions[0].encode(),
-                        "json": json.dumps(record, ensure_ascii=False).encode(),
-                    }
-                )
+                for suffix, content in _members(sample):
+                    archive.addfile(_header(f"{key:09d}.{suffix}", len(content)), io.BytesIO(content))
         os.replace(aside, path)
         return index_shard(path)[0], last
     except OSError as error:  # a full disk has no file's name
@@ -260,14 +252,25 @@ def _write_shard(path: Path, written: int, samples: Iterable[tuple[int, RawSampl
         aside.unlink(missing_ok=True)
 
 
+def _members(sample: RawSample) -> list[tuple[str, bytes]]:
+    """Suffix and content of a sample's members, sorted by suffix."""
+    record = {"captions": list(sample.captions), "label": sample.label}
+    members = {
+        _SUFFIX[format_of(sample.image)]: sample.image,
+        "txt": sample.captions[0].encode(),
+        "json": json.dumps(record, ensure_ascii=False).encode(),
+    }
+    return sorted(members.items())
+
+
+def _header(name: str, size: int) -> tarfile.TarInfo:
+    """The header that webdataset's TarWriter writes, without owner and time: the same samples give the same bytes."""
+    header = tarfile.TarInfo(name)
+    header.size = size
+    header.mode = 0o444
+    header.mtime = 0.0
+    return header
+
+
 _SUFFIX = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 assert set(_SUFFIX) == {name.lower() for name in FORMATS}
-
-
-def _write_index(
-    out: Path, shards: list[dict[str, Any]], skipped: dict[str, int], about: dict[str, Any]
-) -> dict[str, Any]:
-    total = sum(int(s["samples"]) for s in shards)
-    index = {"format": FORMAT, "samples": total, **about, "skipped": skipped, "shards": shards}
-    write_atomically(out / "index.json", json.dumps(index, indent=1, ensure_ascii=False))
-    return index

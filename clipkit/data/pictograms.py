@@ -96,7 +96,7 @@ def held_out(pictogram: Pictogram, styles: frozenset[str]) -> bool:
     )
 
 
-def pictograms_source(folder: Path, split: str, size: int, variants: int, seed: int) -> Source:
+def pictograms_source(source: Path, split: str, size: int, variants: int, seed: int) -> Source:
     """`variants` samples of each pictogram of a split, "train" or "heldout", as PNG of `size` pixels.
 
     Classes are the names. Raises DataError for a folder without table or images, UsageError for a split, size or count
@@ -106,10 +106,10 @@ def pictograms_source(folder: Path, split: str, size: int, variants: int, seed: 
         raise UsageError(f"--split is {split!r}; pictograms have train and heldout")
     if not 8 <= size <= _LARGEST or variants < 1:
         raise UsageError(f"--size is {size} and --variants {variants}; a size is 8 to {_LARGEST}, variants at least 1")
-    table = folder / "captions.csv"
+    table = source / "captions.csv"
     if not table.is_file():
-        raise DataError(f"{folder} holds no captions.csv; pictograms are a folder with that table and images")
-    files = Files(next((p for p in sorted(folder.glob("images.tar*")) if p.is_file()), folder))
+        raise DataError(f"{source} holds no captions.csv; pictograms are a folder with that table and images")
+    files = Files(next((p for p in sorted(source.glob("images.tar*")) if p.is_file()), source))
     known = read(table)
     styles: dict[str, frozenset[str]] = {}
     for one in known.values():
@@ -134,7 +134,7 @@ def pictograms_source(folder: Path, split: str, size: int, variants: int, seed: 
         yield from (SampleError("image missing", name) for name in sorted(missing) for _ in range(variants))
 
     content = zlib.crc32(table.read_bytes())
-    identity = repr(("pictograms", str(folder.resolve()), files.fingerprint, content, split, size, variants, seed))
+    identity = repr(("pictograms", str(source.resolve()), files.fingerprint, content, split, size, variants, seed))
     unlisted = {"not in the table": len(set(files.names) - known.keys())}
     return Source(
         samples(),

@@ -1,8 +1,7 @@
-"""Where the files of a pack lie: in a folder, or behind a URL, from which they are fetched whole and checked.
+"""Stores of a pack's files: a folder, or a URL from which whole files are downloaded, resumed, checked and cached.
 
-http and https are spoken here: what was received is kept, the rest is asked for by Range, and a server that gives
-nothing is given up on. Every other URL (s3://, gs://, hf:// ...) goes through fsspec. Nothing is ever run: `pipe:` and
-the like are refused.
+http and https are implemented here: interrupted downloads resume by Range requests, and stalled servers time out.
+Every other URL (s3://, gs://, hf:// ...) goes through fsspec. No program is run: `pipe:` URLs are refused.
 """
 
 from __future__ import annotations
@@ -27,14 +26,18 @@ from clipkit.io import sha256
 ATTEMPTS = 3
 """Attempts in a row without progress after which a file is given up."""
 STALL_SECONDS = 6.0
-"""A connection that brings less than `STALL_BYTES` in this time is dropped: 3 attempts lose 20 s."""
+"""A connection that delivers less than `STALL_BYTES` in this time is dropped: 3 attempts take 20 s."""
 STALL_BYTES = 16 << 10
 _PROGRESS = 1 << 20
 _CHUNK = 256 << 10
 
 
+class NotFoundError(ShardError):
+    """There is no file behind a URL."""
+
+
 class Store(Protocol):
-    """A folder of files, wherever it is."""
+    """A folder of files, local or remote."""
 
     @property
     def source(self) -> str:
@@ -42,19 +45,17 @@ class Store(Protocol):
 
     @property
     def remote(self) -> bool:
-        """Whether files have to be fetched."""
+        """Whether files must be fetched."""
 
     def get(self, name: str, size: int | None = None, digest: str | None = None) -> Path:
-        """A local file with the content of `name`. Raises ShardError if it is not there, or not of this size."""
+        """A local file with the content of `name`. Raises ShardError if it is missing or has another size."""
 
 
 def open_store(source: str | Path, cache: Cache | None = None) -> Store:
     """A folder or the URL of one -> its store. Raises UsageError for a URL that would run a program."""
     text = str(source)
     if text.startswith("pipe:"):
-        raise UsageError(
-            f"{text.split(':', 1)[0]}: runs a program, which no shard is worth; give an http(s) or fsspec URL"
-        )
+        raise UsageError(f"{text.split(':', 1)[0]}: would run a program; give an http(s) or fsspec URL")
     if "://" in text:
         return _Remote(text.rstrip("/"), cache or Cache())
     return _Folder(text)
@@ -86,9 +87,9 @@ class _Remote:
 
 @dataclass(frozen=True)
 class Cache:
-    """Fetched files under `folder`, at most `limit` bytes of them; the longest unused go first.
+    """Fetched files under `folder`, at most `limit` bytes of them; the least recently used are removed first.
 
-    Processes share it: a file is fetched by one of them while the others wait.
+    Processes share it: one of them fetches a file while the others wait.
     """
 
     folder: Path = Path("~/.cache/clipkit")
@@ -102,7 +103,7 @@ class Cache:
         return self.folder.expanduser()
 
     def get(self, url: str, size: int | None, digest: str | None) -> Path:
-        """The file behind `url`, fetched if need be; without a known size it is fetched anew each time."""
+        """The file behind `url`, fetched if need be; without a known size it is fetched every time."""
         place = self.root / hashlib.sha256(url.rpartition("/")[0].encode()).hexdigest()[:16]
         path = place / url.rpartition("/")[2]
         place.mkdir(parents=True, exist_ok=True)
@@ -121,7 +122,7 @@ class Cache:
             for _, size, file in files:
                 if total <= self.limit:
                     break
-                file.unlink(missing_ok=True)  # who has it open keeps it until he closes it
+                file.unlink(missing_ok=True)  # a process that has it open keeps it
                 total -= size
 
 
@@ -133,18 +134,23 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 class _Failure(Exception):
-    """An attempt that failed; `final` when another would too, `anew` when what has come is of no use."""
+    """A failed attempt.
 
-    def __init__(self, what: str, final: bool = False, anew: bool = False) -> None:
-        super().__init__(what)
-        self.final, self.anew = final, anew
+    final: another attempt would fail, too. missing: there is no such file. discard: the received bytes are useless.
+    """
+
+    def __init__(self, cause: str, final: bool = False, missing: bool = False, discard: bool = False) -> None:
+        super().__init__(cause)
+        self.final = final or missing
+        self.missing = missing
+        self.discard = discard
 
 
 def fetch(url: str, path: Path, size: int | None = None, digest: str | None = None) -> None:
-    """Fetch `url` to `path`, which appears only when it is whole, of this size and sha256.
+    """Fetch `url` to `path`, which appears only when it is complete, with this size and sha256.
 
-    Begun files are continued, also those of a killed process. Raises ShardError naming URL and cause after `ATTEMPTS`
-    attempts in a row that brought nothing.
+    Partial downloads are resumed, also those of a killed process. Raises NotFoundError for a missing file, ShardError
+    naming URL and cause after `ATTEMPTS` attempts in a row without progress.
     """
     part = path.with_name(f".{path.name}.part")
     failed, furthest = 0, 0
@@ -156,7 +162,9 @@ def fetch(url: str, path: Path, size: int | None = None, digest: str | None = No
             return
         except _Failure as failure:
             cause, final = str(failure), failure.final
-            if failure.anew:
+            if failure.missing:
+                raise NotFoundError(f"{url} could not be fetched: {cause}") from None
+            if failure.discard:
                 part.unlink(missing_ok=True)
         except (OSError, http.client.HTTPException) as error:
             cause, final = f"{type(error).__name__}: {error}", False
@@ -174,7 +182,7 @@ def _check(part: Path, size: int | None, digest: str | None) -> None:
         raise _Failure(f"{found} bytes came, {size} expected")
     if (size is not None and found > size) or (digest is not None and sha256(part) != digest):
         what = f"{found} bytes, {size} expected" if size is not None and found > size else "another sha256 than listed"
-        raise _Failure(f"what came is not the file: {what}", anew=True)
+        raise _Failure(f"what came is not the file: {what}", discard=True)
 
 
 def _receive(url: str, part: Path, size: int | None) -> None:
@@ -193,25 +201,26 @@ def _receive(url: str, part: Path, size: int | None) -> None:
 
 
 def _http(url: str, have: int, size: int | None) -> Iterator[int | bytes]:
-    """First the position from which the server sends, then the bytes."""
+    """First the position from which the server sends, then its bytes."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=STALL_SECONDS)
     except urllib.error.HTTPError as error:
         error.close()
         final = 400 <= error.code < 500 and error.code not in (408, 416, 425, 429)
-        raise _Failure(f"the server answered {error.code} {error.reason}", final) from None
+        missing = error.code in (403, 404, 410)  # object stores answer 403 for a missing file that may not be listed
+        raise _Failure(f"the server answered {error.code} {error.reason}", final, missing) from None
     with response:
         start = have
         if have and response.status != 206:
-            start = 0  # the server does not do ranges and begins anew
+            start = 0  # the server ignores Range and starts over
         elif have and not (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-"):
             sent = response.headers.get("Content-Range")
-            raise _Failure(f"asked for bytes {have}-, the server sent {sent!r}", anew=True)
+            raise _Failure(f"asked for bytes {have}-, the server sent {sent!r}", discard=True)
         length = response.headers.get("Content-Length")
         kind = response.headers.get_content_type()
         if kind == "text/html":
-            raise _Failure("the server sent an HTML page", final=True)
+            raise _Failure("the server sent an HTML page", missing=True)
         if size is not None and length is not None and start + int(length) != size:
             raise _Failure(f"the server offers {start + int(length)} bytes, {size} expected", final=True)
         yield start
@@ -219,7 +228,7 @@ def _http(url: str, have: int, size: int | None) -> Iterator[int | bytes]:
 
 
 def _timely(response: http.client.HTTPResponse, length: int | None) -> Iterator[bytes]:
-    """The body, as long as it keeps coming."""
+    """The body; a stalled connection is a failure."""
     mark, lately, received = time.monotonic(), 0, 0
     while chunk := response.read1(_CHUNK):
         yield chunk
@@ -244,4 +253,5 @@ def _fsspec(url: str, have: int) -> Iterator[int | bytes]:
     except ImportError as error:
         raise _Failure(f"{url.split(':', 1)[0]}:// needs another package: {error}", final=True) from None
     except (FileNotFoundError, PermissionError, ValueError) as error:
-        raise _Failure(f"{type(error).__name__}: {error}", final=True) from None
+        missing = not isinstance(error, ValueError)
+        raise _Failure(f"{type(error).__name__}: {error}", final=True, missing=missing) from None

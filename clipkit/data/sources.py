@@ -16,6 +16,7 @@ from clipkit import world
 from clipkit.data import drawings
 from clipkit.data.classes import Layout, checked_templates, class_name, fill, layout, named_layout, say_alike
 from clipkit.data.files import Files, counted, say_counts
+from clipkit.data.manifest import is_pack
 from clipkit.data.shards import Shards
 from clipkit.data.tables import read_table
 from clipkit.errors import DataError, SampleError, UsageError
@@ -55,7 +56,7 @@ def pictures(source: str) -> Iterator[tuple[str, bytes]]:
 
     What is not taken is counted in a line on stderr.
     """
-    if "://" in source or (Path(source) / "index.json").is_file():
+    if is_pack(source):
         shards = Shards(source, verify=False)
         yield from ((shards.name(i), shards.read(i).image) for i in range(len(shards)))
         return

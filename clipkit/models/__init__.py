@@ -1,1 +1,1 @@
-"""CLIP: its towers, its tokenizer, and trained ones to load."""
+"""CLIP: image and text encoders, tokenizer, and sources of trained weights."""

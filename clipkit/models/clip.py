@@ -1,4 +1,4 @@
-"""CLIP: an image tower (any of timm's), a text transformer, and the logit scale between them.
+"""CLIP: an image encoder, a text encoder, and the logit scale (inverse temperature) of their similarities.
 
 Radford et al. 2021 (arXiv 2103.00020), section 2.3 and figure 3.
 """
@@ -18,25 +18,30 @@ from torch.utils.checkpoint import checkpoint
 
 from clipkit.config import require
 from clipkit.errors import RecipeError, did_you_mean
-from clipkit.models.towers import OURS
+from clipkit.registry import TOWERS
 
 MAX_LOGIT_SCALE = 100.0
 
 
 @dataclass(frozen=True)
 class Conventions:
-    """In what weights trained elsewhere differ; the defaults are those of CLIP as it is trained here."""
+    """Compatibility switches: how published weights differ from CLIPs that are trained here, which have the defaults.
+
+    They are set from the files of a published model. A recipe sets them only to train a model of another kind.
+    """
 
     text_activation: Literal["gelu", "quick_gelu", "gelu_tanh"] = "gelu"
-    """Of the text transformer; "quick_gelu", x sigmoid(1.702 x), is OpenAI's. The image tower's is in image_kwargs."""
+    """Activation of the text encoder; "quick_gelu", x sigmoid(1.702 x), is OpenAI's. The image encoder's is set in
+    image_kwargs."""
     text_norm_eps: float = 1e-5
-    """Epsilon of the text tower's layer norms."""
+    """Epsilon of the text encoder's layer norms."""
     text_mlp_width: int = 0
     """Width inside its MLPs; 0 is four times text_width."""
     text_attention: Literal["causal", "full"] = "causal"
-    """"full" pads every caption to context_length, and lets all of its tokens, padding included, see each other."""
+    """"full" pads every caption to context_length, and lets all of its tokens, padding included, attend to each
+    other."""
     text_pool: Literal["end", "last"] = "end"
-    """The token whose features count: the first END, or the last of the padded caption."""
+    """Token whose features are the caption's: the first END, or the last of the padded caption."""
     text_projection_bias: bool = False
     """Whether the text projection has a bias."""
     text_cleaning: Literal["clip", "canonical", "whitespace", "siglip", "lower", "none"] = "clip"
@@ -45,15 +50,15 @@ class Conventions:
     pad_id: int = 0
     """Token that pads captions under full attention."""
     image_projection: Literal["linear", "bias", "mlp", "none"] = "linear"
-    """What follows the image trunk: a matrix, a matrix and a bias, two layers with GELU, or nothing."""
+    """Projection after the image tower: a matrix, a matrix with a bias, two layers with a GELU between, or none."""
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     """Subtracted from pixels in [0, 1]; by default the statistics of OpenAI's models."""
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     """Pixels are divided by these."""
     image_resize: Literal["crop", "squash", "pad"] = "crop"
-    """What makes an image square: the middle of it, a change of its proportions, or a margin ("letterbox")."""
+    """How an image is made square: its middle, a change of its proportions, or a margin ("letterbox")."""
     image_fill: int = 0
-    """Grey level of that margin, 0 to 255."""
+    """Grey level of the margin, 0 to 255."""
     image_interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """How images are resized for evaluation."""
 
@@ -68,36 +73,39 @@ class Conventions:
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """Shape of both towers."""
+    """Shape of a CLIP: its image encoder, its text encoder and the embedding that they share."""
 
     image_tower: str = "convnext_atto"
-    """Name of a timm model; or clipkit_resnet or clipkit_resnet9, made for images of some 32 pixels."""
+    """Trunk of the image encoder: a model of timm by its name; clipkit_resnet or clipkit_resnet9, for images of some 32
+    pixels; or the tower of another package (clipkit/models/towers.py)."""
     image_size: int = 32
     """Side of the square input, in pixels."""
     image_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of timm's constructor, for instance patch_size."""
+    """Arguments of the tower's constructor, for instance patch_size."""
     embed_dim: int = 256
     """Width of the shared embedding."""
     text_width: int = 128
-    """Width of the text transformer."""
+    """Width of the text encoder, a transformer."""
     text_layers: int = 2
-    """Its blocks."""
+    """Blocks of the text encoder."""
     text_heads: int = 4
-    """Its attention heads."""
+    """Attention heads of the text encoder."""
     context_length: int = 77
-    """Longest caption in tokens, start and end included."""
+    """Longest caption in tokens, start and end included; longer ones are cut."""
     vocab_size: int = 4096
-    """Largest vocabulary of a tokenizer trained for this model; a given merges file brings its own."""
+    """Largest vocabulary of the tokenizer that is trained on the captions; no effect with `merges`."""
     merges: str = ""
-    """CLIP's merges file, for its vocabulary instead of a trained one."""
+    """File of CLIP's byte-pair merges, bpe_simple_vocab_16e6.txt.gz: the tokenizer is then CLIP's own, of 49,408
+    tokens, instead of one that is trained on the captions."""
     grad_checkpointing: bool = False
-    """Keep only each block's input for the backward pass and do the rest again: less memory, a third more time."""
+    """Activation checkpointing: keep only the input of each block for the backward pass and compute the rest again;
+    less memory, a third more time."""
     init_logit_scale: float = 1 / 0.07
-    """The logit scale before training; 10 for the sigmoid loss."""
+    """Logit scale (inverse temperature) before training; 10 for the sigmoid loss."""
     init_logit_bias: float | None = None
-    """The logit bias before training, which only the sigmoid loss learns: -10 there."""
+    """Logit bias before training, which only the sigmoid loss learns: -10 there."""
     conventions: Conventions = field(default_factory=Conventions)
-    """In what weights trained elsewhere differ; nothing to set in a recipe, except to train alike."""
+    """Compatibility switches, set from the files of published weights."""
 
     def __post_init__(self) -> None:
         sizes = ("image_size", "embed_dim", "text_width", "text_layers", "text_heads", "vocab_size")
@@ -111,9 +119,9 @@ class CLIPConfig:
 
 
 class ImageTower(nn.Module):
-    """A timm model without its classifier, and a projection: pixels -> [B, embed_dim].
+    """The image encoder: a tower without a classifier, and a projection: pixels -> [B, embed_dim].
 
-    Raises RecipeError for a name timm does not know or arguments it refuses.
+    Raises RecipeError for a tower that neither clipkit nor timm has, and for arguments that it refuses.
     """
 
     mean: Tensor
@@ -133,7 +141,7 @@ class ImageTower(nn.Module):
 
     @torch.no_grad()
     def _width(self, channels: int, size: int) -> int:
-        """Features that the trunk makes of pictures of this side. Raises RecipeError if it takes none."""
+        """Width of the trunk's features for pictures of this side. Raises RecipeError if it does not take them."""
         self.trunk.eval()
         try:
             width = int(self.trunk(torch.zeros(1, channels, size, size)).shape[1])
@@ -175,19 +183,21 @@ def _projection(kind: str, width: int, embed_dim: int) -> nn.Module:
 def _timm(config: CLIPConfig) -> nn.Module:
     import timm
 
-    if config.image_tower not in OURS and not timm.is_model(config.image_tower):
-        known = timm.list_models(f"*{config.image_tower.split('_')[0]}*") or [*OURS, *timm.list_models("resnet*")]
+    if config.image_tower not in TOWERS and not timm.is_model(config.image_tower):
+        known = timm.list_models(f"*{config.image_tower.split('_')[0]}*") or [*TOWERS, *timm.list_models("resnet*")]
         raise RecipeError(f"timm has no model {config.image_tower!r}; {did_you_mean(config.image_tower, known[:12])}")
     arguments = dict(config.image_kwargs)
     try:
-        try:  # transformers are built for one image size and must be told; CNNs refuse the argument
+        try:  # transformers are built for one image size; CNNs refuse the argument
             return _create(config.image_tower, {"img_size": config.image_size, **arguments})
         except TypeError as error:
             if "img_size" not in str(error):
                 raise
         return _create(config.image_tower, arguments)
     except Exception as error:  # timm's constructors raise whatever they run into
-        raise RecipeError(f"timm cannot build {config.image_tower!r} with {arguments}: {str(error)[:120]}") from None
+        raise RecipeError(
+            f"cannot build image tower {config.image_tower!r} with {arguments}: {str(error)[:120]}"
+        ) from None
 
 
 def _checkpoint_blocks(trunk: Any, name: str) -> None:
@@ -198,8 +208,9 @@ def _checkpoint_blocks(trunk: Any, name: str) -> None:
 
 
 def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
-    if name in OURS:
-        return OURS[name](**arguments)
+    if name in TOWERS:
+        own: nn.Module = TOWERS[name](**arguments)
+        return own
     import timm
 
     model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
@@ -245,11 +256,11 @@ class Block(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Token ids [B, L] -> [B, embed_dim], read where the first END token stands.
+    """The text encoder, a transformer: token ids [B, L] -> [B, embed_dim], projected from the first END token.
 
-    Attention is causal, so nothing after END matters, and nothing after END is computed: the captions of a batch lie
-    packed, one after the other, everywhere but in the attention itself. Ids may lie on the CPU whatever the device of
-    the weights; where captions end is then known without waiting for it. Full attention (SigLIP) has no such end.
+    Attention is causal, so tokens after END do not matter and are not computed: the captions of a batch are packed, one
+    after the other, everywhere but in the attention itself. Ids may be on the CPU whatever the device of the weights;
+    the ends of captions are then known without a synchronisation. Full attention (SigLIP) computes all tokens.
     """
 
     def __init__(self, config: CLIPConfig, vocab_size: int, end_id: int) -> None:
@@ -290,7 +301,7 @@ class TextTower(nn.Module):
         return states.view(*ids.shape, -1), inside.view(ids.shape)  # [B * L, W] -> [B, L, W]
 
     def _states(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the blocks make of the tokens of captions [T, W]; their places in B * L; each caption's last one."""
+        """States of the tokens of captions after the blocks [T, W]; their places in B * L; each caption's last one."""
         if self.conventions.text_attention == "full":
             ids = F.pad(ids, (0, len(self.positions) - ids.shape[1]), value=self.conventions.pad_id)
         batch, length = ids.shape
@@ -318,7 +329,7 @@ class TextTower(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Both towers, the logit scale, and for the sigmoid loss the logit bias.
+    """Both encoders, the logit scale, and for the sigmoid loss the logit bias.
 
     `encode_image` and `encode_text` return unit vectors, float32 [B, embed_dim], whatever the autocast.
     """

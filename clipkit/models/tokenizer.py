@@ -1,8 +1,10 @@
 """Byte-pair tokenizer: CLIP's own vocabulary from its merges file, or one trained on a pack's captions.
 
 Both share the cleaning, the pre-tokenization and the layout of Radford et al. 2021 (openai/CLIP): lower case, words cut
-by CLIP's pattern, bytes as printable characters, `</w>` at the end of a word. Only the vocabulary differs. Tokenizers
-that came with other people's weights are taken as they are.
+by CLIP's pattern, bytes as printable characters, `</w>` at the end of a word. Only the vocabulary differs. A tokenizer
+of another kind that comes with published weights is used unchanged (`ExternalTokenizer`).
+
+A caption is cleaned once, by the tokenizer's call. Tokenizers are picklable and small, for the loader's workers.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import re
 import string
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipkit.data.shards import MAX_CAPTION
+from clipkit.data.captions import MAX_CAPTION
 from clipkit.errors import CheckpointError, DataError, UsageError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -41,6 +44,7 @@ class AnyTokenizer(ABC):
     """Captions -> token ids [B, L], L being the longest caption of the batch, never more than `context_length`."""
 
     end_id: int
+    pad_id: int = 0
 
     def __init__(self, encoder: Any, context_length: int) -> None:
         self._encoder, self.context_length = encoder, context_length
@@ -59,9 +63,31 @@ class AnyTokenizer(ABC):
         """The tokenizer.json of the `tokenizers` library."""
         return str(self._encoder.to_str())
 
+    @cached_property
+    def key(self) -> str:
+        """Equal for tokenizers that give the same ids for every caption."""
+        cleaning = getattr(self, "_clean", clean).__name__
+        return f"{self.fingerprint} {type(self).__name__} {self.context_length} {self.pad_id} {cleaning}"
+
     @abstractmethod
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each caption, special tokens included, at most `context_length` of them."""
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """What `encode` returns -> int64 [B, L], filled with `pad_id`."""
+        lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+        ids = np.full((len(rows), max(lengths, default=2)), self.pad_id, dtype=np.int64)
+        inside = np.arange(ids.shape[1]) < lengths[:, None]  # [B, L]
+        ids[inside] = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=lengths.sum())
+        return torch.from_numpy(ids)
+
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         """One caption or several -> int64 [B, L]."""
+        return self.pad(self.encode([texts] if isinstance(texts, str) else texts))
+
+    @abstractmethod
+    def fitting(self, text: str) -> str:
+        """The words of `text` that fit into the context whole; those after them are cut."""
 
 
 def read_encoder(text: str) -> Any:
@@ -75,7 +101,7 @@ def read_encoder(text: str) -> Any:
 
 
 def is_clip_like(encoder: Any) -> bool:
-    """Whether it cuts captions as CLIP's does, whatever its vocabulary: `Tokenizer` then takes its place."""
+    """Whether it cuts captions as CLIP's does, whatever its vocabulary: `Tokenizer` is then used in its place."""
     from tokenizers import models
 
     model, words = encoder.model, encoder.pre_tokenizer
@@ -89,10 +115,10 @@ def is_clip_like(encoder: Any) -> bool:
     )
 
 
-class ForeignTokenizer(AnyTokenizer):
-    """The tokenizer.json that came with other people's weights (SigLIP's sentencepiece, for instance), as it is.
+class ExternalTokenizer(AnyTokenizer):
+    """The tokenizer of published weights, for instance SigLIP's sentencepiece, unchanged.
 
-    It says itself what stands around a caption; rows shorter than the longest are filled with `pad_id`.
+    Its tokenizer.json has the special tokens around a caption; rows shorter than the longest are filled with `pad_id`.
     """
 
     def __init__(self, encoder: Any, context_length: int, cleaning: str = "whitespace", pad_id: int = 0) -> None:
@@ -102,18 +128,31 @@ class ForeignTokenizer(AnyTokenizer):
         self._clean, self.pad_id = _CLEANINGS[cleaning], pad_id
         self.end_id = int(encoder.encode("").ids[-1]) if encoder.encode("").ids else pad_id
 
-    def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        """One caption or several -> int64 [B, L]."""
-        cleaned = [self._clean(t) for t in ([texts] if isinstance(texts, str) else texts)]
-        rows = [e.ids for e in self._encoder.encode_batch(cleaned)]
-        ids = np.full((len(rows), max(map(len, rows), default=0)), self.pad_id, dtype=np.int64)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = row
-        return torch.from_numpy(ids)
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each caption, with the special tokens of its own template."""
+        return [e.ids for e in self._encoder.encode_batch([self._clean(text) for text in texts])]
+
+    def fitting(self, text: str) -> str:
+        """The words of `text` that fit into the context whole; those after them are cut."""
+        words = text.split()
+        while words and self._encoder.encode(self._clean(" ".join(words))).overflowing:
+            words.pop()
+        return " ".join(words)
+
+
+def tokenizer_from_json(text: str, context_length: int, cleaning: str = "clip", pad_id: int = 0) -> AnyTokenizer:
+    """The tokenizer of a tokenizer.json: a `Tokenizer` where it cuts captions as CLIP's does, else as it is.
+
+    `cleaning` and `pad_id` are those of `Conventions`. Raises CheckpointError for a damaged file.
+    """
+    encoder = read_encoder(text)
+    if cleaning == "clip" and is_clip_like(encoder):
+        return Tokenizer.from_json(text, context_length)
+    return ExternalTokenizer(encoder, context_length, cleaning, pad_id)
 
 
 class Tokenizer(AnyTokenizer):
-    """Byte pairs, CLIP's or our own.
+    """Byte-pair tokenizer, with CLIP's vocabulary or one that is trained on captions.
 
     A row is START, the caption's tokens, END, then zeros; a caption that does not fit is cut and still ends with END.
     The text of a special token inside a caption is ordinary text: no caption can end itself.
@@ -121,11 +160,15 @@ class Tokenizer(AnyTokenizer):
 
     def __init__(self, encoder: Any, context_length: int = 77) -> None:
         super().__init__(encoder, context_length)
-        self._words: dict[str, list[int]] = {}  # captions are made of words that were seen before
+        self._words: dict[str, list[int]] = {}  # ids of words that were seen before
         start, end = encoder.token_to_id(START), encoder.token_to_id(END)
         if start is None or end is None:
             raise CheckpointError(f"tokenizer has no {START} or {END} token; it is not a clipkit or CLIP tokenizer")
         self.start_id, self.end_id = int(start), int(end)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For other processes, without the words seen so far, which may be many megabytes."""
+        return {**self.__dict__, "_words": {}}
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int = 4096, context_length: int = 77) -> Tokenizer:
@@ -171,7 +214,7 @@ class Tokenizer(AnyTokenizer):
 
     @classmethod
     def from_json(cls, text: str, context_length: int = 77) -> Tokenizer:
-        """From what `to_json` gave. Raises CheckpointError for anything else."""
+        """The tokenizer that `to_json` wrote. Raises CheckpointError for anything else."""
         import json
 
         try:
@@ -183,20 +226,13 @@ class Tokenizer(AnyTokenizer):
         except Exception as error:  # the Rust side raises bare Exception
             raise CheckpointError(f"damaged tokenizer.json: {str(error)[:80]}") from None
 
-    def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        """One caption or several -> int64 [B, L]."""
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """START, the caption's tokens, END of each caption."""
         room = self.context_length - 2
-        rows = [row[:room] for row in self._encode([texts] if isinstance(texts, str) else texts)]
-        lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-        ids = np.zeros((len(rows), lengths.max(initial=0) + 2), dtype=np.int64)
-        ids[:, 0] = self.start_id
-        inside = np.arange(ids.shape[1] - 1) < lengths[:, None]  # [B, L - 1]
-        ids[:, 1:][inside] = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=lengths.sum())
-        ids[np.arange(len(rows)), lengths + 1] = self.end_id
-        return torch.from_numpy(ids)
+        return [[self.start_id, *row[:room], self.end_id] for row in self._encode(texts)]
 
     def fitting(self, text: str) -> str:
-        """The words of `text` that fit into the context whole; what comes after them is cut."""
+        """The words of `text` that fit into the context whole; those after them are cut."""
         words, room = text.split(), self.context_length - 2
         ends = accumulate(map(len, self._encode(words)))
         return " ".join(words[: sum(end <= room for end in ends)])
@@ -222,7 +258,7 @@ class Tokenizer(AnyTokenizer):
 
 
 def _is_plain(text: str) -> bool:
-    return text.isascii() and text.isprintable() and "&" not in text  # nothing for ftfy or html to mend
+    return text.isascii() and text.isprintable() and "&" not in text  # ftfy and html have nothing to repair
 
 
 def clean(text: str) -> str:
@@ -241,12 +277,12 @@ def canonical(text: str) -> str:
 
 
 def siglip(text: str) -> str:
-    """transformers' cleaning for SigLIP (SiglipTokenizer.canonicalize_text): underscores go, words stay together."""
+    """transformers' cleaning for SigLIP (SiglipTokenizer.canonicalize_text): underscores are removed, not spaced."""
     return " ".join(_valid(text).lower().translate(_NO_PUNCTUATION).split())
 
 
 def lower(text: str) -> str:
-    """transformers' cleaning for SigLIP 2 (Siglip2Tokenizer): lower case, letter by letter, and nothing else."""
+    """transformers' cleaning for SigLIP 2 (Siglip2Tokenizer): only lower case, letter by letter."""
     return "".join(map(str.lower, _valid(text)))
 
 

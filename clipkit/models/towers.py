@@ -1,7 +1,20 @@
-"""Image towers: two for small pictures, which timm's are not made for, and the blocks of any of them.
+"""Towers, the trunks of image encoders: two residual networks for small pictures, and the blocks of any tower.
+
+`model.image_tower` names an entry of `clipkit.registry.TOWERS` or a model of timm. An entry is called with
+`model.image_kwargs` as keyword arguments, and with `img_size` if it accepts that, and returns a module with
+
+- `forward`: pixels [B, 3, S, S], float, normalised by mean and standard deviation -> features [B, width];
+- `feature_info`: as timm's, a list of {"module": name of a submodule, "num_chs": its width}, first stage to last. A
+  stage is a block, an `nn.Sequential` of blocks, or has them as `blocks`. They are the units of FSDP, of layer-wise
+  learning-rate decay and of the noise level's modulation, so every stage keeps the shape [B, num_chs, H, W] or
+  [B, tokens, num_chs];
+- `set_grad_checkpointing(True)`, only for `model.grad_checkpointing`.
+
+The projection to the shared embedding is no part of it. Another package adds a tower by an entry point of the group
+"clipkit.towers".
 
 Towers made for 224 pixels shrink their input by four or more before their first block, and leave 32x32 pixels on 8x8
-positions. `clipkit_resnet` keeps 16x16 of them; where it ends, 4x4, a 3x3 convolution still has neighbours to look at.
+positions. `clipkit_resnet` keeps 16x16 of them; at its end, 4x4, a 3x3 convolution still has neighbours to look at.
 `clipkit_resnet9` looks at all 32x32 before it pools, which costs time and gains accuracy (docs/results.md).
 """
 
@@ -11,6 +24,8 @@ from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from clipkit.errors import RecipeError
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
@@ -99,17 +114,16 @@ class PooledResNet(_Staged):
             self._add(outputs, pooled, *(BasicBlock(outputs, outputs, 1) for _ in range(depth)))
 
 
-OURS = {"clipkit_resnet": SmallResNet, "clipkit_resnet9": PooledResNet}
-"""Names for `model.image_tower` beside timm's."""
-
-
 def residual_blocks(trunk: nn.Module) -> list[tuple[nn.Module, int]]:
-    """The blocks of a timm tower with their widths, first to last.
+    """The blocks of a tower with their widths, first to last.
 
     timm's feature_info names the stages of every family; a stage is a block, a Sequential of blocks, or has `.blocks`.
+    Raises RecipeError for a tower without feature_info.
     """
+    if (stages := getattr(trunk, "feature_info", None)) is None:
+        raise RecipeError(f"image tower {type(trunk).__name__} has no feature_info, which names its blocks")
     found: list[tuple[nn.Module, int]] = []
-    for info in trunk.feature_info:  # type: ignore[union-attr]
+    for info in stages:
         stage = trunk.get_submodule(info["module"])
         blocks = getattr(stage, "blocks", stage)
         children = list(blocks.children()) if isinstance(blocks, nn.Sequential) else [blocks]

@@ -1,4 +1,4 @@
-"""Words of captions and prompts: which of them a model cannot know."""
+"""Vocabulary of captions and prompts: words of a prompt that a model was not trained on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 EMPTY = frozenset(["a", "an", "the", "one", "of", "in", "on", "with", "photo", "picture", "image", "drawing"])
-"""Words that say nothing of what is in a picture."""
+"""Words that do not describe the content of a picture."""
 _WORD_OR_SYMBOLS = re.compile(r"\w+|[^\w\s\x00-\x7f]+")
 
 
@@ -19,7 +19,7 @@ def split(text: str) -> list[str]:
 
 
 def unknown(texts: Iterable[str], known: Sequence[str]) -> list[str]:
-    """Words of `texts` that are not among `known`, the words of all captions that a model learned from, each once.
+    """Words of `texts` that are not among `known`, the words of all captions that a model was trained on, each once.
 
     None when `known` is empty: the model did not record its captions' words.
     """

@@ -1,6 +1,6 @@
-"""How alike two collections of pictures are, from features of them: FID, KID, CMMD, precision and recall, IS.
+"""Distances between two collections of pictures: FID, KID, CMMD, precision and recall, inception score, CLIP score.
 
-All in float64 and free of any network: what the features are of is the extractors' business (guidance.extractors).
+Functions of features, in float64; the networks are in clipkit/guidance/metrics/extractors.py.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Moments:
 
 def _checked(features: Tensor) -> Tensor:
     if features.ndim != 2 or not len(features):
-        raise UsageError(f"features are {list(features.shape)}; [N, D] with N above 0 is due")
+        raise UsageError(f"features are {list(features.shape)}; they must be [N, D] with N above 0")
     if not features.isfinite().all():
         bad = int((~features.isfinite()).any(dim=1).sum())
         raise DataError(
@@ -80,7 +80,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def frechet_bias(reference: Moments, n: int, m: int) -> float:
-    """What the Frechet distance of n and m pictures is expected to be when both come from the reference's Gaussian.
+    """The expected Frechet distance of n and m pictures when both come from the reference's Gaussian.
 
     To second order in the error of a Wishart covariance: with eigenvalues v, (1/n + 1/m) times
     (tr S + 1/2 (sum_ij v_i v_j / (v_i + v_j) + tr S / 2)); good for n well above the number of dimensions.
@@ -188,9 +188,9 @@ def clip_score(images: Tensor, texts: Tensor) -> float:
 
 
 def compare(reference: Tensor, samples: Tensor, train: Tensor | None = None, seed: int = 0) -> dict[str, float]:
-    """The distances of samples [M, D] to reference pictures [N, D], each with what it would be for a perfect generator.
+    """The distances of samples [M, D] to reference pictures [N, D], each with its floor, that of a perfect generator.
 
-    That "floor" is the distance of the pictures `train` to the reference, or of one half of the reference to the other.
+    The floor is the distance of the pictures `train` to the reference, or of one half of the reference to the other.
     Raises UsageError for fewer than four pictures on a side, or fewer than two of `train`.
     """
     if min(len(reference), len(samples)) < 4:

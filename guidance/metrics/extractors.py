@@ -1,6 +1,6 @@
-"""Networks whose features metrics are computed in: any CLIP's image tower, or Inception-V3 with the FID's weights.
+"""Feature extractors of the metrics: any CLIP's image encoder, or Inception-V3 with the FID's weights.
 
-A number means something only together with its extractor, so each has a name and the hash of its weights.
+A metric depends on its extractor, so each has a name and the hash of its weights.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Extractor:
     features: Callable[[Tensor], Tensor]
     """uint8 [B, 3, S, S] -> [B, D]."""
     layers: Callable[[Tensor], list[Tensor]] | None = None
-    """uint8 [B, 3, S, S] -> activations [B, C, H, W] of several layers, where there are some."""
+    """uint8 [B, 3, S, S] -> activations [B, C, H, W] of several layers, or None."""
     logits: Callable[[Tensor], Tensor] | None = None
-    """Features [B, D] -> class logits [B, K], where there are classes."""
+    """Features [B, D] -> class logits [B, K], or None."""
     text: Callable[[str], Tensor] | None = None
-    """A text -> its features [D], where there are such."""
+    """A text -> its features [D], or None."""
 
 
 def clip_extractor(clip: Pretrained, name: str) -> Extractor:
@@ -147,7 +147,7 @@ class Extracted(NamedTuple):
 
 
 class Skipped:
-    """Counts pictures that cannot be read, by reason, and says so in one line."""
+    """Counts unreadable pictures by reason, for a message of one line."""
 
     def __init__(self, source: str) -> None:
         self.source, self.reasons = source, Counter[str]()
@@ -170,7 +170,7 @@ class Skipped:
 def extract(
     extractor: Extractor, pictures: Iterable[tuple[str, bytes]], batch_size: int = 64, source: str = "pictures"
 ) -> Extracted:
-    """Features of encoded pictures; unreadable ones are skipped, counted and said. `source` names them in messages.
+    """Features of encoded pictures; unreadable ones are skipped, counted and reported. `source` names them in messages.
 
     Raises DataError when no picture is left.
     """

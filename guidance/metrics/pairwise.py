@@ -1,4 +1,4 @@
-"""How alike two pictures are: PSNR, SSIM, LPIPS, perceptual and style distance; how smooth a generator is: PPL."""
+"""Metrics of picture pairs: PSNR, SSIM, LPIPS, perceptual and style distance; perceptual path length (PPL)."""
 
 from __future__ import annotations
 

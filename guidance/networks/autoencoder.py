@@ -1,4 +1,4 @@
-"""Autoencoders: pictures to latents, 2, 4 or 8 times smaller, and back; with a KL term or a codebook.
+"""Autoencoders for latent diffusion: VAE (KL term) and VQ-VAE (codebook), with f = 2, 4 or 8, and a discriminator.
 
 The layers are those of latent diffusion's (Rombach et al. 2022, arXiv 2112.10752, appendix G; Esser et al. 2021, arXiv
 2012.09841), so that a folder of diffusers' AutoencoderKL can be read.
@@ -6,7 +6,6 @@ The layers are those of latent diffusion's (Rombach et al. 2022, arXiv 2112.1075
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 
 from clipkit import distributed
 from clipkit.config import from_dict, require
-from clipkit.convert import unpickling as archives
+from clipkit.convert import unpickling
+from clipkit.convert.layouts import diffusers_autoencoder
 from clipkit.errors import CheckpointError, RecipeError
 from clipkit.io import only_known, read_object
 
@@ -36,9 +36,9 @@ class AutoencoderConfig:
     blocks: int = 1
     """Residual blocks at each resolution on the way down (one more on the way up)."""
     latent_channels: int = 4
-    """Numbers at each position of the latents."""
+    """Channels of the latents."""
     kind: Literal["kl", "vq"] = "kl"
-    """"kl": latents near a standard normal. "vq": latents out of a codebook."""
+    """"kl": a VAE, latents near a standard normal. "vq": a VQ-VAE, latents from a codebook."""
     codes: int = 1024
     """Entries of the codebook."""
     groups: int = 32
@@ -58,7 +58,7 @@ class AutoencoderConfig:
 
     @property
     def factor(self) -> int:
-        """How much smaller the latents are: f."""
+        """Downsampling factor f."""
         return int(2 ** (len(self.multipliers) - 1))
 
     @property
@@ -68,19 +68,19 @@ class AutoencoderConfig:
 
 
 _DEAD = 0.01
-"""Uses a step, on the average, below which a code is given another place."""
+"""Mean uses per step below which a code is reset."""
 
 
 @dataclass(frozen=True)
 class LatentConfig:
-    """Where a denoiser works."""
+    """The space of a denoiser: pixels or latents."""
 
     autoencoder: str = ""
     """Run of the autoencoder whose latents are denoised, or a folder of diffusers' AutoencoderKL; none for pixels."""
 
 
 class _Residual(nn.Module):
-    """GroupNorm, SiLU, conv, twice, and the way around."""
+    """GroupNorm, SiLU, conv, twice, and a skip connection."""
 
     def __init__(self, inputs: int, outputs: int, groups: int) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class _Residual(nn.Module):
 
 
 class _Attention(nn.Module):
-    """One head over all positions."""
+    """Self-attention with one head over all positions."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class _Attention(nn.Module):
 
 
 class _Down(nn.Conv2d):
-    """Half the side; padded at the right and below only, as there."""
+    """Stride-2 convolution, padded at the right and below only, as in latent diffusion."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, width, 3, stride=2)
@@ -121,7 +121,7 @@ class _Down(nn.Conv2d):
 
 
 class _Up(nn.Conv2d):
-    """Twice the side."""
+    """Nearest upsampling by 2, and a convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, width, 3, padding=1)
@@ -175,7 +175,7 @@ class Decoder(nn.Module):
         return out
 
     def before_head(self, z: Tensor) -> Tensor:
-        """What the last convolution sees."""
+        """Input of the last convolution."""
         x = self.middle(self.stem(z))
         for level in self.levels:
             x = level(x)
@@ -183,9 +183,10 @@ class Decoder(nn.Module):
 
 
 class Codebook(nn.Module):
-    """Vectors [K, C] that follow what is quantised to them (van den Oord et al. 2017, arXiv 1711.00937, appendix A.1).
+    """Vectors [K, C]: exponential moving averages of the latents quantised to them (van den Oord et al. 2017, arXiv
+    1711.00937, appendix A.1).
 
-    Nothing of it is trained by gradients: `gather` counts, `follow` moves the vectors, after each step.
+    No gradients: `gather` accumulates a step's statistics, and `follow` updates the vectors after the step.
     """
 
     vectors: Tensor
@@ -211,7 +212,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def gather(self, z: Tensor, numbers: Tensor) -> None:
-        """Count what is quantised in this step."""
+        """Accumulate the statistics of this step."""
         flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).float()
         rows = torch.cat([flat, torch.ones(len(flat), 1, device=flat.device)], dim=1)
         self._fresh = self._fresh.to(flat.device).index_add(0, numbers.flatten(), rows)
@@ -219,9 +220,9 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def follow(self) -> Tensor:
-        """Move the vectors -> share of them that were used in this step. On several ranks all count together.
+        """Update the vectors -> the share of them that was used in this step, over all ranks.
 
-        Vectors that nothing has come near for long start again at a latent of this step.
+        Unused vectors are reset to latents of this step.
         """
         fresh = distributed.sum_over_ranks(self._fresh)
         used, sums = fresh[:, -1], fresh[:, :-1]
@@ -238,7 +239,7 @@ class Codebook(nn.Module):
 
 
 class Encoded(NamedTuple):
-    """Latents as the decoder takes them, and each picture's regularising loss [B]."""
+    """Latents for the decoder, and each picture's regularisation loss [B]: KL, or commitment."""
 
     z: Tensor
     loss: Tensor
@@ -247,7 +248,7 @@ class Encoded(NamedTuple):
 class Autoencoder(nn.Module):
     """Images [B, 3, S, S] in [-1, 1] <-> latents [B, C, S / f, S / f] of unit variance.
 
-    `encode` and `decode` are for use; `embed` is for training, and samples where there is a KL term.
+    `encode` and `decode` are for inference; `embed` is for training, and samples the latents of a VAE.
     """
 
     spread: Tensor
@@ -263,14 +264,14 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """The mean, or the nearest codes, over their standard deviation in training: what a denoiser learns."""
+        """Latents of unit variance for a denoiser: the mean, or the nearest codes, over their standard deviation."""
         moments = self.before(self.encoder(images))
         if self.codebook is not None:
             return self.codebook.nearest(moments)[0] / self.spread
         return moments.chunk(2, dim=1)[0] / self.spread  # type: ignore[no-any-return]
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents of unit variance -> images; those of a codebook are quantised first, whatever a denoiser made."""
+        """Latents of unit variance -> images; for a codebook they are quantised first."""
         z = z * self.spread
         if self.codebook is not None:
             z = self.codebook.nearest(z)[0]
@@ -278,7 +279,7 @@ class Autoencoder(nn.Module):
         return out
 
     def embed(self, images: Tensor) -> Encoded:
-        """What is decoded in training: z ~ N(mean, std) with its KL to N(0, 1), or codes with their commitment loss.
+        """Latents for training: z ~ N(mean, std) with its KL to N(0, 1), or codes with their commitment loss.
 
         Kingma & Welling 2014 (arXiv 1312.6114, appendix B); van den Oord et al. 2017, equation 3.
         """
@@ -296,26 +297,6 @@ class Autoencoder(nn.Module):
         return Encoded(moments + (near - moments).detach(), commitment)  # straight through
 
 
-_NAMES = (
-    (r"quant_conv\.", "before."),
-    (r"post_quant_conv\.", "after."),
-    (r"(en|de)coder\.conv_in\.", r"\1coder.stem."),
-    (r"(en|de)coder\.conv_norm_out\.", r"\1coder.norm."),
-    (r"(en|de)coder\.conv_out\.", r"\1coder.head."),
-    (r"(en|de)coder\.mid_block\.resnets\.0\.", r"\1coder.middle.0."),
-    (r"(en|de)coder\.mid_block\.attentions\.0\.group_norm\.", r"\1coder.middle.1.norm."),
-    (r"(en|de)coder\.mid_block\.attentions\.0\.to_([qkv])\.", r"\1coder.middle.1.\2."),
-    (r"(en|de)coder\.mid_block\.attentions\.0\.to_out\.0\.", r"\1coder.middle.1.out."),
-    # As diffusers once wrote them.
-    (r"(en|de)coder\.mid_block\.attentions\.0\.(q)uery\.", r"\1coder.middle.1.\2."),
-    (r"(en|de)coder\.mid_block\.attentions\.0\.(k)ey\.", r"\1coder.middle.1.\2."),
-    (r"(en|de)coder\.mid_block\.attentions\.0\.(v)alue\.", r"\1coder.middle.1.\2."),
-    (r"(en|de)coder\.mid_block\.attentions\.0\.proj_attn\.", r"\1coder.middle.1.out."),
-    (r"(en|de)coder\.mid_block\.resnets\.1\.", r"\1coder.middle.2."),
-    (r"(en|de)coder\.(?:down|up)_blocks\.(\d+)\.resnets\.(\d+)\.", r"\1coder.levels.\2.\3."),
-)
-
-
 _DIFFUSERS = "diffusion_pytorch_model.safetensors"
 
 
@@ -325,16 +306,16 @@ def is_diffusers(folder: Path) -> bool:
 
 
 def from_diffusers(folder: Path) -> Autoencoder:
-    """An AutoencoderKL that diffusers saved: config.json and its weights. Raises CheckpointError for what it is not."""
+    """An AutoencoderKL that diffusers saved: config.json and its weights. Raises CheckpointError for another model."""
     about = read_object(folder / "config.json")
     if about.get("_class_name") != "AutoencoderKL":
         raise CheckpointError(f"{folder} holds a {about.get('_class_name')}; an AutoencoderKL is needed")
     (config, scale), file = _from_config(about, folder / "config.json"), folder / _DIFFUSERS
-    model, tensors = Autoencoder(config), {}
-    for name, tensor in archives.read(file).tensors.items():
-        own = _renamed(name, config)
-        # Older files have the attention's products as 1x1 convolutions.
-        tensors[own] = tensor.flatten(1) if ".middle.1." in own and tensor.ndim > 1 else tensor
+    model = Autoencoder(config)
+    try:
+        tensors = diffusers_autoencoder(config.blocks).to_ours(unpickling.read(file).tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from None
     tensors["spread"] = torch.tensor(1 / scale)
     try:
         model.load_state_dict(tensors)
@@ -354,11 +335,11 @@ _BUILT_IN: dict[str, Sequence[Any]] = {
     "shift_factor": (None, 0), "latents_mean": (None,), "latents_std": (None,), "use_quant_conv": (True,),
     "use_post_quant_conv": (True,), "mid_block_add_attention": (True,),
 }  # fmt: skip
-_FREE = {"_diffusers_version", "_name_or_path", "force_upcast"}  # what is done here is done in float32 anyway
+_FREE = {"_diffusers_version", "_name_or_path", "force_upcast"}  # here it is float32 anyway
 
 
 def _from_config(about: Mapping[str, Any], file: Path) -> tuple[AutoencoderConfig, float]:
-    """The shape, and by what latents are multiplied."""
+    """The shape, and the scaling factor of latents."""
     if isinstance(size := about.get("sample_size"), list):
         if len(set(size)) != 1:
             raise CheckpointError(f"{file}: sample_size is {size}; clipkit has square images only")
@@ -389,20 +370,8 @@ def _from_config(about: Mapping[str, Any], file: Path) -> tuple[AutoencoderConfi
         raise CheckpointError(f"{file} describes no autoencoder that clipkit has: {error}") from None
 
 
-def _renamed(name: str, config: AutoencoderConfig) -> str:
-    """diffusers' name of a tensor -> ours."""
-    for pattern, replacement in _NAMES:
-        name = re.sub(f"^{pattern}", replacement, name)
-    for way, blocks in (("down", config.blocks), ("up", config.blocks + 1)):
-        coder = "encoder" if way == "down" else "decoder"
-        name = re.sub(
-            rf"^{coder}\.{way}_blocks\.(\d+)\.{way}samplers\.0\.conv\.", rf"{coder}.levels.\1.{blocks}.", name
-        )
-    return name.replace(".conv_shortcut.", ".skip.")
-
-
 class Discriminator(nn.Module):
-    """Patches of images -> how real each looks: [B, 3, S, S] -> [B, 1, ., .] (Isola et al. 2017, arXiv 1611.07004).
+    """PatchGAN, a logit for each patch: [B, 3, S, S] -> [B, 1, ., .] (Isola et al. 2017, arXiv 1611.07004).
 
     The first `layers` convolutions halve the side, or as many of them as leave a patch of images of `image_size`.
     """
@@ -427,7 +396,7 @@ class Discriminator(nn.Module):
 
 
 SMALLEST = 6
-"""Side of the smallest pictures in which the discriminator sees a patch."""
+"""Side of the smallest pictures that the discriminator takes."""
 
 
 def frozen_scores(discriminator: nn.Module, images: Tensor) -> Tensor:

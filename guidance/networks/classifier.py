@@ -1,4 +1,4 @@
-"""The noise-aware classifier: a noise-aware CLIP's tower, with a learned vector for each class in place of texts."""
+"""The noise-aware classifier, for classifier guidance: an image encoder and a learned vector for each class."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clipkit.guidance.networks.noisy_clip import NoisyCLIP
 class NoisyClassifier(nn.Module):
     """x_t and lambda -> log p(class | x_t): softmax over tau(lambda) <f(x_t, lambda), g_class>.
 
-    ADM's guide (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4), for continuous lambda.
+    The guide of ADM (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4), for continuous lambda.
     """
 
     def __init__(self, tower: NoisyCLIP, classes: int) -> None:

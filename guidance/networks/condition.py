@@ -1,7 +1,8 @@
-"""What a denoiser may be told about the picture: its class, its caption, or nothing.
+"""Conditioning of denoisers on classes or captions: class embedding, text encoder, condition dropout.
 
-A description is a string: a caption, or a class's name. The empty one says nothing; training drops descriptions at
-random, so that the same network is also the unconditional one that classifier-free guidance needs.
+A description is a string: a caption, or a class's name; the empty one is unconditional. Condition dropout in training
+makes the same network conditional and unconditional, as classifier-free guidance needs (Ho & Salimans 2022, arXiv
+2207.12598).
 """
 
 from __future__ import annotations
@@ -18,22 +19,23 @@ from clipkit.config import require
 from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError, UsageError, did_you_mean
 from clipkit.models.clip import CLIP
-from clipkit.models.tokenizer import Tokenizer
+from clipkit.models.tokenizer import AnyTokenizer
 from clipkit.models.words import split
 
 
 @dataclass(frozen=True)
 class ConditionConfig:
-    """What the denoiser is told in training."""
+    """The condition that a denoiser is trained with."""
 
     kind: Literal["none", "class", "text"] = "none"
-    """"class": a classed pack's classes. "text": captions, as a CLIP's frozen text tower understands them."""
+    """"class": the classes of a pack. "text": captions, encoded by a CLIP's frozen text encoder. "none":
+    unconditional."""
     clip: str = ""
-    """Run of the CLIP whose text tower reads the captions, for "text"."""
+    """Run of the CLIP whose text encoder encodes the captions, for "text"."""
     dropout: float = 0.1
     """Condition dropout: fraction of the samples that are trained unconditionally, for classifier-free guidance."""
     width: int = 128
-    """Width of a class's embedding."""
+    """Width of the class embedding, for "class"."""
 
     def __post_init__(self) -> None:
         require("in [0, 1]", "condition", self, "dropout")
@@ -43,25 +45,25 @@ class ConditionConfig:
 
 
 class Condition(NamedTuple):
-    """What networks see of descriptions: a vector each, and for texts their tokens, with a mask of which there are."""
+    """Input of the networks: a vector for each description, and for captions the tokens for cross-attention."""
 
     vector: Tensor
     """[B, V]."""
     tokens: Tensor | None = None
     """[B, L, V]."""
     mask: Tensor | None = None
-    """Bool [B, L]."""
+    """Bool [B, L], False for padding."""
 
     def expand(self, rows: int) -> Condition:
-        """One description's, for `rows` pictures."""
+        """One description's condition, repeated for `rows` pictures."""
         tokens, mask = (None if t is None else t.expand(rows, *t.shape[1:]) for t in (self.tokens, self.mask))
         return Condition(self.vector.expand(rows, -1), tokens, mask)
 
 
 class ClassCondition(nn.Module):
-    """A learned vector for each class, and one for none."""
+    """Class conditioning: a learned embedding for each class, and one for the unconditional case."""
 
-    words_width = 0
+    cross_attention_dim = 0
 
     def __init__(self, classes: Sequence[Sequence[str]], width: int) -> None:
         super().__init__()
@@ -70,11 +72,11 @@ class ClassCondition(nn.Module):
         self._numbers = {name.lower(): i for i, names in enumerate(self.classes) for name in names}
 
     def of_labels(self, labels: Tensor, dropped: Tensor) -> Condition:
-        """Class numbers [B], those marked in bool `dropped` [B] left out."""
+        """The condition of class numbers [B]; unconditional where bool `dropped` [B] is True."""
         return Condition(self.table(labels.masked_fill(dropped, len(self.classes))))
 
     def forward(self, descriptions: Sequence[str]) -> Condition:
-        """Any of a class's names, whatever its case. Raises UsageError for another."""
+        """The condition of class names, in any case; "" is unconditional. Raises UsageError for an unknown name."""
         numbers = [self._number(text.strip().lower()) for text in descriptions]
         return Condition(self.table(torch.tensor(numbers, device=self.table.weight.device)))
 
@@ -89,19 +91,23 @@ class ClassCondition(nn.Module):
 
 
 class TextCondition(nn.Module):
-    """A CLIP's text tower, which is not trained: its last states for the attention, its embedding as the vector."""
+    """Text conditioning: a CLIP's frozen text encoder, with its last states for cross-attention, and its embedding."""
 
-    def __init__(self, clip: CLIP, tokenizer: Tokenizer, words: Sequence[str] = ()) -> None:
+    def __init__(self, clip: CLIP, tokenizer: AnyTokenizer, words: Sequence[str] = ()) -> None:
         super().__init__()
-        self.words = words  # of the captions that the denoiser was told in training; none if that is not known
+        self.words = words  # of the captions of the training; none if unknown
         self.tower, self.tokenizer, self.shape = clip.text, tokenizer, clip.config
         self.tower.requires_grad_(False)
-        self.width = self.words_width = clip.config.text_width
+        self.width = self.cross_attention_dim = clip.config.text_width
 
     def forward(self, descriptions: Sequence[str]) -> Condition:
-        """Captions; those that are empty are read as such, which is what the network knows as "none"."""
+        """Captions; the empty one means that there is no condition."""
+        return self.of_tokens(self.tokenizer(list(descriptions)))
+
+    def of_tokens(self, ids: Tensor) -> Condition:
+        """Captions as token ids [B, L]."""
         with torch.no_grad():
-            tokens, mask = self.tower.sequence(self.tokenizer(list(descriptions)))
+            tokens, mask = self.tower.sequence(ids)
         last = mask.sum(dim=1) - 1
         return Condition(tokens[torch.arange(len(tokens)), last], tokens, mask)
 
@@ -120,7 +126,7 @@ Conditioner = ClassCondition | TextCondition
 
 
 def words_of(packs: Sequence[Shards], limit: int = 500_000) -> list[str]:
-    """All words of the packs' captions, sorted; none if the samples are more than `limit`, or must be fetched."""
+    """The vocabulary of the packs' captions, sorted; none for more than `limit` samples, or remote packs."""
     if sum(map(len, packs)) > limit or any(pack.store.remote for pack in packs):
         return []
     return sorted({word for pack in packs for caption in pack.captions(limit) for word in split(caption)})

@@ -1,8 +1,8 @@
-"""The transformer denoiser networks: patches as tokens, told the noise level by modulation or by a token.
+"""Diffusion transformers: DiT and U-ViT, with cross-attention to captions and adaLN or a token for the noise level.
 
 DiT (Peebles & Xie 2022, arXiv 2212.09748): every block is shifted, scaled and gated by the noise. U-ViT (Bao et al.
-2022, arXiv 2209.12152): the noise is one more token, and long skips tie early blocks to late ones. By default both:
-modulation and long skips. It is nearly all matrix products, which is what a CPU does best.
+2022, arXiv 2209.12152): the noise is one more token, and long skips tie early blocks to late ones. The default
+has both, modulation and long skips. Nearly all of its cost is matrix products, which suits CPUs.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class DiTConfig:
     heads: int = 6
     """Attention heads of each block."""
     noise: Literal["modulation", "token"] = "modulation"
-    """How blocks hear of noise and class: "modulation" (DiT's adaLN-zero), or "token" (U-ViT)."""
+    """Conditioning on noise level and class: "modulation" (DiT's adaLN-zero), or "token" (U-ViT)."""
     long_skips: bool = True
-    """The first half of the blocks also feeds the last half, last to first (U-ViT); DiT has none."""
+    """Skip connections from the first half of the blocks to the last half (U-ViT); DiT has none."""
     grad_checkpointing: bool = False
-    """Compute blocks again in the backward pass instead of keeping their activations."""
+    """Activation checkpointing: recompute blocks in the backward pass."""
 
     def __post_init__(self) -> None:
         require("at least 1", "dit", self, "image_size", "patch_size", "width", "depth", "heads")
@@ -59,14 +59,14 @@ class DiTConfig:
 class _Block(nn.Module):
     """Pre-norm attention and MLP; with modulation shifted, scaled and gated (adaLN-zero: starts as the identity)."""
 
-    def __init__(self, config: DiTConfig, words_width: int) -> None:
+    def __init__(self, config: DiTConfig, cross_attention_dim: int) -> None:
         super().__init__()
         width, self.heads, modulated = config.width, config.heads, config.noise == "modulation"
         self.norm1, self.norm2 = (nn.LayerNorm(width, elementwise_affine=not modulated) for _ in range(2))
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
         self.modulation = zeroed(nn.Linear(width, 6 * width)) if modulated else None
-        self.context = nn.Linear(words_width, 2 * width) if words_width and modulated else None
+        self.context = nn.Linear(cross_attention_dim, 2 * width) if cross_attention_dim and modulated else None
 
     def forward(self, x: Tensor, embedding: Tensor, condition: Condition | None, mask: Tensor | None) -> Tensor:
         if self.modulation is None:
@@ -79,7 +79,7 @@ class _Block(nn.Module):
         return out
 
     def attend(self, x: Tensor, condition: Condition | None, mask: Tensor | None) -> Tensor:
-        """Attention among the tokens, as far as bool `mask` [B, N] says they are some, and to the condition's."""
+        """Self-attention and cross-attention to the condition's tokens; bool `mask` [B, N] is False for padding."""
         b, n, width = x.shape
         q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)  # [B, H, N, W/H]
         out: Tensor = self.out(attention(q, k, v, self.context, condition, mask).transpose(1, 2).reshape(b, n, width))
@@ -87,9 +87,9 @@ class _Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """x [B, C, H, W], lambda [B] and maybe a condition -> [B, C, H, W], float32.
+    """x [B, C, H, W], lambda [B] and optionally a condition -> [B, C, H, W], float32.
 
-    What it predicts is the denoiser's business.
+    The meaning of the output (eps, x0, v) is the denoiser's choice.
     """
 
     def __init__(
@@ -97,22 +97,22 @@ class DiT(nn.Module):
         config: DiTConfig,
         channels: int = 3,
         condition_width: int = 0,
-        words_width: int = 0,
+        cross_attention_dim: int = 0,
         learns_variance: bool = False,
     ) -> None:
         super().__init__()
         self.config, width = config, config.width
         modulated = config.noise == "modulation"
         side, depth = config.image_size // config.patch_size, channels * config.patch_size**2
-        # A token of the noise goes as it is (U-ViT); to modulate, it is thought over first (DiT).
+        # The noise token is the plain embedding (U-ViT); for modulation an MLP follows (DiT).
         self.embed = (
             nn.Sequential(nn.Linear(_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width)) if modulated else None
         )
         self.condition = zeroed(nn.Linear(condition_width, width)) if condition_width else None
-        self.words = nn.Linear(words_width, width) if words_width and not modulated else None
+        self.words = nn.Linear(cross_attention_dim, width) if cross_attention_dim and not modulated else None
         self.stem = nn.Linear(depth, width)
         self.positions = nn.Parameter(torch.randn(1, side * side, width) * 0.02)
-        self.blocks = nn.ModuleList(_Block(config, words_width) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(_Block(config, cross_attention_dim) for _ in range(config.depth))
         pairs = config.depth // 2 if config.long_skips else 0
         self.skips = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(pairs))
         self.norm = nn.LayerNorm(width, elementwise_affine=not modulated)
@@ -126,7 +126,7 @@ class DiT(nn.Module):
         patches = F.pixel_unshuffle(x, self.config.patch_size)  # [B, C p^2, H / p, W / p]
         side, half = patches.shape[-1], len(self.skips)
         tokens = self.stem(patches.flatten(2).transpose(1, 2)) + self.positions  # [B, N, W]
-        tokens, mask = self._told(tokens, embedding, condition)
+        tokens, mask = self._with_condition(tokens, embedding, condition)
         kept: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             if i < half:
@@ -146,7 +146,7 @@ class DiT(nn.Module):
         return F.pixel_shuffle(out, self.config.patch_size).float()
 
     def _embedding(self, log_snr: Tensor, condition: Condition | None) -> Tensor:
-        """Of the noise and the description: [B, W]."""
+        """Of the noise level and the condition's vector: [B, W]."""
         width = _FREQUENCIES if self.embed is not None else self.config.width
         embedding = noise_embedding(log_snr, width)
         if self.embed is None:
@@ -156,18 +156,21 @@ class DiT(nn.Module):
             embedding = embedding + self.condition(condition.vector)
         return F.silu(embedding)
 
-    def _told(self, tokens: Tensor, embedding: Tensor, condition: Condition | None) -> tuple[Tensor, Tensor | None]:
-        """With tokens for the noise, and for the description's vector and words, before those of the patches.
+    def _with_condition(
+        self, tokens: Tensor, embedding: Tensor, condition: Condition | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The tokens with those of the noise level, the condition's vector and its text before them.
 
-        And where there are tokens, bool [B, N], if words are missing.
+        And their mask, bool [B, N], if the text is padded.
         """
         if self.embed is not None:
             return tokens, None
-        told, mask = [embedding[:, None].to(tokens), tokens], None
+        mask = None
+        joined = [embedding[:, None].to(tokens), tokens]
         if self.condition is not None and condition is not None:
-            told.insert(1, self.condition(condition.vector)[:, None])
+            joined.insert(1, self.condition(condition.vector)[:, None])
             if self.words is not None and condition.tokens is not None:
-                told.insert(0, self.words(condition.tokens))
+                joined.insert(0, self.words(condition.tokens))
                 if condition.mask is not None:
                     mask = F.pad(condition.mask, (0, 2 + tokens.shape[1]), value=True)
-        return torch.cat(told, dim=1), mask
+        return torch.cat(joined, dim=1), mask

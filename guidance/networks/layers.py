@@ -1,4 +1,4 @@
-"""What both denoiser networks are made of: the embedding of the noise, attention to pixels and words, zero starts."""
+"""Layers of both denoiser networks: noise-level embedding, self- and cross-attention, zero initialisation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def noise_embedding(log_snr: Tensor, width: int) -> Tensor:
     """Sinusoidal features of lambda / 4: log_snr [B] -> [B, width] float32.
 
     lambda / 4 is EDM's c_noise = ln(sigma) / 4 (Karras et al. 2022, table 1) up to sign and a factor 2; frequencies go
-    from 1 to 64 in geometric steps, because lambda moves over some 20 units rather than over 1000 timesteps.
+    from 1 to 64 in geometric steps, because lambda spans some 20 units, not 1000 timesteps.
     """
     frequencies = torch.exp(torch.linspace(0, math.log(64.0), width // 2, device=log_snr.device))
     angles = log_snr.float()[:, None] / 4 * frequencies  # [B, width / 2]
@@ -30,10 +30,10 @@ def attention(
     condition: Condition | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention of q [B, H, N, C] to k and v, and to the condition's tokens through their own keys and values.
+    """Self-attention of q [B, H, N, C] to k and v, joined with cross-attention to the condition's tokens.
 
-    As in GLIDE (Nichol et al. 2021, arXiv 2112.10741, section 3.1): one softmax over pixels and words. Bool `mask`
-    [B, N] says where k and v are some.
+    As in GLIDE (Nichol et al. 2021, arXiv 2112.10741, section 3.1), `context` projects the tokens to further keys and
+    values: one softmax over pixels and text. Bool `mask` [B, N] is False where k and v are padding.
     """
     if context is not None and condition is not None and condition.tokens is not None:
         b, heads, _, c = q.shape
@@ -46,7 +46,7 @@ def attention(
 
 
 def zeroed(module: nn.Module) -> nn.Module:
-    """The module with all parameters at 0, so that what it adds starts as nothing."""
+    """Zero-initialise all parameters of a module: its residual branch starts at 0."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module

@@ -1,7 +1,7 @@
-"""The noise-aware CLIP: a pretrained CLIP whose image tower is told how noisy its input is.
+"""The noise-aware CLIP, for classifier guidance: a CLIP whose image encoder is conditioned on the noise level.
 
-Nichol et al. 2021 (GLIDE, arXiv 2112.10741, section 3.2) trained a CLIP on noised images for guidance; here the noise
-level is the continuous lambda, which ties the model to no schedule, and it modulates every block of any timm tower.
+Nichol et al. 2021 (GLIDE, arXiv 2112.10741, section 3.2) trained a CLIP on noised images for guidance. Here the noise
+level is the continuous lambda, independent of a schedule, and it modulates every block of any timm image encoder.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipkit.config import require
+from clipkit.data.images import to_unit
 from clipkit.errors import RecipeError
 from clipkit.guidance.guiders import LogProb, softmax_log_prob
 from clipkit.guidance.networks.layers import noise_embedding
@@ -25,7 +26,7 @@ from clipkit.models.towers import residual_blocks
 
 @dataclass(frozen=True)
 class NoisyCLIPConfig:
-    """How a clean CLIP learns to see noise."""
+    """Fine-tuning of a clean CLIP on noised images."""
 
     clip: str
     """Run of the clean CLIP to start from."""
@@ -34,15 +35,15 @@ class NoisyCLIPConfig:
     clean_fraction: float = 0.1
     """Share of clean images in each batch."""
     train_text: bool = False
-    """Also train the text tower, which is otherwise left as it is."""
+    """Also train the text encoder, which is frozen otherwise."""
     negative_captions: int = 256
     """Captions of the packs that are kept beside the weights: the negatives of a prompt."""
     image_size: int = 0
-    """Pixels of the denoiser's pictures; 0: the clean CLIP's."""
+    """Side of the denoiser's pictures in pixels; 0: the clean CLIP's."""
     autoencoder: str = ""
-    """Run of an autoencoder: the tower then sees noised latents, and is a new one, as pixels' does not fit them."""
+    """Run of an autoencoder (VAE), for noised latents; the image encoder is then a new one, not the clean CLIP's."""
     image_tower: str = "clipkit_resnet"
-    """What that tower is: a timm name."""
+    """The image encoder for latents: a timm name."""
     image_kwargs: dict[str, Any] = field(default_factory=dict)
     """Its arguments."""
 
@@ -59,7 +60,7 @@ class NoisyCLIPConfig:
 
 
 def check_start(clip: str, config: object) -> None:
-    """What the section [model] of a noise-aware CLIP and of a classifier have in common. Raises RecipeError."""
+    """Check the [model] section that noise-aware CLIPs and classifiers share. Raises RecipeError."""
     if not clip:
         raise RecipeError("model.clip is empty; it names the CLIP to start from")
     require("even and at least 2", "model", config, "width")  # sines and cosines of the noise level
@@ -68,10 +69,11 @@ def check_start(clip: str, config: object) -> None:
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a picture should be: any of `wanted` [P, D] rather than one of `others` [J, D], all unit vectors.
+class GuidanceTarget:
+    """A target of guidance: any of `wanted` [P, D] rather than one of the negatives `others` [J, D], unit vectors.
 
-    Without others it should be like `wanted` on the whole, by 100 times the cosine, as in GLIDE (section 3.2).
+    The objective is log p(wanted) in a softmax over both. Without `others` it is 100 times the mean cosine similarity
+    to `wanted`, as in GLIDE (section 3.2).
     """
 
     wanted: Tensor
@@ -86,11 +88,10 @@ class Wish:
 
 
 class NoisyCLIP(nn.Module):
-    """x_t and lambda -> unit vectors in the space of the text tower; clean images at lambda = infinity.
+    """x_t and lambda -> unit vectors in the space of the text encoder; clean images have lambda = infinity.
 
-    After each block, its output is scaled and shifted by linear functions of the noise embedding that start at zero
-    (adaLN-zero, Peebles & Xie 2022, arXiv 2212.09748): before training, features equal the clean model's. So do the
-    features of clean images for ever, if the embedding is told they are clean and nothing was trained.
+    The output of each block is scaled and shifted by linear functions of the noise embedding, initialised to zero
+    (adaLN-zero, Peebles & Xie 2022, arXiv 2212.09748). Before training, all features equal the clean model's.
     """
 
     def __init__(self, clip: CLIP, width: int) -> None:
@@ -110,7 +111,7 @@ class NoisyCLIP(nn.Module):
             block.register_forward_hook(self._modulator(modulation, channels))
 
     def _modulator(self, modulation: nn.Module, channels: int) -> Any:
-        """A forward hook: the one way to reach inside every timm tower without rewriting it."""
+        """A forward hook, which works for every timm model without changing its code."""
 
         def hook(block: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
             if self._embedding is None:  # the clean tower, used by itself
@@ -126,16 +127,15 @@ class NoisyCLIP(nn.Module):
         return hook
 
     def _embed(self, lam: Tensor) -> Tensor:
-        embedded: Tensor = self.embed(
-            noise_embedding(lam.clamp(-12, 12), self.width)
-        )  # "clean" is lambda = 12 and above
+        # Clean images have lambda = infinity: the embedding ends at 12.
+        embedded: Tensor = self.embed(noise_embedding(lam.clamp(-12, 12), self.width))
         return embedded
 
     def encode_image(self, x: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
         """x_t [B, 3, S, S] on the scale of images in [-1, 1], lam [B] -> unit vectors [B, D], tau [B] (at most 100)."""
         embedding = self._embed(lam)
         # Divided by a alone, x_t would grow without bound; x_t itself has unit variance at every lambda.
-        pixels = (x + 1) / 2
+        pixels = to_unit(x)
         self._embedding = embedding
         try:
             features = F.normalize(self.clip.image(pixels).float(), dim=-1)
@@ -148,18 +148,18 @@ class NoisyCLIP(nn.Module):
         """Token ids [B, L] -> unit vectors [B, D]."""
         return self.clip.encode_text(ids)
 
-    def log_prob(self, wishes: Sequence[Wish]) -> LogProb:
-        """The weighted sum of what `wishes` say of x_t, for a guider; the tower looks once."""
+    def log_prob(self, targets: Sequence[GuidanceTarget]) -> LogProb:
+        """The weighted sum of the targets' log probabilities of x_t, for a guider, in one pass of the image tower."""
 
         def log_p(x: Tensor, lam: Tensor) -> Tensor:
             features, tau = self.encode_image(x, lam)
-            return torch.stack([wish.weight * wish.log_prob(features, tau) for wish in wishes]).sum(dim=0)
+            return torch.stack([target.weight * target.log_prob(features, tau) for target in targets]).sum(dim=0)
 
         return log_p
 
 
 def for_latents(clip: CLIP, config: NoisyCLIPConfig, channels: int, size: int) -> CLIP:
-    """The CLIP with its text tower and a new image tower for latents [B, channels, size, size] of unit variance."""
+    """The CLIP's text encoder with a new image encoder for latents [B, channels, size, size] of unit variance."""
     seen = replace(clip.config.conventions, image_mean=(0.5,) * channels, image_std=(0.5,) * channels)
     shape = replace(
         clip.config,
@@ -175,7 +175,7 @@ def for_latents(clip: CLIP, config: NoisyCLIPConfig, channels: int, size: int) -
 
 
 def noised(x0: Tensor, lam: Tensor, noise: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
-    """x_t and its lambda, with the rows marked in `clean` [B] left as they are, at lambda = infinity."""
+    """x_t and lambda, except for rows with bool `clean` [B]: their x_t is x0, and lambda infinity."""
     from clipkit.guidance.schedule import add_noise
 
     x = torch.where(expand(clean, x0), x0, add_noise(x0, noise, lam))

@@ -1,7 +1,7 @@
-"""The U-Net denoiser network: residual blocks modulated by the noise level, self-attention where the picture is small.
+"""The U-Net denoiser: residual blocks modulated by the noise level, self-attention and cross-attention to captions.
 
 Ho et al. 2020 (arXiv 2006.11239) with the scale-shift residual blocks of Dhariwal & Nichol 2021 (ADM, arXiv
-2105.05233) and a space-to-depth stem, so that on a CPU the highest resolution does not eat the budget.
+2105.05233) and a space-to-depth stem, which keeps the highest resolution cheap on a CPU.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class UNetConfig:
     head_channels: int = 32
     """Width of an attention head."""
     resample: Literal["conv", "residual"] = "conv"
-    """What changes the resolution: a convolution, or ADM's residual block (which also has two in the middle)."""
+    """Down- and upsampling: a convolution, or ADM's residual block (with two blocks in the middle)."""
     grad_checkpointing: bool = False
-    """Compute blocks again in the backward pass instead of keeping their activations."""
+    """Activation checkpointing: recompute blocks in the backward pass."""
 
     def __post_init__(self) -> None:
         require("at least 1", "unet", self, "image_size", "patch_size", "channels", "blocks", "head_channels")
@@ -77,7 +77,7 @@ def _heads(width: int, head_channels: int) -> int:
 class _ResidualBlock(nn.Module):
     """GroupNorm, SiLU, conv, twice; the noise embedding modulates the second norm; the last conv starts at 0.
 
-    With `resample` 0.5 or 2 both ways change the resolution after the first norm.
+    With `resample` 0.5 or 2 both branches change the resolution after the first norm.
     """
 
     def __init__(
@@ -107,14 +107,14 @@ class _ResidualBlock(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Self-attention over the pixels and to a description's words, residual, starting as the identity."""
+    """Self-attention over pixels and cross-attention to a caption's tokens; residual, initialised to the identity."""
 
-    def __init__(self, channels: int, head_channels: int, words_width: int) -> None:
+    def __init__(self, channels: int, head_channels: int, cross_attention_dim: int) -> None:
         super().__init__()
         self.heads = _heads(channels, head_channels)
         self.norm = nn.GroupNorm(16, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
-        self.context = nn.Linear(words_width, 2 * channels) if words_width else None
+        self.context = nn.Linear(cross_attention_dim, 2 * channels) if cross_attention_dim else None
         self.out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, condition: Condition | None) -> Tensor:
@@ -131,11 +131,11 @@ class _Level(nn.Module):
     """One residual block, then attention if this resolution has it."""
 
     def __init__(
-        self, channels_in: int, channels_out: int, config: UNetConfig, attention: bool, words_width: int
+        self, channels_in: int, channels_out: int, config: UNetConfig, attention: bool, cross_attention_dim: int
     ) -> None:
         super().__init__()
         self.block = _ResidualBlock(channels_in, channels_out, 4 * config.channels, config.dropout)
-        self.attention = _Attention(channels_out, config.head_channels, words_width) if attention else None
+        self.attention = _Attention(channels_out, config.head_channels, cross_attention_dim) if attention else None
         self.checkpointing = config.grad_checkpointing
 
     def forward(self, x: Tensor, embedding: Tensor, condition: Condition | None) -> Tensor:
@@ -150,10 +150,10 @@ class _Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """x [B, C, H, W], lambda [B] and maybe a condition -> [B, C, H, W], float32; what it predicts is the denoiser's
-    business.
+    """x [B, C, H, W], lambda [B] and optionally a condition -> [B, C, H, W], float32.
 
-    The first half keeps every activation on a stack; the second half takes them off again, widest last.
+    The meaning of the output (eps, x0, v) is the denoiser's choice. Skip connections are a stack: the first half pushes
+    its activations, the second half pops them.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class UNet(nn.Module):
         config: UNetConfig,
         channels: int = 3,
         condition_width: int = 0,
-        words_width: int = 0,
+        cross_attention_dim: int = 0,
         learns_variance: bool = False,
     ) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class UNet(nn.Module):
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
 
         def level(inputs: int, outputs: int, attention: bool) -> _Level:
-            return _Level(inputs, outputs, config, attention, words_width)
+            return _Level(inputs, outputs, config, attention, cross_attention_dim)
 
         skips, width = [widths[0]], widths[0]
         for i, out in enumerate(widths):
@@ -197,7 +197,7 @@ class UNet(nn.Module):
                 self.up.append(self._resample(width, 2.0))
         self.head = nn.Sequential(
             nn.GroupNorm(16, width), nn.SiLU(), zeroed(nn.Conv2d(width, depth * (1 + learns_variance), 3, padding=1))
-        )  # starts at zero: the untrained network predicts 0 everywhere
+        )  # zero-initialised: the untrained network predicts 0
 
     def _residual(self, width: int, resample: float = 1.0) -> _ResidualBlock:
         return _ResidualBlock(width, width, 4 * self.width, self.config.dropout, resample)

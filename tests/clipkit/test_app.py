@@ -30,9 +30,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from process_faults import HANG, until
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.testclient import TestClient
 
 from clipkit import DEFAULT_MODEL, app, load
+from clipkit.app import draw_queue, guard, inference, limits, routes, server
 from clipkit.data import drawings
 from clipkit.errors import CheckpointError, DataError, UsageError
 from clipkit.guidance.image_grid import grid
@@ -42,13 +44,13 @@ TEXTS = ("a red rocket", "a blue fish", "a green tree")
 
 
 @pytest.fixture(scope="module")
-def rooms():
-    return app.Rooms.open(DEFAULT_MODEL, device="cpu")
+def state():
+    return app.AppState.open(DEFAULT_MODEL, device="cpu")
 
 
 @pytest.fixture
-def client(rooms):
-    with TestClient(app.make_app(rooms), base_url="http://localhost") as client:
+def client(state):
+    with TestClient(app.make_app(state), base_url="http://localhost") as client:
         yield client
 
 
@@ -97,19 +99,19 @@ def test_the_default_gallery_has_every_drawing(client):
     assert client.get("/api/about").json()["pictures"] == len(drawings.PAIRS)
 
 
-def test_draw_tells_each_step_and_ends_as_the_studio_does(client, rooms):
+def test_draw_tells_each_step_and_ends_as_the_studio_does(client, state):
     wanted = {"prompt": "a red rocket", "n": 2, "steps": 4, "seed": 3, "negative": "a tree"}
     with client.stream("POST", "/api/draw", json=wanted) as answer:
         events = [json.loads(line) for line in answer.iter_lines()]
     assert [event.get("step") for event in events] == [1, 2, 3, 4, None]
-    drawn = rooms.studio.draw("a red rocket", n=2, steps=4, seed=3, negative=["a tree"])
+    drawn = state.pipeline.draw("a red rocket", n=2, steps=4, seed=3, negative=["a tree"])
     last = events[-1]
     assert last["scores"] == drawn.scores
     shown = Image.open(io.BytesIO(base64.b64decode(last["picture"].partition(",")[2])))
     assert shown.tobytes() == grid(drawn.images).tobytes()
 
 
-def test_a_drawing_that_nobody_listens_to_ends(client, rooms):
+def test_a_drawing_that_nobody_listens_to_ends(client, state):
     steps, gone = [], threading.Event()
 
     class Watched:
@@ -119,18 +121,18 @@ def test_a_drawing_that_nobody_listens_to_ends(client, rooms):
                 watch(x0)
                 assert gone.wait(HANG)
 
-            return rooms.studio.draw(*words, watch=noted, **options)
+            return state.pipeline.draw(*words, watch=noted, **options)
 
-    easel = app.Easel(Watched())
+    queue = draw_queue.DrawQueue(Watched())
 
     async def leave():
-        events = easel.draw(app.Wanted(prompt="a rocket", n=1, steps=100))
+        events = queue.draw(draw_queue.DrawBody(prompt="a rocket", n=1, steps=100))
         await anext(events)
         await events.aclose()
 
     client.portal.call(leave)
     gone.set()
-    until(lambda: not easel._present)
+    until(lambda: not queue._present)
     assert len(steps) == 2
 
 
@@ -139,29 +141,31 @@ def test_a_prompt_of_blanks_is_an_answer_in_the_stream(client):
     assert json.loads(answer.text) == {"error": "the prompt is empty; say what to draw"}
 
 
-def test_too_many_waiting(client, rooms):
-    easel = app.Easel(rooms.studio)
-    easel._present = app.MAX_WAITING + 1
-    with pytest.raises(app.HTTPException, match="waiting already"):
-        easel.draw(app.Wanted(prompt="a rocket"))
+def test_too_many_waiting(client, state):
+    queue = draw_queue.DrawQueue(state.pipeline)
+    queue._present = limits.MAX_WAITING + 1
+    with pytest.raises(HTTPException, match="waiting already"):
+        queue.draw(draw_queue.DrawBody(prompt="a rocket"))
 
 
-def test_what_the_drawing_refuses_is_its_line(client, rooms):
+def test_what_the_drawing_refuses_is_its_line(client, state):
     class Refusing:
         def draw(self, *words, **options):
             raise UsageError("a negative prompt has no effect")
 
-    with TestClient(app.make_app(dataclasses.replace(rooms, studio=Refusing())), base_url="http://localhost") as other:
+    with TestClient(
+        app.make_app(dataclasses.replace(state, pipeline=Refusing())), base_url="http://localhost"
+    ) as other:
         answer = other.post("/api/draw", json={"prompt": "a rocket", "negative": "a tree", "cfg_scale": 1})
     assert json.loads(answer.text) == {"error": "a negative prompt has no effect"}
 
 
-def test_a_model_without_denoiser_says_so(rooms):
-    plain = dataclasses.replace(rooms, studio="this model cannot draw: there is no denoiser")
+def test_a_model_without_denoiser_says_so(state):
+    plain = dataclasses.replace(state, pipeline="this model cannot draw: there is no denoiser")
     with TestClient(app.make_app(plain), base_url="http://localhost") as client:
         assert client.get("/api/about").json()["cannot_draw"].startswith("this model cannot draw")
         answer = client.post("/api/draw", json={"prompt": "a rocket"})
-    assert (answer.status_code, answer.json()["error"]) == (400, plain.studio)
+    assert (answer.status_code, answer.json()["error"]) == (400, plain.pipeline)
 
 
 @pytest.mark.parametrize(
@@ -327,9 +331,9 @@ def test_pixels_have_a_limit(client):
     )
 
 
-def test_pictures_are_decoded_two_at_a_time(rooms, monkeypatch):
+def test_pictures_are_decoded_two_at_a_time(state, monkeypatch):
     """Six wait at the door; as many as were ever inside together are counted."""
-    inside, most, door, lock = 0, 0, threading.Barrier(app.MAX_DECODING), threading.Lock()
+    inside, most, door, lock = 0, 0, threading.Barrier(limits.MAX_DECODING), threading.Lock()
 
     def slow(picture, **limits):
         nonlocal inside, most
@@ -341,24 +345,24 @@ def test_pictures_are_decoded_two_at_a_time(rooms, monkeypatch):
             inside -= 1
         return Image.new("RGB", (8, 8))
 
-    monkeypatch.setattr(app, "decode", slow)
-    eyes = app.Eyes(rooms.clip)
+    monkeypatch.setattr(inference, "decode", slow)
+    limited = inference.Inference(state.clip)
     with concurrent.futures.ThreadPoolExecutor(6) as many:
-        asked = [many.submit(eyes.embed, [b""]) for _ in range(2)]
-        asked += [many.submit(eyes.thumbnail, b"") for _ in range(4)]
+        asked = [many.submit(limited.embed, [b""]) for _ in range(2)]
+        asked += [many.submit(limited.thumbnail, b"") for _ in range(4)]
         assert all(one.result(HANG) is not None for one in asked)
-    assert most == app.MAX_DECODING
+    assert most == limits.MAX_DECODING
 
 
-def test_a_picture_that_fails_gives_its_turn_back(rooms):
-    eyes = app.Eyes(rooms.clip)
-    for _ in range(2 * app.MAX_DECODING):
+def test_a_picture_that_fails_gives_its_turn_back(state):
+    limited = inference.Inference(state.clip)
+    for _ in range(2 * limits.MAX_DECODING):
         with pytest.raises(DataError, match="not an image"):
-            eyes.embed([b"x"])
-    assert eyes.embed([picture()[1]]).shape == (1, rooms.clip.model.config.embed_dim)
+            limited.embed([b"x"])
+    assert limited.embed([picture()[1]]).shape == (1, state.clip.model.config.embed_dim)
 
 
-def test_what_nobody_foresaw_is_one_line_too(rooms):
+def test_what_nobody_foresaw_is_one_line_too(state):
     class Broken:
         rows = (0,)
 
@@ -368,10 +372,10 @@ def test_what_nobody_foresaw_is_one_line_too(rooms):
         def __len__(self):
             return 1
 
-    broken = app.make_app(dataclasses.replace(rooms, index=Broken()))
+    broken = app.make_app(dataclasses.replace(state, index=Broken()))
     with TestClient(broken, base_url="http://localhost", raise_server_exceptions=False) as client:
         answer = client.post("/api/search", data={"text": "a star"})
-    assert (answer.status_code, answer.json()["error"]) == (500, "that failed; the terminal says why")
+    assert (answer.status_code, answer.json()["error"]) == (500, "that failed; the terminal shows why")
 
 
 def test_pictures_that_are_not_there(client):
@@ -383,7 +387,7 @@ def test_pictures_that_are_not_there(client):
 
 
 def test_too_much_at_once(client):
-    answer = client.post("/api/search", content=b"x", headers={"Content-Length": str(app.MAX_BYTES + 1)})
+    answer = client.post("/api/search", content=b"x", headers={"Content-Length": str(limits.MAX_BYTES + 1)})
     assert (answer.status_code, answer.json()["error"]) == (413, "that is 20.0 MB; at most 20 are taken")
     many = [("pictures", (f"{i}.png", picture()[1])) for i in range(17)]
     answer = client.post("/api/similarity", files=many, data={"texts": "a"})
@@ -396,12 +400,12 @@ def test_too_much_at_once(client):
 
 
 def test_many_large_requests_at_once_wait_for_each_other(client, monkeypatch):
-    monkeypatch.setattr(app, "MAX_BYTES_HELD", 1000)
+    monkeypatch.setattr(limits, "MAX_BYTES_HELD", 1000)
     for _ in range(3):  # what is answered is no longer held
         assert client.post("/api/search", data={"text": "a" * 480}).status_code == 200
     refused = client.post("/api/search", data={"text": "a" * 1000})
     assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
-    assert refused.json()["error"] == "many pictures are being looked at; try again later"
+    assert refused.json()["error"] == "many pictures are in work; try again later"
 
 
 @pytest.mark.parametrize(
@@ -463,43 +467,43 @@ _hosts = st.one_of(st.ip_addresses().map(str), st.text(st.characters(max_codepoi
 @example("desk.example:80")
 @example("desk.example.:80")
 def test_a_host_is_an_address_or_a_known_name(host):
-    guard = app.Guard(None, app.Rate(10**9), {"desk.example"})
+    checked = guard.Guard(None, guard.Rate(10**9), {"desk.example"})
     headers = Headers({"host": f"[{host}]" if host.count(":") > 1 and "[" not in host else host})
-    allowed = guard._refusal({"type": "http", "path": "/", "headers": headers.raw}) is None
-    named = app._host(headers["host"])
+    allowed = checked._refusal({"type": "http", "path": "/", "headers": headers.raw}) is None
+    named = guard._host(headers["host"])
     with contextlib.suppress(ValueError):
         assert allowed == (named == "desk.example" or bool(ipaddress.ip_address(named)))
         return
     assert allowed == (named == "desk.example")
 
 
-def test_a_host_that_was_given_is_known_by_its_names(rooms, monkeypatch):
+def test_a_host_that_was_given_is_known_by_its_names(state, monkeypatch):
     monkeypatch.setattr(socket, "gethostname", lambda: "Desk.Lab.Example")
     monkeypatch.setattr(socket, "getfqdn", lambda: "desk.lab.example")
     for host in ("127.0.0.1", "127.1.2.3", "localhost", "::1"):
-        assert app.names_of(host) == {"localhost"}
+        assert server.names_of(host) == {"localhost"}
     for host in ("0.0.0.0", "::", "192.168.1.20"):
-        assert app.names_of(host) == {"localhost", host, "desk.lab.example", "desk.local"}
-    assert "pictures.example" in app.names_of("Pictures.Example")
-    with TestClient(app.make_app(rooms, app.names_of("0.0.0.0")), base_url="http://desk.local:8000") as client:
+        assert server.names_of(host) == {"localhost", host, "desk.lab.example", "desk.local"}
+    assert "pictures.example" in server.names_of("Pictures.Example")
+    with TestClient(app.make_app(state, server.names_of("0.0.0.0")), base_url="http://desk.local:8000") as client:
         assert client.get("/api/about").status_code == 200
         assert client.get("/api/about", headers={"Host": "rebound.example"}).json() == {
-            "error": "this page is not at 'rebound.example'; open its address, or start it with --host rebound.example"
+            "error": "this page is not at 'rebound.example'; open its address, or let it listen at rebound.example"
         }
 
 
 def test_the_page_may_load_nothing_from_elsewhere(client):
     answer = client.get("/")
     assert "default-src 'none'" in answer.headers["content-security-policy"]
-    page = Path(app.__file__).parent / "data" / "app"
+    page = Path(app.__file__).parents[1] / "assets" / "app"
     for file in page.iterdir():
         assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", file.read_text()), file
 
 
-def test_floods_are_refused_and_time_heals(rooms, monkeypatch):
-    monkeypatch.setattr(app, "REQUESTS_PER_MINUTE", 5)
-    monkeypatch.setattr(app, "Rate", functools.partial(app.Rate, clock=lambda: 0.0))
-    with TestClient(app.make_app(rooms), base_url="http://localhost") as other:
+def test_floods_are_refused_and_time_heals(state, monkeypatch):
+    monkeypatch.setattr(limits, "REQUESTS_PER_MINUTE", 5)
+    monkeypatch.setattr(routes, "Rate", functools.partial(guard.Rate, clock=lambda: 0.0))
+    with TestClient(app.make_app(state), base_url="http://localhost") as other:
         answers = [other.get("/api/about") for _ in range(8)]
         page = other.get("/")
     assert [answer.status_code for answer in answers] == [200] * 5 + [429] * 3
@@ -507,7 +511,7 @@ def test_floods_are_refused_and_time_heals(rooms, monkeypatch):
     assert page.status_code == 200
     clock = itertools.count()
     monkeypatch.undo()
-    rate = app.Rate(60, clock=lambda: next(clock) / 10)  # a tenth of a second between requests regains a tenth of one
+    rate = guard.Rate(60, clock=lambda: next(clock) / 10)  # a tenth of a second between requests regains a tenth of one
     waits = [rate.wait("a") for _ in range(70)]
     assert waits[:60] == [0.0] * 60
     assert 0 < waits[-1] <= 1
@@ -521,7 +525,7 @@ def test_a_port_that_is_taken(command):
     with app.listen("127.0.0.1", 0) as held:
         port = held.getsockname()[1]
         code, _, err = command("app", "--port", port)
-    message = f"cannot listen at 127.0.0.1:{port}: Address already in use; try another --port"
+    message = f"cannot listen at 127.0.0.1:{port}: Address already in use; try another port"
     assert (code, err) == (2, f"clipkit: {message}\n")
 
 
@@ -532,13 +536,13 @@ def test_a_host_that_is_none(host, monkeypatch):
 
     if host.isascii() and len(host) < 64:  # which a resolver is asked about, over the network as it may be
         monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    with pytest.raises(UsageError, match=r"--host .* cannot be resolved: ") as error:
+    with pytest.raises(UsageError, match=r"the host .* cannot be resolved: ") as error:
         app.listen(host, 0)
     assert "\n" not in str(error.value)
 
 
 def test_a_host_of_another_machine():
-    with pytest.raises(UsageError, match=r"cannot listen at 192\.0\.2\.1:0: .*; try another --host"):  # RFC 5737
+    with pytest.raises(UsageError, match=r"cannot listen at 192\.0\.2\.1:0: .*; try another host"):  # RFC 5737
         app.listen("192.0.2.1", 0)
 
 
@@ -556,7 +560,8 @@ def test_the_command_needs_its_extra(command, monkeypatch):
     import clipkit
 
     monkeypatch.delattr(clipkit, "app", raising=False)
-    monkeypatch.delitem(sys.modules, "clipkit.app")
+    for name in [name for name in sys.modules if name.startswith("clipkit.app")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     code, _, err = command("app")
     assert (code, err) == (2, 'clipkit: the page needs uvicorn: pip install "clipkit[app]"\n')
@@ -584,7 +589,7 @@ def test_a_folder_that_may_not_be_read(command, tmp_path, monkeypatch):
     def refuse(source):
         raise PermissionError(13, "Permission denied", source)
 
-    monkeypatch.setattr(app, "open_gallery", refuse)
+    monkeypatch.setattr("clipkit.app.state.open_gallery", refuse)
     code, _, err = command("app", "--images", tmp_path / "pictures", "--port", 0)
     assert (code, err) == (1, f"clipkit: {tmp_path / 'pictures'}: Permission denied\n")
 
@@ -593,12 +598,12 @@ def test_pictures_that_cannot_be_read_are_counted(tmp_path, capsys):
     for name in ("a.png", "b.jpg"):
         (tmp_path / name).write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"none of the 2 pictures of .* can be read \(2 not an image\)"):
-        app.Rooms.open(DEFAULT_MODEL, str(tmp_path), "cpu")
+        app.AppState.open(DEFAULT_MODEL, str(tmp_path), "cpu")
     (tmp_path / "c.png").write_bytes(picture()[1])
     capsys.readouterr()
-    rooms = app.Rooms.open(DEFAULT_MODEL, str(tmp_path), "cpu")
-    assert capsys.readouterr().err == f"2 of 3 pictures of {tmp_path} are left out (2 not an image)\n"
-    with TestClient(app.make_app(rooms), base_url="http://localhost") as client:
+    state = app.AppState.open(DEFAULT_MODEL, str(tmp_path), "cpu")
+    assert capsys.readouterr().err == f"2 of 3 pictures of {tmp_path} are skipped (2 not an image)\n"
+    with TestClient(app.make_app(state), base_url="http://localhost") as client:
         assert client.get("/api/about").json()["pictures"] == 1
         assert client.get("/api/some/4").json() == {"rows": [2]}  # the one that can be shown
         assert client.get("/api/picture/2").status_code == 200
@@ -609,16 +614,16 @@ def test_pictures_that_cannot_be_read_are_counted(tmp_path, capsys):
 
 
 def test_a_model_that_cannot_draw_is_named_once(chain, packs, capsys):
-    rooms = app.Rooms.open(str(chain / "clip"), str(packs / "heldout"), "cpu")
-    assert isinstance(rooms.studio, str)
-    assert rooms.studio in capsys.readouterr().err.splitlines()
+    state = app.AppState.open(str(chain / "clip"), str(packs / "heldout"), "cpu")
+    assert isinstance(state.pipeline, str)
+    assert state.pipeline in capsys.readouterr().err.splitlines()
     with pytest.raises(CheckpointError, match="is not a model"):
-        app.Rooms.open(str(packs), str(packs / "heldout"), "cpu")
+        app.AppState.open(str(packs), str(packs / "heldout"), "cpu")
 
 
 def test_a_cache_that_cannot_be_made(command, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr(app, "CACHE", tmp_path / "file" / "clipkit")
+    monkeypatch.setattr("clipkit.app.state.CACHE", tmp_path / "file" / "clipkit")
     code, _, err = command("app", "--port", 0)
     assert (code, err) == (1, f"clipkit: {tmp_path / 'file' / 'clipkit' / 'drawings'}: Not a directory\n")
 
@@ -761,10 +766,10 @@ def test_what_comes_back_is_text_not_markup(page):
 
 
 @contextlib.contextmanager
-def serving(rooms):
-    """The page of `rooms` from a thread -> its address."""
+def serving(state):
+    """The page of `state` from a thread -> its address."""
     with app.listen("127.0.0.1", 0) as listening:
-        server = uvicorn.Server(uvicorn.Config(app.make_app(rooms), log_level="warning"))
+        server = uvicorn.Server(uvicorn.Config(app.make_app(state), log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
@@ -774,22 +779,22 @@ def serving(rooms):
             thread.join()
 
 
-def test_the_preview_is_live_and_a_drawing_can_be_stopped(open_page, rooms):
+def test_the_preview_is_live_and_a_drawing_can_be_stopped(open_page, state):
     """The drawing waits after its first step until it has been stopped."""
     stopped = threading.Event()
 
     class Waiting:
         def __getattr__(self, name):
-            return getattr(rooms.studio, name)
+            return getattr(state.pipeline, name)
 
         def draw(self, *words, watch, **options):
             def watched(x0):
                 watch(x0)
                 assert stopped.wait(HANG)
 
-            return rooms.studio.draw(*words, watch=watched, **options)
+            return state.pipeline.draw(*words, watch=watched, **options)
 
-    with serving(dataclasses.replace(rooms, studio=Waiting())) as address:
+    with serving(dataclasses.replace(state, pipeline=Waiting())) as address:
         page = open_page(address)
         page.click("#tab-draw")
         page.click("#draw button:text-is('Draw')")

@@ -128,7 +128,7 @@ def test_dry_run_prints_the_resolved_recipe(command, name):
 
 def test_pack_says_what_it_packed(command, tmp_path):
     code, out, _ = command("pack", "drawings", tmp_path / "p", "--count", 12, "--holdout", 2)
-    assert (code, out.strip()) == (0, f"{tmp_path / 'p'}: 10 samples in 1 shards; skipped: none")
+    assert (code, out.strip()) == (0, f"{tmp_path / 'p'}: 10 samples in 1 shard; skipped: none")
 
 
 def bad_inputs(chain, packs, tmp):

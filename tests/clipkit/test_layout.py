@@ -24,14 +24,6 @@ def python(code, cwd, env=None, flags=()):
     return done.stdout.strip()
 
 
-def test_all_names_what_the_package_exports():
-    assert sorted(clipkit.__all__) == clipkit.__dir__()
-    for name in clipkit.__all__:
-        assert getattr(clipkit, name) is not None
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = clipkit.nothing
-
-
 def test_no_module_shadows_one_that_others_import():
     """`python train/pretrain.py` puts train/ first on sys.path."""
     taken = sys.stdlib_module_names | packages_distributions().keys()
@@ -87,8 +79,8 @@ def installed(tmp_path_factory):
 def test_plain_install(installed, where, tmp_path):
     source, target = installed
     code = (
-        "import clipkit, clipkit.train, clipkit.zeroshot.datasets as d; from clipkit.config import SHIPPED; "
-        "print(clipkit.__file__, len(d.known()) > 2, (SHIPPED / 'drawings_clip.toml').is_file())"
+        "import clipkit, clipkit.train, clipkit.zeroshot.named as d; from clipkit.config import SHIPPED; "
+        "print(clipkit.__file__, len(d.described()) > 2, (SHIPPED / 'drawings_clip.toml').is_file())"
     )
     file, registry, recipes = python(code, source if where == "root" else tmp_path, {"PYTHONPATH": str(target)}).split()
     assert Path(file).is_relative_to(source if where == "root" else target)
@@ -101,8 +93,36 @@ def test_an_install_adds_one_name_and_types(installed):
     assert {n for n in names if not n.endswith(".dist-info")} == {"clipkit"}
     assert (target / "clipkit" / "py.typed").is_file()
     assert (target / "clipkit" / "train" / "recipes").is_dir()
-    assert list((target / "clipkit" / "data" / "clipkit-tiny").rglob("*.safetensors"))
-    assert (target / "clipkit" / "data" / "app" / "index.html").is_file()
+    assert list((target / "clipkit" / "assets" / "clipkit-tiny").rglob("*.safetensors"))
+    assert (target / "clipkit" / "assets" / "app" / "index.html").is_file()
+
+
+USER_SCRIPT = """\
+from clipkit import load
+from clipkit.guidance import load_denoiser, samplers
+from clipkit.train import Task, backward
+from clipkit.zeroshot import Scores, class_head, retrieval
+wrong: int = (load(), load_denoiser, samplers.ddim, Task, backward, Scores, class_head, retrieval.recall)
+"""
+
+
+@pytest.mark.parametrize("how", ["editable", "wheel"])
+def test_type_checkers_find_what_a_user_imports(installed, how, tmp_path):
+    """An editable install is a plain path to ROOT. Other packages are skipped, which makes this fast."""
+    (tmp_path / "script.py").write_text(USER_SCRIPT)
+    skipped = ["click", "huggingface_hub", "numpy", "PIL", "safetensors", "timm", "tokenizers", "torch", "torchvision"]
+    config = ["[mypy]", "strict = true", "[mypy-clipkit.*]", "follow_imports = silent"]
+    config += [f"[mypy-{','.join(f'{name}.*' for name in (*skipped, 'tqdm'))}]", "follow_imports = skip"]
+    (tmp_path / "mypy.ini").write_text("\n".join(config))
+    path = ROOT if how == "editable" else installed[1]
+    environment = {**os.environ, "MYPYPATH": str(path), "PYTHONPATH": ""}
+    words = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "script.py"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    errors = [line for line in done.stdout.splitlines() if ": error:" in line]
+    assert len(errors) == 1, done.stdout + done.stderr  # the intended one, with every type known
+    assert "Pretrained" in errors[0]
+    assert "Denoiser" in errors[0]
+    assert "type[Task]" in errors[0]
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from clipkit.cli import cli
 from clipkit.data import drawings
 from clipkit.data.sources import encode_png
 from clipkit.guidance.image_grid import grid
-from clipkit.guidance.pipeline import Studio
-from clipkit.models.pretrained import find
+from clipkit.guidance.pipeline import Pipeline
+from clipkit.models.source import find
 from clipkit.zeroshot.similarity import classify
 
 KINDS = ("clip", "denoiser", "noisy_clip")
@@ -84,10 +84,10 @@ def test_drawing(tmp_path, capsys):
 
 def test_guided_pictures_are_of_the_prompt():
     """By the model's own clean CLIP; docs/results.md has an independent judge."""
-    studio = Studio.open("clipkit-tiny", "cpu")
+    pipeline = Pipeline.open("clipkit-tiny", "cpu")
     objects = ["red heart", "blue car", "green tree", "yellow star"]
-    drawn = studio.draw("a red heart", n=8, steps=10)
-    guesses = classify(studio.clip, [grid(image[None], 1, 1) for image in drawn.images], objects)
+    drawn = pipeline.draw("a red heart", n=8, steps=10)
+    guesses = classify(pipeline.clip, [grid(image[None], 1, 1) for image in drawn.images], objects)
     assert sum(guess[0].label == "red heart" for guess in guesses) >= 6
 
 

@@ -18,8 +18,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from clipkit.config import DataConfig
+from clipkit.data.captions import clean_caption
 from clipkit.data.images import decode, preprocess, random_view
-from clipkit.data.shards import clean_caption, scan
+from clipkit.data.tar_scan import scan
 from clipkit.errors import SampleError, ShardError
 from clipkit.models.tokenizer import Tokenizer
 

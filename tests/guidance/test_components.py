@@ -14,8 +14,9 @@ from clipkit.errors import CheckpointError, UsageError
 from clipkit.guidance.components import load_guide_and_clip, load_parts
 from clipkit.guidance.loading import load_autoencoder
 from clipkit.guidance.networks.autoencoder import Autoencoder, AutoencoderConfig
-from clipkit.guidance.pipeline import Studio
-from clipkit.models.pretrained import TRAINED_WITH, find, identity, load
+from clipkit.guidance.pipeline import Pipeline
+from clipkit.models.pretrained import TRAINED_WITH, identity, load
+from clipkit.models.source import find
 
 
 def rewritten(run, out, recipe=None, change=None, texts=None):
@@ -123,7 +124,7 @@ def test_latents_are_of_one_autoencoder_alone(latent, tmp_path):
     run = rewritten(latent / "denoiser", tmp_path / "moved" / "denoiser", {"latent": {"autoencoder": str(other)}})
     right, wrong = (identity(load_autoencoder(path)) for path in (latent, other))
     with pytest.raises(CheckpointError) as error:
-        Studio.open(run, "cpu")
+        Pipeline.open(run, "cpu")
     for part in (str(run), str(other), right, wrong, "is another autoencoder"):
         assert part in str(error.value)
     assert len(str(error.value).splitlines()) == 1
@@ -168,13 +169,13 @@ def test_a_guide_of_other_latents_is_refused(latent, chain, tmp_path):
 def test_a_guide_that_does_not_fit_and_is_not_needed_is_said_and_left_out(alone, latent, tmp_path, capsys):
     (tmp_path / "denoiser").symlink_to(alone / "denoiser")
     (tmp_path / "noisy_clip").symlink_to(latent / "noisy_clip")
-    studio = Studio.open(tmp_path, "cpu")
+    pipeline = Pipeline.open(tmp_path, "cpu")
     said = capsys.readouterr().err
     assert "sees 4 channels of latents, the denoiser 3 of pixels" in said
-    assert "it is left out" in said
-    assert studio.draw("a red car", n=1, steps=1).images.isfinite().all()
+    assert "it is omitted" in said
+    assert pipeline.draw("a red car", n=1, steps=1).images.isfinite().all()
     with pytest.raises(UsageError):
-        studio.draw("a red car", n=1, steps=1, scale=3.0)
+        pipeline.draw("a red car", n=1, steps=1, scale=3.0)
 
 
 def test_released_weights_are_the_same_models(latent, alone, tmp_path, monkeypatch, capsys):

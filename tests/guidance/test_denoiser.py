@@ -108,7 +108,7 @@ def test_either_network_makes_a_denoiser(network):
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_range_is_the_schedules_own(schedule):
-    low, high = Denoiser(SMALL, DiffusionConfig(schedule)).range()
+    low, high = Denoiser(SMALL, DiffusionConfig(schedule)).lambda_range()
     assert -10.1 < low < -9
     assert 9 < high <= 10
 
@@ -117,7 +117,7 @@ def test_clipping_keeps_the_pair_consistent():
     denoiser = Denoiser(SMALL, DiffusionConfig(prediction="x0"))
     torch.nn.init.constant_(denoiser.network.head[2].bias, 3.0)
     x, lam = torch.randn(2, 3, 16, 16), torch.tensor(0.5)
-    x0, eps, _ = clipped(denoiser)(x, lam)
+    x0, eps, *_ = clipped(denoiser)(x, lam)
     assert float(x0.detach().max()) == 1.0
     torch.testing.assert_close(
         torch.sigmoid(lam).sqrt() * x0 + torch.sigmoid(-lam).sqrt() * eps, x, rtol=1e-4, atol=1e-5
@@ -256,11 +256,11 @@ def test_the_bound_is_least_at_the_exact_reverse_variance():
 @pytest.mark.parametrize("network", CONFIGS.values(), ids=CONFIGS)
 def test_a_learned_variance_is_a_second_half_of_the_output(network):
     denoiser = Denoiser(network, DiffusionConfig(variance="learned"))
-    x0, eps, fraction = denoiser(torch.randn(2, 3, 16, 16), torch.tensor(0.0))
-    assert x0.shape == eps.shape == fraction.shape == (2, 3, 16, 16)
-    assert (fraction == 0.5).all()  # untrained: in the middle
+    x0, eps, v, _ = denoiser(torch.randn(2, 3, 16, 16), torch.tensor(0.0))
+    assert x0.shape == eps.shape == v.shape == (2, 3, 16, 16)
+    assert (v == 0.5).all()  # untrained: in the middle
     kept = clipped(denoiser)(torch.randn(2, 3, 16, 16), torch.tensor(0.0))
-    assert kept.fraction is not None
+    assert kept.v is not None
 
 
 EVERY_SCHEDULE = ("linear", "scaled_linear", "cosine", "sigmoid", "flow", "edm")

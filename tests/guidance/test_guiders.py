@@ -9,18 +9,18 @@ from clipkit.errors import UsageError
 from clipkit.guidance import samplers
 from clipkit.guidance.denoiser import Prediction, clipped, from_x0
 from clipkit.guidance.guiders import (
-    between,
-    contrast,
+    classifier_free,
+    compose,
     gradient,
+    guidance_interval,
+    ilvr,
     inpaint,
-    like,
     mean_shift,
-    mixed,
     score_shift,
     softmax_log_prob,
     through_x0,
 )
-from clipkit.guidance.schedule import alpha, karras, log_snr, sigma, spaced
+from clipkit.guidance.schedule import alpha, karras, linspace, log_snr, sigma
 
 N = 8000
 
@@ -66,7 +66,7 @@ def test_ddim_gets_there_with_more_steps():
 
 
 def test_ddpm_takes_guidance_too():
-    assert distance(run(samplers.ddpm, spaced(log_snr("cosine").clamp(min=-9), 250))) < 3 * floor()
+    assert distance(run(samplers.ddpm, linspace(log_snr("cosine").clamp(min=-9), 250))) < 3 * floor()
 
 
 def test_unguided_samples_are_of_every_class():
@@ -111,7 +111,7 @@ def test_softmax_takes_out_what_all_texts_share():
 
 def test_a_scale_may_depend_on_the_noise():
     world, x = Mixture(), torch.tensor([[0.2, -0.1]], dtype=torch.float64)
-    guided = score_shift(world.log_prob(0), between(-1.0, 1.0, 2.0))(world.denoise)
+    guided = score_shift(world.log_prob(0), guidance_interval(-1.0, 1.0, 2.0))(world.denoise)
     for lam in (-3.0, 0.5, 3.0):
         level = torch.tensor([lam], dtype=torch.float64)
         wanted = score_shift(world.log_prob(0), 2.0)(world.denoise) if abs(lam) < 1 else world.denoise
@@ -135,12 +135,12 @@ def test_classifier_free_guidance_is_guidance_by_the_exact_classifier():
     """Bayes: the difference of the conditional and the unconditional score is the classifier's."""
     world, lam = Mixture(), torch.tensor([0.3, -1.0], dtype=torch.float64)
     x = torch.randn(2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    free = contrast(world.denoise, 1.8)(conditional(2))(x, lam)
+    free = classifier_free(world.denoise, 1.8)(conditional(2))(x, lam)
     torch.testing.assert_close(free.x0, score_shift(world.log_prob(2), 1.8)(world.denoise)(x, lam).x0)
-    assert contrast(world.denoise, 1.0)(world.denoise) == world.denoise
+    assert classifier_free(world.denoise, 1.0)(world.denoise) == world.denoise
     plain = conditional(2)
-    assert contrast(world.denoise, 0.0)(plain) == world.denoise
-    assert contrast(world.denoise, 1.0)(plain) is plain
+    assert classifier_free(world.denoise, 0.0)(plain) == world.denoise
+    assert classifier_free(world.denoise, 1.0)(plain) is plain
 
 
 def test_rescaling_keeps_the_spread():
@@ -151,7 +151,7 @@ def test_rescaling_keeps_the_spread():
         return from_x0(x, x.clone(), lam)
 
     other = lambda x, lam: from_x0(x, wild, lam)  # noqa: E731
-    found = contrast(other, 5.0, rescale=1.0)(plain)(x, lam).x0
+    found = classifier_free(other, 5.0, rescale=1.0)(plain)(x, lam).x0
     torch.testing.assert_close(found.flatten(1).std(1), x.flatten(1).std(1))
 
 
@@ -162,15 +162,15 @@ def test_a_reference_gives_the_coarse_shape_and_nothing_else():
     def plain(x, lam):
         return from_x0(x, x.clone(), lam)
 
-    found = like(reference, 4)(plain)(x, torch.tensor(-2.0)).x0
+    found = ilvr(reference, 4)(plain)(x, torch.tensor(-2.0)).x0
     pooled = F.avg_pool2d(found, 4)
     torch.testing.assert_close(pooled, F.avg_pool2d(reference, 4).expand_as(pooled))
     fine = x - F.interpolate(F.avg_pool2d(x, 4), scale_factor=4)
     torch.testing.assert_close(found - F.interpolate(pooled, scale_factor=4), fine)
-    late = like(reference, 4, until=0.0)(plain)(x, torch.tensor(1.0)).x0
+    late = ilvr(reference, 4, until=0.0)(plain)(x, torch.tensor(1.0)).x0
     assert late.equal(x)
     with pytest.raises(UsageError, match=r"\[8, 8\] pixels do not divide by 3"):
-        like(reference, 3)
+        ilvr(reference, 3)
 
 
 @pytest.mark.parametrize("sampler", [samplers.ddim, samplers.dpmpp_2m, samplers.heun, samplers.unipc, samplers.ddpm])
@@ -277,7 +277,7 @@ def test_cfg_plus_plus_is_the_papers_step():
 
     def watched(x, lam):
         seen.append(x)
-        return contrast(world.denoise, 0.6, renoise=True)(conditional(2))(x, lam)
+        return classifier_free(world.denoise, 0.6, renoise=True)(conditional(2))(x, lam)
 
     samplers.ddim(watched, x, levels)
     lam = levels[:1].expand(4)
@@ -298,30 +298,30 @@ def test_clipping_keeps_a_pair_consistent_and_another_noise_as_it_was():
 def test_several_denoisers_mix_by_their_weights():
     lam = torch.tensor([0.3, -1.0], dtype=torch.float64)
     x = torch.randn(2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    both = mixed({conditional(0): 3.0, conditional(1): 1.0})(x, lam)
+    both = compose({conditional(0): 3.0, conditional(1): 1.0})(x, lam)
     torch.testing.assert_close(both.x0, 0.75 * conditional(0)(x, lam).x0 + 0.25 * conditional(1)(x, lam).x0)
     one = conditional(0)
-    assert mixed({one: 2.0}) is one
+    assert compose({one: 2.0}) is one
 
     def with_variance(x, lam):
-        return conditional(0)(x, lam)._replace(fraction=torch.full_like(x, 0.3))
+        return conditional(0)(x, lam)._replace(v=torch.full_like(x, 0.3))
 
-    assert (mixed({with_variance: 1.0, conditional(1): 1.0})(x, lam).fraction == 0.3).all()
+    assert (compose({with_variance: 1.0, conditional(1): 1.0})(x, lam).v == 0.3).all()
     with pytest.raises(UsageError, match="add up to 0"):
-        mixed({conditional(0): 1.0, conditional(1): -1.0})
+        compose({conditional(0): 1.0, conditional(1): -1.0})
 
 
 @pytest.mark.parametrize("weights", [(1.0, -1.0), (0.5, -1.0), (-1.0, -1.0), (0.0, 0.0), (1.0, float("inf"))])
 def test_weights_whose_sum_is_not_above_zero_would_draw_what_is_to_be_avoided(weights):
     with pytest.raises(UsageError, match="must be above 0 and finite"):
-        mixed(dict(zip((conditional(0), conditional(1)), weights, strict=True)))
+        compose(dict(zip((conditional(0), conditional(1)), weights, strict=True)))
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
 def test_a_scale_that_is_not_finite_is_refused(scale):
     world, x, lam = Mixture(), torch.zeros(1, 2, dtype=torch.float64), torch.tensor([0.3], dtype=torch.float64)
     for made in (scale, lambda level: scale):
-        for guider in (score_shift(world.log_prob(0), made), contrast(conditional(0), made)):
+        for guider in (score_shift(world.log_prob(0), made), classifier_free(conditional(0), made)):
             with pytest.raises(UsageError, match="must be a finite number"):
                 guider(world.denoise)(x, lam)
 
@@ -329,7 +329,7 @@ def test_a_scale_that_is_not_finite_is_refused(scale):
 @pytest.mark.parametrize("ends", [(5.0, -5.0), (float("nan"), 1.0), (1.0, float("nan"))])
 def test_an_empty_interval_is_refused(ends):
     with pytest.raises(UsageError, match="is empty"):
-        between(*ends, 1.0)
+        guidance_interval(*ends, 1.0)
 
 
 @pytest.mark.parametrize("sampler", [samplers.ddim, samplers.heun, samplers.unipc, samplers.dpmpp_2m_sde])

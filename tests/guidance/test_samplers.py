@@ -8,7 +8,7 @@ from toy_distributions import gaussian
 
 from clipkit.guidance import samplers
 from clipkit.guidance.denoiser import Prediction
-from clipkit.guidance.schedule import karras, log_snr, spaced
+from clipkit.guidance.schedule import karras, linspace, log_snr, spaced
 
 ALL = [
     *(samplers.ddim, samplers.ddpm, samplers.heun, samplers.unipc),
@@ -47,7 +47,7 @@ def test_more_steps_never_get_worse_whether_they_divide_t_or_not(steps):
     """diffusers' DDIM is off by 0.245 at 600 steps on its trailing grid; here it shrinks all the way."""
     denoise, transport = gaussian(0.7, 0.5)
     x = torch.randn(500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    lambdas = spaced(log_snr("linear"), steps)
+    lambdas = linspace(log_snr("linear"), steps)
     error = (samplers.ddim(denoise, x, lambdas) - transport(x, float(lambdas[0]))).square().mean().sqrt()
     assert error < 2.5 / steps + 0.004
 
@@ -58,7 +58,7 @@ def test_stochastic_samplers_reach_the_data(sampler, steps):
     denoise, _ = gaussian(0.7, 0.5)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(20_000, generator=generator, dtype=torch.float64)
-    out = sampler(denoise, x, spaced(log_snr("linear"), steps), generator)
+    out = sampler(denoise, x, linspace(log_snr("linear"), steps), generator)
     assert float(out.mean()) == pytest.approx(0.7, abs=0.02)
     assert float(out.std()) == pytest.approx(0.5, abs=0.02)
 

@@ -47,7 +47,7 @@ def test_training_levels_are_stratified_over_time():
 @pytest.mark.parametrize("steps", [1, 2, 7, 25, 300, 600, 999, 1000])
 def test_leading_spacing_for_any_number_of_steps(steps):
     table = schedule.log_snr("linear")
-    lam = schedule.spaced(table, steps)
+    lam = schedule.linspace(table, steps)
     assert len(lam) == steps
     assert lam[0] == table[-1]
     if steps > 1:
@@ -59,7 +59,7 @@ def test_leading_spacing_for_any_number_of_steps(steps):
 
 def test_more_steps_than_levels():
     with pytest.raises(UsageError, match="1001 steps asked for"):
-        schedule.spaced(schedule.log_snr("linear"), 1001)
+        schedule.linspace(schedule.log_snr("linear"), 1001)
 
 
 def test_karras_spacing_is_equation_5():

@@ -9,7 +9,7 @@ from toy_distributions import TINY
 from clipkit.config import load_recipe
 from clipkit.errors import RecipeError
 from clipkit.guidance.loading import load_denoiser
-from clipkit.guidance.pipeline import Studio
+from clipkit.guidance.pipeline import Pipeline
 from clipkit.train import denoiser
 
 
@@ -22,9 +22,9 @@ def test_a_variance_is_learned_and_drawn_with(chain, packs, tmp_path):
     for name in ("clip", "noisy_clip"):
         (tmp_path / name).symlink_to(chain / name)
     model = load_denoiser(tmp_path)
-    fraction = model(torch.randn(1, 3, 24, 24), torch.tensor(0.0)).fraction
+    fraction = model(torch.randn(1, 3, 24, 24), torch.tensor(0.0)).v
     assert not torch.allclose(fraction, torch.full_like(fraction, 0.5))
-    drawn = Studio.open(tmp_path, "cpu").draw("a cat", n=2, steps=4, sampler="ddpm")
+    drawn = Pipeline.open(tmp_path, "cpu").draw("a cat", n=2, steps=4, sampler="ddpm")
     assert drawn.images.isfinite().all()
 
 

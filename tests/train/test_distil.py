@@ -165,7 +165,7 @@ def test_a_student_comes_nearer(packs, tmp_path, teachers):
         words = [*TINY, *VIT, f"data.shards={packs / 'train'}", "data.val=", "run.steps=30", "optim.lr=3e-3"]
         pretrain.run("drawings_clip", [*words, f"run.out={tmp_path / name}", f"distil.teachers={taught}"])
         student = clipkit.load(tmp_path / name, "cpu").model.requires_grad_(True)
-        wanted, _ = task.teachers(student, batch.images, batch.captions, False)
+        wanted, _ = task.teachers(student, batch, False)
         distances.append(squared_distance(student.encode_image(batch.images), wanted))
     assert distances[0] < 0.7 * distances[1]
 

@@ -4,7 +4,7 @@ import torch
 from clipkit import checkpoint, load
 from clipkit.config import load_recipe
 from clipkit.data.shards import Shards
-from clipkit.errors import CheckpointError
+from clipkit.errors import CheckpointError, RecipeError
 from clipkit.models.clip import CLIP, CLIPConfig
 from clipkit.train import finetune, optim, pretrain
 from clipkit.train.finetune import FinetuneConfig
@@ -132,13 +132,21 @@ def test_positions_are_interpolated_to_another_image_size(packs, source, tmp_pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("model.embed_dim=64", r"has image\.projection\.weight 128x32 for 64x32"),
+        (
+            "model.image_kwargs={patch_size=8, depth=2, embed_dim=64, num_heads=2}",
+            r"has image\.trunk\.cls_token 1x1x32 for 1x1x64; omit model\.image_tower and model\.image_kwargs",
+        ),
         ("model.image_kwargs={patch_size=8, depth=3, embed_dim=32, num_heads=2}", r"lacks image\.trunk\.blocks\.2"),
     ],
 )
 def test_weights_of_another_architecture_are_refused(packs, source, tmp_path, change, message):
     with pytest.raises(CheckpointError, match=message):
         build(packs, tmp_path, f"finetune.init_from={source}", change)
+
+
+def test_a_recipe_that_contradicts_the_weights_is_refused(packs, source, tmp_path):
+    with pytest.raises(RecipeError, match=r"^model\.embed_dim is 64, and .* has 128; omit it, or set it so$"):
+        build(packs, tmp_path, f"finetune.init_from={source}", "model.embed_dim=64")
 
 
 def test_fine_tuning_trains(packs, source, tmp_path):

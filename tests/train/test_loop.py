@@ -619,7 +619,7 @@ def test_the_end_of_an_epoch_is_summed_up_also_after_a_stop(packs, tmp_path, mon
 
 
 def test_what_was_never_indexed_is_said_and_logged_with_every_epoch(packs, tmp_path, capsys):
-    folder = shutil.copytree(packs / "heldout", tmp_path / "pack", ignore=shutil.ignore_patterns("index.json"))
+    folder = shutil.copytree(packs / "heldout", tmp_path / "pack", ignore=shutil.ignore_patterns("pack.json"))
     with tarfile.open(folder / "shard-000000.tar", "a") as archive:
         link = tarfile.TarInfo("more.png")
         link.type, link.linkname = tarfile.SYMTYPE, "elsewhere.png"

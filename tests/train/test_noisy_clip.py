@@ -9,7 +9,7 @@ from toy_distributions import TINY
 from clipkit.config import load_recipe
 from clipkit.data.shards import Shards
 from clipkit.errors import CheckpointError, RecipeError
-from clipkit.guidance.pipeline import Studio
+from clipkit.guidance.pipeline import Pipeline
 from clipkit.models.clip import CLIP, CLIPConfig
 from clipkit.train import noisy_classifier, noisy_clip, pretrain
 from clipkit.train.finetune import resized
@@ -45,12 +45,12 @@ def test_it_learns_at_the_denoisers_size(packs, chain, tmp_path):
     with pytest.raises(
         CheckpointError, match=r"sees 48 pixels, the denoiser draws 24; train it with model\.image_size=24"
     ):
-        Studio.open(tmp_path, "cpu")
+        Pipeline.open(tmp_path, "cpu")
     shutil.rmtree(tmp_path / "noisy_clip")
     clip48 = pretrain.run("drawings_clip", [*words[:-1], f"run.out={tmp_path / 'clip48'}", "model.image_size=48"])
     fitting = [f"model.clip={clip48}", f"run.out={tmp_path / 'noisy_clip'}", "model.image_size=24"]
     noisy_clip.run("drawings_noisy_clip", [*words[:-1], *fitting])
-    assert Studio.open(tmp_path, "cpu").draw("a rocket", n=1, steps=2).images.shape == (1, 3, 24, 24)
+    assert Pipeline.open(tmp_path, "cpu").draw("a rocket", n=1, steps=2).images.shape == (1, 3, 24, 24)
 
 
 def test_a_resized_vit_keeps_its_features_but_for_positions():

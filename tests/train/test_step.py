@@ -6,11 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ranks import on_ranks
+from toy_distributions import TINY
 
 from clipkit import distributed
 from clipkit.config import load_recipe
 from clipkit.data.loader import Stream
 from clipkit.data.shards import Shards
+from clipkit.models.tokenizer import Tokenizer
+from clipkit.train import denoiser, noisy_clip, pretrain
 from clipkit.train.losses import LossConfig, info_nce
 from clipkit.train.noisy_clip import NoisyPretraining
 from clipkit.train.parallel import wrap
@@ -69,7 +72,7 @@ def test_smoothing_is_what_the_recipe_says(kind):
     image, text = torch.nn.functional.normalize(torch.randn(2, 8, 4), dim=-1)
     features = [image, text, torch.full((8,), 9.0), torch.zeros(8)][: 4 if kind is Pretraining else 3]
     task = SimpleNamespace(recipe=SimpleNamespace(loss=LossConfig(label_smoothing=0.3)))
-    loss, _ = kind.loss(task, features, batch=None)
+    loss, _ = kind.loss(task, features, batch=SimpleNamespace(groups=None))
     torch.testing.assert_close(loss, info_nce(image, text, torch.tensor(9.0), label_smoothing=0.3))
     assert loss != info_nce(image, text, torch.tensor(9.0))
 
@@ -90,6 +93,31 @@ def test_a_locked_tower_stays_without_gradient(packs, tmp_path):
     task, batch = make(packs, tmp_path, ())
     task.model.text.requires_grad_(False)
     assert not any(name.startswith("text.") for name in gradients(task, batch, 3))
+
+
+@pytest.mark.parametrize("task", ["clip", "student", "noisy_clip", "denoiser"])
+def test_each_caption_is_tokenised_once(packs, chain, tmp_path, monkeypatch, task):
+    """In the loader, and not again for each micro-batch, or by a teacher with the same tokenizer."""
+    modules = {"clip": pretrain, "student": pretrain, "noisy_clip": noisy_clip, "denoiser": denoiser}
+    more = {
+        "clip": [],
+        "student": [f'distil.teachers=["{chain / "clip"}"]', f"finetune.init_from={chain / 'clip'}"],
+        "noisy_clip": [f"model.clip={chain / 'clip'}"],
+        "denoiser": ["condition.kind=text", f"condition.clip={chain / 'clip'}", "condition.drop=0.5"],
+    }[task]
+    recipe = {"clip": "drawings_clip", "student": "drawings_clip"}.get(task, f"drawings_{task}")
+    words = [*TINY, f"data.shards={packs / 'train'}", "data.val=", "data.workers=0", f"run.out={tmp_path}", *more]
+    tokenised: list[str] = []
+
+    def encode(tokenizer, texts):
+        if any(texts):  # "" stands for no condition
+            tokenised.extend(texts)
+        return encoded(tokenizer, texts)
+
+    encoded = Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    modules[task].run(recipe, [*words, "run.steps=3", "run.batch_size=16", "run.micro_batches=4"])
+    assert len(tokenised) == 3 * 16
 
 
 PARTS = (1, 2, 4, 8)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import clipkit
+import clipkit.train
 from clipkit.cli import TRAINING, cli
 from clipkit.config import SHIPPED, load_recipe
 from clipkit.convert.release import release
@@ -143,6 +144,12 @@ def test_a_loss_of_another_package_trains(foreign, packs, command):
     assert '("info_nce" | "sigmoid" | "hinge", default "info_nce")' in command("recipe", "--keys")[1]
 
 
+def test_a_task_with_the_name_of_a_command_is_refused(foreign, command):
+    (foreign / "meanings-1.0.dist-info" / "entry_points.txt").write_text("[clipkit.tasks]\npack = meanings:SPEC\n")
+    code, _, err = command("--help")
+    assert (code, err) == (2, "clipkit: task 'pack' (from meanings) has the name of a command; rename it\n")
+
+
 def test_an_unknown_command_is_still_unknown(foreign, command):
     code, _, err = command("meen")
     assert (code, err.count("\n")) == (2, 1)
@@ -173,10 +180,21 @@ def test_libraries_reach_training_through_the_registry_alone():
     assert not importing
 
 
+def test_public_names_are_listed_once_and_there():
+    """`__all__`, the lazy imports and those for type checkers are literals, as tools need them."""
+    blocks = [n for n in ast.parse(Path(clipkit.train.__file__).read_text()).body if isinstance(n, ast.If)]
+    typed = next(node for node in blocks if ast.unparse(node.test) == "TYPE_CHECKING").body
+    imported = {alias.name: node.module for node in typed for alias in node.names}
+    assert imported == clipkit.train._HOMES
+    assert clipkit.train.__all__ == sorted(clipkit.train._HOMES)
+    for name in clipkit.train.__all__:
+        assert getattr(clipkit.train, name).__module__.startswith("clipkit.")
+
+
 def test_commands_import_no_torch():
-    code = "import sys, clipkit.cli; print('torch' in sys.modules, 'importlib.metadata' in sys.modules)"
+    code = "import sys, clipkit.cli, clipkit.train; print('torch' in sys.modules, 'importlib.metadata' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.split()[0] == "False"
+    assert found.stdout.split() == ["False", "False"]
 
 
 def test_shipped_recipes_are_of_a_task():

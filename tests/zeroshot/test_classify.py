@@ -122,7 +122,7 @@ def broken(labels, bad):
             raise SampleError(bad[i], f"image {i}")
         return images[i]
 
-    return dataclasses.replace(images, _get=get)
+    return dataclasses.replace(images, get=get)
 
 
 BAD = {1: "damaged image", 5: "not an image", 6: "not an image"}  # the last one is what pads the second rank

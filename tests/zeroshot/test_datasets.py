@@ -5,8 +5,10 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
+import sys
 import tarfile
 import threading
 from collections import Counter
@@ -21,7 +23,9 @@ from clipkit.data.pack import pack
 from clipkit.data.shards import Shards
 from clipkit.data.sources import class_source
 from clipkit.errors import DataError, SampleError, UsageError
-from clipkit.zeroshot.datasets import ImageSet, as_source, known, open_set
+from clipkit.registry import DATASETS
+from clipkit.zeroshot.datasets import ImageSet, as_source, open_set
+from clipkit.zeroshot.named import described
 
 
 @pytest.fixture
@@ -61,8 +65,8 @@ def test_a_pack(packs, tmp_path):
         ("folder:nowhere", DataError, "no folder at nowhere"),
         ("tar:nowhere.tar", DataError, "no tar at nowhere.tar"),
         ("shards:nowhere", DataError, "no pack at nowhere"),
-        ("cifar100", DataError, "cifar100 is not in .*; download it with --download"),
-        ("fashion-mnist", DataError, "fashion-mnist is not in .*; download it with --download"),
+        ("cifar100", DataError, "cifar100 is not in .*; download it, or give the folder"),
+        ("fashion-mnist", DataError, "fashion-mnist is not in .*; download it, or give the folder"),
     ],
 )
 def test_what_is_not_there(tmp_path, name, error, message):
@@ -89,7 +93,7 @@ def test_cifar_in_its_own_format(name, tmp_path, monkeypatch):
     """The python version's pickles, with checksums of the files that this test makes."""
     from torchvision import datasets
 
-    kind = getattr(datasets, known()[name]["torchvision"])
+    kind = getattr(datasets, described()[name]["torchvision"])
     pixels = np.arange(4 * 3072, dtype=np.uint8).reshape(4, 3072)
     labels = [3, 1, 0, 2]
     folder = tmp_path / kind.base_folder
@@ -101,7 +105,7 @@ def test_cifar_in_its_own_format(name, tmp_path, monkeypatch):
 
     key = "labels" if name == "cifar10" else "fine_labels"
     test_list = [write("test", {"data": pixels, key: labels})]
-    names = known()[name]["classes"]
+    names = described()[name]["classes"]
     meta_key = kind.meta["key"]
     meta = write("meta", {meta_key: names})
     for attribute, value in {
@@ -113,7 +117,7 @@ def test_cifar_in_its_own_format(name, tmp_path, monkeypatch):
     images = open_set(name, tmp_path)
     assert [images[i][1] for i in range(4)] == [(label,) for label in labels]
     assert np.array_equal(np.asarray(images[2][0]), pixels[2].reshape(3, 32, 32).transpose(1, 2, 0))
-    assert len(images.classes) == len(known()[name]["classes"])
+    assert len(images.classes) == len(described()[name]["classes"])
 
 
 def test_fashion_mnist_in_its_own_format(tmp_path):
@@ -140,7 +144,7 @@ def test_named_sets_are_packed_as_they_are(tmp_path, command):
         for i, sample in enumerate(samples):
             grey = np.repeat(pixels[first + i][..., None], 3, axis=2)
             assert np.array_equal(np.asarray(decode(sample.image)), grey)
-            templates = [t.format(shards.classes[sample.label][0]) for t in known()["fashion-mnist"]["templates"]]
+            templates = [t.format(shards.classes[sample.label][0]) for t in described()["fashion-mnist"]["templates"]]
             assert set(sample.captions) <= set(templates)
         assert command("pack", *words)[0] == 2  # what is there is not written over
 
@@ -148,9 +152,9 @@ def test_named_sets_are_packed_as_they_are(tmp_path, command):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (("fashion-mnist", "out"), 1, "fashion-mnist is not in data; download it with --download"),
+        (("fashion-mnist", "out"), 1, "fashion-mnist is not in data; download it, or give the folder"),
         (("fashion-mnist", "out", "--split", "heldout"), 2, "--split is 'heldout'; fashion-mnist has train and test"),
-        (("eurosat", "out"), 2, "eurosat has no training part that clipkit knows"),
+        (("eurosat", "out"), 2, "eurosat has no training images that clipkit knows"),
         (
             ("fashion-mnits", "out"),
             2,
@@ -220,7 +224,7 @@ def test_a_download_goes_through_and_a_failed_one_is_one_line(tmp_path, monkeypa
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion-mnist"])
 def test_the_registry_is_complete(name):
-    entry = known()[name]
+    entry = described()[name]
     assert len(entry["classes"]) == {"cifar10": 10, "cifar100": 100, "fashion-mnist": 10}[name]
     assert all(t.count("{}") == 1 for t in entry["templates"])
     assert entry["source"]
@@ -279,12 +283,12 @@ def test_splits_are_refused(folder, tmp_path):
 
 def test_a_pack_with_samples_of_no_use(folder, tmp_path):
     pack(class_source(folder, None, ["a {}"], 0), tmp_path / "p")
-    index = json.loads((tmp_path / "p" / "index.json").read_text())
+    index = json.loads((tmp_path / "p" / "pack.json").read_text())
     index["classes"] = [["boat"]]
-    (tmp_path / "p" / "index.json").write_text(json.dumps(index))
+    (tmp_path / "p" / "pack.json").write_text(json.dumps(index))
     assert read(open_set(f"shards:{tmp_path / 'p'}", tmp_path)) == ([(0,)] * 3, {"bad metadata": 3})
     index["templates"] = ["{} or {}"]
-    (tmp_path / "p" / "index.json").write_text(json.dumps(index))
+    (tmp_path / "p" / "pack.json").write_text(json.dumps(index))
     with pytest.raises(UsageError, match=r"/p: template '\{\} or \{\}' must hold exactly one"):
         open_set(f"shards:{tmp_path / 'p'}", tmp_path)
 
@@ -387,3 +391,64 @@ def test_labels_of_a_table_that_prompts_do_not_tell_apart_are_named(tmp_path, ca
     table.write_text("image,label\n0.png,Cat\n1.png,cat\n2.png,dog\n")
     assert len(open_set(f"csv:{table}", tmp_path).classes) == 3
     assert capsys.readouterr().err == f"clipkit: {table}: several classes are called 'cat', the same in a prompt\n"
+
+
+@pytest.fixture
+def other_package(tmp_path, monkeypatch):
+    """An installed package that registers the data set "birds"."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "feathers.py").write_text(BIRDS)
+    about = tmp_path / "site" / "feathers-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: feathers\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[clipkit.datasets]\nbirds = feathers:birds\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.delitem(vars(DATASETS), "entries", raising=False)
+    yield
+    vars(DATASETS).pop("entries", None)
+    sys.modules.pop("feathers", None)
+
+
+BIRDS = """
+from PIL import Image
+from clipkit.zeroshot.datasets import ImageSet
+
+def birds(data_dir, download=False, training=False):
+    def get(row):
+        return Image.new("RGB", (24, 24), ("red", "brown")[row % 2]), (row % 2,)
+
+    return ImageSet("birds", [["robin"], ["wren"]], ["a photo of a {}, a bird."], 4 if training else 6, get)
+"""
+
+
+@pytest.mark.usefixtures("other_package")
+def test_a_data_set_of_another_package(command, chain, tmp_path):
+    assert len(open_set("birds", tmp_path, training=True)) == 4
+    code, out, err = command("zeroshot", "--model", chain, "--dataset", "birds", "--json")
+    assert (code, json.loads(out)["n"], json.loads(out)["dataset"]) == (0, 6, "birds"), err
+    code, out, err = command("pack", "birds", tmp_path / "packed", "--split", "test")
+    assert (code, len(Shards(tmp_path / "packed"))) == (0, 6), err
+    code, out, _ = command("zeroshot", "--help")
+    assert re.search(r"birds +from feathers", out)
+    with pytest.raises(UsageError, match="did you mean 'birds'"):
+        open_set("bird", tmp_path)
+
+
+def test_every_name_opens_a_data_set_of_its_own():
+    assert list(DATASETS) == list(described())
+    for name in DATASETS:
+        assert callable(DATASETS[name])
+        assert "openai/CLIP" not in DATASETS.entry(name).help
+
+
+def test_a_place_without_its_kind_is_understood(folder, packs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").symlink_to(folder)
+    (tmp_path / "pack").symlink_to(packs / "heldout")
+    for name in ("table.csv", "all.tar.gz"):
+        (tmp_path / name).touch()
+    for name, meant in {"photos": "folder", "pack": "shards", "table.csv": "csv", "all.tar.gz": "tar"}.items():
+        with pytest.raises(
+            UsageError, match=f"unknown data set '{name}'; for the .* of this name, give {meant}:{name}"
+        ):
+            open_set(name, tmp_path)

@@ -11,7 +11,8 @@ from PIL import Image
 
 from clipkit.errors import DataError, SampleError, UsageError
 from clipkit.zeroshot import datasets
-from clipkit.zeroshot.datasets import known, open_set
+from clipkit.zeroshot.datasets import open_set
+from clipkit.zeroshot.named import described
 
 scipy_io = pytest.importorskip("scipy.io")
 COLOURS = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
@@ -63,7 +64,7 @@ def stl10(root, monkeypatch):
     pixels = np.stack([np.broadcast_to(np.array(COLOURS[n % 3], np.uint8)[:, None, None], (3, 96, 96)) for n in labels])
     (folder / "test_X.bin").write_bytes(pixels.tobytes())
     (folder / "test_y.bin").write_bytes(bytes([1, 5]))  # from 1
-    text(folder / "class_names.txt", *known()["stl10"]["classes"])
+    text(folder / "class_names.txt", *described()["stl10"]["classes"])
     monkeypatch.setattr(STL10, "train_list", [])
     files = [["test_X.bin", md5(folder / "test_X.bin")], ["test_y.bin", md5(folder / "test_y.bin")]]
     monkeypatch.setattr(STL10, "test_list", files)
@@ -199,7 +200,7 @@ WRITERS = {n.__name__.replace("_", "-"): n for n in [
 
 
 def test_every_name_has_a_format_here():
-    assert {*WRITERS, "cifar10", "cifar100", "fashion-mnist"} == set(known())  # those three: test_datasets.py
+    assert {*WRITERS, "cifar10", "cifar100", "fashion-mnist"} == set(described())  # those three: test_datasets.py
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -215,7 +216,7 @@ def test_a_data_set_in_its_own_format(name, tmp_path, monkeypatch):
     for label, word in names.items():
         assert images.classes[label] == [word]
     assert all(template.count("{}") == 1 for template in images.templates)
-    assert known()[name]["source"]
+    assert described()[name]["source"]
 
 
 def test_a_damaged_file_of_a_named_set_is_one_bad_image(tmp_path, monkeypatch):
@@ -227,7 +228,7 @@ def test_a_damaged_file_of_a_named_set_is_one_bad_image(tmp_path, monkeypatch):
     assert images[1][1] == (1,)
 
 
-@pytest.mark.parametrize("name", sorted(known()))
+@pytest.mark.parametrize("name", sorted(described()))
 def test_without_its_files_a_set_says_how_to_get_it(name, tmp_path):
     with pytest.raises(DataError, match=f"{name} is not in|pip install scipy") as found:
         open_set(name, tmp_path / "nothing")
@@ -237,8 +238,8 @@ def test_without_its_files_a_set_says_how_to_get_it(name, tmp_path):
 def test_listed_classes_are_as_many_as_the_set_has():
     sizes = {"cifar10": 10, "cifar100": 100, "fashion-mnist": 10, "mnist": 10, "svhn": 10, "stl10": 10, "eurosat": 10}
     for name, count in {**sizes, "gtsrb": 43}.items():
-        assert len(known()[name]["classes"]) == count
-    names = datasets._data("imagenet.json")
+        assert len(described()[name]["classes"]) == count
+    names = datasets.packaged("imagenet.json")
     assert (len(names), len(set(names.values()))) == (1000, 998)  # "missile" and "sunglasses" are two classes each
 
 

@@ -43,7 +43,7 @@ def test_descriptions_are_further_prompts(clip):
     head = heads.class_head(clip.model, clip.tokenizer, names, ["a {}."], sentences)
     each = heads.embed_texts(clip.model, clip.tokenizer, ["a boat.", *sentences["boat"]])
     torch.testing.assert_close(head[0], F.normalize(each.mean(0), dim=0))
-    with pytest.raises(UsageError, match="descriptions of 'bat', which is none of the 2 classes"):
+    with pytest.raises(UsageError, match="descriptions of 'bat', not one of the 2 classes"):
         heads.class_head(clip.model, clip.tokenizer, names, ["a {}."], {"bat": ["it flies"]})
 
 
@@ -89,7 +89,7 @@ def test_a_cache_that_cannot_be_written_is_said_once_and_no_error(clip, tmp_path
     (tmp_path / "file").write_text("in the way")
     for name in ("boat", "ship", "raft"):
         heads.class_head(clip.model, clip.tokenizer, [name], ["a {}."], cache=tmp_path / "file")
-    said = f"clipkit: cannot write the cache {tmp_path / 'file'}: File exists; what it would keep is computed each time"
+    said = f"clipkit: cannot write the cache {tmp_path / 'file'}: File exists; nothing is cached"
     assert capsys.readouterr().err.splitlines() == [said]
 
 

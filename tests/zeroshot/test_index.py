@@ -78,7 +78,7 @@ def test_an_interrupted_index_goes_on(clip, chain, photographs, tmp_path, monkey
         patched.setattr(index, "_write_part", stops)
         with pytest.raises(KeyboardInterrupt):
             built(clip, chain, photographs, tmp_path / "cut", part_size=4)
-    with pytest.raises(CheckpointError, match="is not whole: part 1 is missing; run the same command again"):
+    with pytest.raises(CheckpointError, match="is incomplete: part 1 is missing; run the same command again"):
         index.Index(tmp_path / "cut")
     first = (tmp_path / "cut" / "part-00000.npy").stat().st_mtime_ns
     built(clip, chain, photographs, tmp_path / "cut", part_size=4)
@@ -116,7 +116,7 @@ def test_beyond_a_million_an_approximate_index_finds_nearly_the_same(clip, chain
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     np.save(folder / "part-00000.npy", vectors.astype(np.float16))
     about = {"format": 1, "source": "x", "model": "x", "weights": "x", "dim": dim, "count": count, "part_size": count}
-    (folder / "index.json").write_text(json.dumps(about))
+    (folder / "embeddings.json").write_text(json.dumps(about))
     labels = {"keys": [str(i) for i in range(count)], "rows": list(range(count)), "skipped": {}}
     (folder / "part-00000.json").write_text(json.dumps(labels))
     found, queries = index.Index(folder), torch.from_numpy(vectors[:50]).float()
@@ -150,13 +150,13 @@ def change(photographs):
 
 def counted(monkeypatch):
     """The keys that are embedded from now on, in a list."""
-    keys, embed = [], galleries.embed
+    keys, embed = [], galleries.embed_pictures
 
     def counting(clip, gallery, rows, *rest):
         keys.extend(gallery.key(row) for row in rows)
         return embed(clip, gallery, rows, *rest)
 
-    monkeypatch.setattr(galleries, "embed", counting)
+    monkeypatch.setattr(galleries, "embed_pictures", counting)
     return keys
 
 
@@ -186,7 +186,7 @@ def test_an_index_follows_its_folder(clip, chain, photographs, tmp_path, monkeyp
     for key in fresh:
         np.testing.assert_allclose(updated[key], fresh[key], atol=2e-3)
     names = {p.name for p in (tmp_path / "index").iterdir()}
-    assert len(names) == 7, names  # three parts of two files and index.json: nothing of the old series
+    assert len(names) == 7, names  # three parts of two files and embeddings.json: nothing of the old series
     keys.clear()
     again = update(clip, chain, photographs, tmp_path / "index")
     assert (keys, again.pictures) == ([], 10)
@@ -247,7 +247,7 @@ def test_an_index_of_a_pack_follows_it(clip, chain, tmp_path, monkeypatch):
     texts = np.concatenate([np.load(p) for p in sorted((tmp_path / "index").glob("*.texts.npy"))])
     pack(drawings_source("heldout", 3, 24, 1), tmp_path / "other", shard_size=4)
     (source / "shard-000001.tar").write_bytes((tmp_path / "other" / "shard-000000.tar").read_bytes())
-    (source / "index.json").unlink()  # made again when it is opened
+    (source / "pack.json").unlink()  # made again when it is opened
     keys = counted(monkeypatch)
     done = update(clip, chain, source, tmp_path / "index", **how)
     assert (done.pictures, done.changed, done.dropped, done.kept, len(keys)) == (11, 3, 1, 8, 3)
@@ -259,7 +259,8 @@ def test_an_index_of_a_pack_follows_it(clip, chain, tmp_path, monkeypatch):
 
 
 def made_by_an_older_version(folder):
-    """Without marks, and without saying which pictures could not be read."""
+    """Described by index.json, without marks, and without the pictures that could not be read."""
+    (folder / "embeddings.json").rename(folder / "index.json")
     for part in folder.glob("part-*.json"):
         labels = json.loads(part.read_text())
         part.write_text(json.dumps({k: v for k, v in labels.items() if k not in ("marks", "unread")}))
@@ -279,7 +280,7 @@ def test_an_index_of_an_older_version_is_read_and_updated(clip, chain, photograp
     assert index.Index(out).differences(index.open_gallery(str(photographs))) != ""
     capsys.readouterr()
     done = update(clip, chain, photographs, out)
-    assert "is of an older version, which did not note when pictures change" in capsys.readouterr().err
+    assert "is of an older version, which did not record changes of pictures" in capsys.readouterr().err
     assert (done.pictures, done.kept) == (10, 0)
 
 
@@ -317,7 +318,7 @@ def test_a_sheet_shows_what_was_found_not_what_is_in_its_row_now(clip, chain, ph
     change(photographs)
     shown = dict(zip((hit.key for hit in hits), (image for image, _ in index.show(found, hits)), strict=True))
     assert shown["year1/05.png"] == (photographs / "year1/05.png").read_bytes()
-    assert shown["year0/00.png"] == "it is not there any more"
+    assert shown["year0/00.png"] == "it is gone"
 
 
 def test_pictures_that_have_gone_are_named(command, clip, chain, photographs, tmp_path):
@@ -326,7 +327,7 @@ def test_pictures_that_have_gone_are_named(command, clip, chain, photographs, tm
     sheet = tmp_path / "sheet.webp"
     code, _, err = command("search", tmp_path / "index", "a boat", "--model", chain, "--out", sheet)
     assert code == 0
-    assert err.splitlines()[1] == "clipkit: cannot show year1/01.png (it is not there any more)"
+    assert err.splitlines()[1] == "clipkit: cannot show year1/01.png (it is gone)"
     with Image.open(sheet) as picture:
         assert picture.format == "WEBP"
 
@@ -354,6 +355,8 @@ def test_a_query_is_text_or_a_picture_that_is_there(command, clip, chain, photog
         found, text, err = command("search", out, query, *words)
         assert (found, text) == (code, "")
         assert message in err
+    code, _, err = command("search", out, "a", "red", "house", *words)
+    assert (code, err) == (2, "clipkit: the query has 3 parts; put it in quotes: 'a red house'\n")
     for name in ("sheet.xyz", "sheet", "year/../sheet.svg"):
         code, _, err = command("search", out, "a boat", *words, "--out", tmp_path / name)
         assert code == 2
@@ -392,15 +395,19 @@ def test_what_makes_no_sense_is_one_line(clip, chain, photographs, packs, tmp_pa
         index.embed_query(found, " ")
     with pytest.raises(UsageError, match=r"queries are \[1, 3\]; this index needs"):
         found.search(torch.ones(1, 3))
-    with pytest.raises(CheckpointError, match="is not an index"):
+    with pytest.raises(CheckpointError, match=r"is not an embedding index; `clipkit index IMAGES .*` makes one"):
         index.Index(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no images"):
         index.open_gallery(str(tmp_path / "empty"))
     with pytest.raises(UsageError, match="is the folder of the pictures; give another"):
         built(clip, chain, photographs, photographs / ".")
-    with pytest.raises(CheckpointError, match=r"is not an index \(its index\.json has no source\)"):
+    with pytest.raises(
+        CheckpointError, match=r"is a pack, not an embedding index; `clipkit index .*heldout OUT` embeds it"
+    ):
         index.Index(packs / "heldout")
+    with pytest.raises(UsageError, match="is a pack; give another folder for the index"):
+        built(clip, chain, photographs, packs / "heldout")
     (tmp_path / "index" / "part-00001.npy").write_bytes(b"\x93NUMPY cut")
     with pytest.raises(CheckpointError, match=r"part-00001\.npy is damaged"):
         index.Index(tmp_path / "index")
@@ -411,7 +418,7 @@ def test_what_makes_no_sense_is_one_line(clip, chain, photographs, packs, tmp_pa
 
 def test_an_index_of_other_weights_is_refused(clip, chain, photographs, tmp_path):
     found = built(clip, chain, photographs, tmp_path / "index")
-    about = json.loads((tmp_path / "index" / "index.json").read_text())
-    (tmp_path / "index" / "index.json").write_text(json.dumps({**about, "weights": "0" * 16}))
+    about = json.loads((tmp_path / "index" / "embeddings.json").read_text())
+    (tmp_path / "index" / "embeddings.json").write_text(json.dumps({**about, "weights": "0" * 16}))
     with pytest.raises(CheckpointError, match="was made with other weights than those of"):
         index.embed_query(index.Index(found.folder), "a boat", device="cpu")

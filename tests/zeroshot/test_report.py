@@ -33,6 +33,9 @@ def test_the_table_has_a_line_for_each(results, sets):
     assert lines[0].split()[:2] == ["model", "data"]
     assert all(name in line for name, line in zip(sets, lines[1:], strict=True))
     assert "mAP" not in lines[0]
+    assert "top-5" in lines[0]
+    assert lines[1].count("%") == lines[2].count("%") - 1  # of three classes there are no five best
+    assert "top-5" not in table(results[:1])
 
 
 def test_the_page_needs_no_other_file(results, tmp_path):

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import on_ranks
 
 import clipkit
 from clipkit.cli import cli
@@ -75,8 +76,19 @@ class Spoilt(Shards):
 def test_samples_that_cannot_be_read_are_counted(clip, packs):
     shards = Spoilt(packs / "heldout")
     found = retrieval.evaluate(clip.model, clip.tokenizer, shards, batch_size=3)
-    assert (found["n"], found["unread"]) == (32, 32)
+    assert (found.n, found.skipped) == (32, {"damaged image": 32})
     assert found == retrieval.evaluate(clip.model, clip.tokenizer, shards, batch_size=1)  # also of whole bad batches
     shards.bad = range(64)
     with pytest.raises(DataError, match=r"none of the 64 samples of .* can be read: 64 damaged image"):
         retrieval.evaluate(clip.model, clip.tokenizer, shards)
+
+
+def scores_of_this_rank(model, pack):
+    clip = clipkit.load(model, "cpu")
+    found = retrieval.evaluate(clip.model, clip.tokenizer, Shards(pack), batch_size=16)
+    return {"n": found.n, "texts": found.texts, **found.recalls}
+
+
+def test_two_ranks_find_what_one_finds(chain, packs):
+    alone = scores_of_this_rank(chain / "clip", packs / "heldout")
+    assert on_ranks(2, scores_of_this_rank, chain / "clip", packs / "heldout") == [alone, alone]

@@ -139,7 +139,7 @@ def test_labels_are_text_or_a_file(command, chain, pictures, tmp_path):
         code, out, _ = command(*words, tmp_path / name)
         assert set(json.loads(out)[str(pictures / "a/one.png")]) == {"cat", "a cup, half full"}
     for labels, message in (
-        ("cat", "'cat' alone, which fits everything at 100 %"),
+        ("cat", "'cat' alone, whose probability is always 100 %"),
         ("cat,dog,Cat", "has 'Cat' twice"),
         ("cat,,dog", "entry 2 of 3 is empty"),
         (tmp_path / "label.txt", "does not exist"),

@@ -153,22 +153,22 @@ for (const name of ["scale", "cfg_scale"]) { // a model may know one, the other,
   field.value = about[name] ?? "";
 }
 answer("draw", async (form, data) => {
-  const wanted = Object.fromEntries(data);
-  for (const name in wanted) if ($(`[name=${name}]`, form).type === "number") wanted[name] = Number(wanted[name]);
+  const body = Object.fromEntries(data);
+  for (const name in body) if ($(`[name=${name}]`, form).type === "number") body[name] = Number(body[name]);
   const bar = $("progress", form), stop = $(".stop", form), image = $("img", form);
   drawing = new AbortController();
   stop.disabled = bar.hidden = false;
   bar.removeAttribute("value"); // waiting for its turn
   try {
     const response = await checked(await fetch("/api/draw", {
-      method: "POST", body: JSON.stringify(wanted), headers: { "Content-Type": "application/json" },
+      method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" },
       signal: drawing.signal,
     }));
     for await (const event of lines(response.body)) {
       if (event.error) throw new Error(event.error);
       $("figure", form).hidden = false;
       image.src = event.picture;
-      image.alt = wanted.prompt;
+      image.alt = body.prompt;
       if (event.step) {
         bar.value = event.step / event.of;
         say(form, `step ${event.step} of ${event.of}`);

@@ -79,7 +79,7 @@ def test_open_clip_reads_a_model_of_ours(varied, tmp_path):
     assert again.tokenizer(CAPTIONS).equal(clip.tokenizer(CAPTIONS))
 
 
-@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16 quick", "convnext mlp"])
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16 quick", "RN50", "convnext mlp"])
 def test_open_clip_reads_its_own_model_again(name, tmp_path):
     config = {**CONFIGS[name], "text_cfg": TEXT}
     clip = clipkit.load(written(tmp_path / "in", config, theirs(config)), "cpu")
@@ -219,16 +219,16 @@ def test_a_foreign_tokenizer_is_exported_with_the_cleaning_that_it_needs(cleanin
     """Without clipkit nobody would do it: SigLIP's captions went to transformers with their punctuation."""
     from tokenizers import Tokenizer, models, processors
 
-    from clipkit.convert.processors import write_tokenizer
-    from clipkit.models.tokenizer import ForeignTokenizer
+    from clipkit.convert.tokenizer_files import write_tokenizer
+    from clipkit.models.tokenizer import ExternalTokenizer
 
     vocabulary = {t: i for i, t in enumerate(["<pad>", "<eos>", "<unk>", *map(chr, range(32, 127))])}
     encoder = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     encoder.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
-    write_tokenizer(ForeignTokenizer(encoder, 16, cleaning, 0), Conventions(text_cleaning=cleaning), tmp_path)
+    write_tokenizer(ExternalTokenizer(encoder, 16, cleaning, 0), Conventions(text_cleaning=cleaning), tmp_path)
     read = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert read.encode(text).ids == encoder.encode(same_as).ids
-    assert ForeignTokenizer(encoder, 99, cleaning)(text)[0].tolist() == read.encode(text).ids
+    assert ExternalTokenizer(encoder, 99, cleaning)(text)[0].tolist() == read.encode(text).ids
 
 
 @pytest.mark.parametrize("resize", ["squash", "crop"])
@@ -309,7 +309,7 @@ def test_onnx_graphs(name, tmp_path):
 def test_the_tokenizer_beside_the_graphs_makes_the_ids_that_they_take(tmp_path):
     from tokenizers import Tokenizer
 
-    from clipkit.convert.processors import write_tokenizer
+    from clipkit.convert.tokenizer_files import write_tokenizer
 
     clip = own()
     write_tokenizer(clip.tokenizer, clip.model.config.conventions, tmp_path)
@@ -323,7 +323,7 @@ def test_the_tokenizer_beside_the_graphs_makes_the_ids_that_they_take(tmp_path):
 
 @pytest.mark.parametrize("form", ["open_clip", "transformers"])
 def test_own_towers_are_offered_a_way_out(form, tmp_path):
-    with pytest.raises(UsageError, match=r"; --format onnx and --format torch take every model$"):
+    with pytest.raises(UsageError, match=r"; the formats onnx and torch take every model$"):
         export.export(own(**TOWERS["clipkit_resnet9"]), tmp_path / "a" / "out", form)
     assert list(tmp_path.iterdir()) == []
 
@@ -370,14 +370,14 @@ def test_nothing_half_written_stays(tmp_path, monkeypatch):
     ("varied", "form", "message"),
     [
         ({"image_tower": "clipkit_resnet"}, "open_clip", "open_clip has no image tower clipkit_resnet"),
-        ({"image_kwargs": {"drop_path_rate": 0.1}}, "open_clip", r"cannot be told image_kwargs\.drop_path_rate"),
+        ({"image_kwargs": {"drop_path_rate": 0.1}}, "open_clip", r"does not take image_kwargs\.drop_path_rate"),
         (
             {"image_tower": "vit_tiny_patch16_224"},
             "open_clip",
             "for its usual image size; at 64 pixels pos_embed",
         ),
         ({}, "transformers", "transformers has CLIP with OpenAI's ViT, and SigLIP; not with convnext_atto"),
-        ({}, "gguf", "unknown format 'gguf'; known: open_clip, transformers, onnx, torch"),
+        ({}, "gguf", "unknown export format 'gguf'; known: open_clip, transformers, onnx, torch"),
     ],
 )
 def test_what_the_others_do_not_have(varied, form, message, tmp_path):
@@ -395,7 +395,7 @@ def test_the_command_and_the_card(chain, tmp_path, monkeypatch, capsys):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# me/mine" in card
     config = clipkit.load(chain, "cpu").model.config
-    assert f"| image tower | {config.image_tower}, {config.image_size} x {config.image_size} pixels |" in card
+    assert f"| image encoder | {config.image_tower}, {config.image_size} x {config.image_size} pixels |" in card
 
 
 def test_pushing_asks_the_hub_for_what_it_offers(tmp_path, monkeypatch):

@@ -141,7 +141,7 @@ def test_open_clips_names():
 
 
 def test_every_published_name_has_an_architecture_that_is_here():
-    from clipkit.convert.processors import TokenizerFiles
+    from clipkit.convert.tokenizer_files import TokenizerFiles
     from clipkit.convert.weights import from_open_clip
 
     open_clip = pytest.importorskip("open_clip")

@@ -10,8 +10,8 @@ from clipkit import checkpoint
 from clipkit.cli import cli
 from clipkit.convert.release import release
 from clipkit.errors import CheckpointError, UsageError
-from clipkit.guidance.pipeline import Studio
-from clipkit.models import pretrained
+from clipkit.guidance.pipeline import Pipeline
+from clipkit.models.source import find
 
 
 def test_released_weights_load_by_their_folder_and_do_the_same(chain, tmp_path):
@@ -25,8 +25,8 @@ def test_released_weights_load_by_their_folder_and_do_the_same(chain, tmp_path):
         words = ours.tokenizer("a red car")
         assert torch.equal(words, theirs.tokenizer("a red car"))
         assert (ours.model.encode_text(words) * theirs.model.encode_text(words)).sum() > 0.9999
-    drawn = Studio.open(tmp_path / "mine", "cpu").draw("a red car", n=1, steps=2)
-    same = Studio.open(chain, "cpu").draw("a red car", n=1, steps=2)
+    drawn = Pipeline.open(tmp_path / "mine", "cpu").draw("a red car", n=1, steps=2)
+    same = Pipeline.open(chain, "cpu").draw("a red car", n=1, steps=2)
     assert (drawn.images - same.images).abs().max() < 0.05
 
 
@@ -34,10 +34,10 @@ def test_nothing_else_of_the_run_is_given_away(chain, tmp_path):
     (folder,) = release(chain / "clip", tmp_path / "mine")
     beside = {"manifest.json", "state.json", "tokenizer.json", "words.json"}
     assert {p.name for p in folder.iterdir()} == {"ema.safetensors", *beside}
-    tensors = pretrained.find(tmp_path / "mine", "clip").tensors("ema")
+    tensors = find(tmp_path / "mine", "clip").tensors("ema")
     assert {t.dtype for t in tensors.values() if t.ndim > 1} == {torch.float16}
     assert torch.float16 not in {t.dtype for t in tensors.values() if t.ndim < 2}
-    assert str(chain.parent) in (pretrained.find(chain, "clip").path / "state.json").read_text()
+    assert str(chain.parent) in (find(chain, "clip").path / "state.json").read_text()
     state = (folder / "state.json").read_text()
     assert str(chain.parent) not in state
     assert json.loads(state)["recipe"]["data"]["shards"] == "train"
@@ -78,11 +78,11 @@ def test_releases_are_put_together_and_replaced(chain, tmp_path):
     release(chain / "clip", tmp_path / "mine")
     (tmp_path / "mine" / "README.md").write_text("a card")
     release(chain / "denoiser", tmp_path / "mine")
-    latest = pretrained.find(tmp_path / "mine", "clip")
+    latest = find(tmp_path / "mine", "clip")
     former = latest.path.rename(latest.path.with_name("step-99999999"))
     assert former.is_dir()
     (folder,) = release(chain / "clip", tmp_path / "mine")
-    assert pretrained.find(tmp_path / "mine", "clip").path == folder == latest.path
+    assert find(tmp_path / "mine", "clip").path == folder == latest.path
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["README.md", "clip", "denoiser"]
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
@@ -106,6 +106,6 @@ def test_nothing_half_written_stays(chain, tmp_path, monkeypatch):
 
 def test_released_weights_are_smaller(chain, tmp_path):
     (folder,) = release(chain / "denoiser", tmp_path / "mine")
-    whole = pretrained.find(chain, "denoiser").path
+    whole = find(chain, "denoiser").path
     assert (folder / "ema.safetensors").stat().st_size < 0.52 * (whole / "ema.safetensors").stat().st_size
     assert json.loads((folder / "state.json").read_text())["recipe"]["run"]["steps"] == 4

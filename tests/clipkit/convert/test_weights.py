@@ -425,13 +425,16 @@ def test_every_key_of_the_others_has_been_decided():
     from dataclasses import fields
 
     model, transformers = open_clip.model, pytest.importorskip("transformers")
-    vision = {*weights._VISION, *weights._VISION_BUILT_IN, *weights._VISION_FREE}
+    from clipkit.convert import open_clip as ours
+    from clipkit.convert.transformers import _sections
+
+    vision = {*ours._VISION, *ours._VISION_BUILT_IN, *ours._VISION_FREE}
     assert {field.name for field in fields(model.CLIPVisionCfg)} <= vision
-    text = {*weights._TEXT, *weights._TEXT_BUILT_IN, *weights._TEXT_FREE}
+    text = {*ours._TEXT, *ours._TEXT_BUILT_IN, *ours._TEXT_FREE}
     assert {field.name for field in fields(model.CLIPTextCfg)} <= text
     for kind in ("CLIP", "Siglip"):
         config = getattr(transformers, f"{kind}Config")().to_dict()
-        weights._transformers_sections(config, kind == "Siglip")
+        _sections(config, kind == "Siglip")
 
 
 def test_weights_that_do_not_say_their_activation(tmp_path):

@@ -321,3 +321,12 @@ def test_nothing_to_vary():
     pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     assert torch.equal(varied(pixels, range(2)), pixels)
     assert varied(pixels[:0], [], flip=True, colour_jitter=0.5, sharpness_jitter=0.5).shape == (0, 3, 4, 4)
+
+
+def test_pixel_ranges():
+    pixels = torch.arange(256, dtype=torch.uint8)
+    signed = images.to_signed(pixels)
+    assert torch.equal(signed, pixels.float() / 127.5 - 1)
+    assert (float(signed.min()), float(signed.max())) == (-1, 1)
+    assert torch.equal(images.to_unit(signed), (signed + 1) / 2)
+    torch.testing.assert_close(images.to_unit(signed), pixels / 255)

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from clipkit.data.inspection import sheet, verify
-from clipkit.data.shards import Shards, write_index
+from clipkit.data.manifest import index_folder
+from clipkit.data.shards import Shards
 from clipkit.data.sources import encode_png
 from clipkit.errors import ShardError
 
@@ -55,18 +56,18 @@ def test_samples_that_lack_something_are_counted_in_all_of_a_shard(tmp_path, com
     assert (report.incomplete, report.bad, report.decoded) == ({"no image": 4, "no caption": 4}, {}, 3)
     code, out, _ = command("verify", tmp_path)
     assert code == 1
-    for line in ("not taken into the index: 1 pickle", "4 of 40 samples: no image", "no caption", "not sound"):
+    for line in ("skipped when it was made: 1 pickle", "4 of 40 samples: no image", "no caption", "not sound"):
         assert line in out
     assert json.loads(command("verify", tmp_path, "--json")[1])["incomplete"] == report.incomplete
 
 
 def test_a_shard_that_is_not_in_the_index_is_damage(folder):
     shutil.copy(folder / "shard-000000.tar", folder / "shard-000007.tar")
-    assert verify(str(folder)).damaged == {"shard-000007.tar": "it is not in the index"}
+    assert verify(str(folder)).damaged == {"shard-000007.tar": "the manifest does not list it"}
 
 
 def test_shards_joined_by_cat_are_said_to_be_damaged(folder, command):
-    (folder / "index.json").unlink()
+    (folder / "pack.json").unlink()
     one, other = folder / "shard-000000.tar", folder / "shard-000001.tar"
     one.write_bytes(one.read_bytes() + other.read_bytes())
     code, _, err = command("verify", folder)
@@ -86,12 +87,12 @@ def test_no_pack(tmp_path):
 def test_the_command_says_what_is_wrong(folder, command):
     code, out, _ = command("verify", folder, "--json")
     assert (code, json.loads(out)["damaged"]) == (0, {})
-    assert "sound: every hash is right" in command("verify", folder)[1]
+    assert "sound: every checksum is right" in command("verify", folder)[1]
     (folder / "shard-000001.tar").write_bytes(b"")
     code, out, _ = command("verify", folder)
     assert code == 1
     assert "shard-000001.tar" in out
-    assert "1 damaged shards" in out
+    assert "1 damaged shard" in out
 
 
 def test_a_sheet_shows_samples_and_captions(folder):
@@ -107,7 +108,7 @@ def test_a_sheet_of_what_cannot_be_shown_shows_why(tmp_path):
 
     with webdataset.TarWriter(str(tmp_path / "shard-000000.tar")) as writer:
         writer.write({"__key__": "0", "jpg": b"broken", "txt": b"a caption"})
-    write_index(tmp_path)
+    index_folder(tmp_path)
     assert sheet(Shards(tmp_path), 4, 0).size == (8 + 168, 8 + 160 + 4 * 13 + 8)
 
 

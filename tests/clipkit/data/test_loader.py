@@ -18,6 +18,7 @@ from clipkit.data.loader import Batch, Stream
 from clipkit.data.sample_order import Order
 from clipkit.data.shards import Shards
 from clipkit.errors import DataError, RecipeError, ShardError
+from clipkit.models.tokenizer import Tokenizer
 
 
 def keys(stream, start, stop):
@@ -250,6 +251,27 @@ def test_an_error_while_all_loaders_live_stays_as_it_is(packs, loader, monkeypat
     stream.samples.whereabouts[0] = torch.tensor([loader.pid, 3])
     monkeypatch.setattr("clipkit.data.loader._DYING", 0.0)
     assert stream.explain(other) is other
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_token_ids_come_with_the_batch(packs, workers):
+    tokenizer = Tokenizer.train(Shards(packs / "heldout").captions(20), 600)
+    short = Tokenizer.from_json(tokenizer.to_json(), context_length=5)
+    config = DataConfig("", workers=workers)
+    stream = Stream(Shards(packs / "heldout"), config, 24, 7, 0, tokenizers=[tokenizer, short])
+    for batch in stream.batches(0, 3):
+        assert batch.tokens.keys() == {tokenizer.key, short.key}
+        for each in (tokenizer, short):
+            assert torch.equal(batch.ids(each), each(batch.captions))
+            for part in batch.split(3):
+                assert torch.equal(part.ids(each), each(part.captions))
+
+
+def test_a_batch_without_its_token_ids_makes_them(packs):
+    tokenizer = Tokenizer.train(Shards(packs / "heldout").captions(20), 600)
+    (batch,) = make(packs).batches(0, 1)
+    assert batch.tokens == {}
+    assert torch.equal(batch.ids(tokenizer), tokenizer(batch.captions))
 
 
 def test_a_batch_whose_samples_were_all_skipped_is_one_empty_part():

@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import tarfile
+from inspect import signature
 
 import pytest
 from PIL import Image
@@ -13,6 +14,7 @@ from clipkit.data.pack import Encoding, pack
 from clipkit.data.shards import Shards
 from clipkit.data.sources import class_source, csv_source, drawings_source
 from clipkit.errors import DataError, UsageError
+from clipkit.registry import SOURCES, Registry
 
 
 def png(colour):
@@ -62,6 +64,21 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
     assert digest("a") == digest("b")
 
 
+def test_a_shard_has_the_bytes_that_webdataset_writes(tmp_path):
+    import webdataset
+
+    source = drawings_source("train", 7, 32, 5)
+    with webdataset.TarWriter(str(tmp_path / "theirs.tar"), user="", group="", mtime=0.0) as writer:
+        for i, sample in enumerate(source.samples):
+            record = {"captions": list(sample.captions), "label": sample.label}
+            writer.write(
+                {"__key__": f"{i:09d}", "png": sample.image, "txt": sample.captions[0].encode(), "json": record}
+                | {"json": json.dumps(record, ensure_ascii=False).encode()}
+            )
+    pack(drawings_source("train", 7, 32, 5), tmp_path / "ours")
+    assert (tmp_path / "ours" / "shard-000000.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
+
+
 def test_directory_names_serve_as_class_names(folder, tmp_path):
     pack(class_source(folder, None, ["a {}."], 0), tmp_path / "out")
     assert Shards(tmp_path / "out").classes == [["n01"], ["n02"]]
@@ -97,7 +114,7 @@ def test_unreadable_images_are_skipped_and_counted(folder, tmp_path):
     (folder / "n01" / "broken.png").write_bytes(b"not an image")
     index = pack(class_source(folder, CLASSES, ["a {}."], 0), tmp_path / "out")
     assert (index["samples"], index["skipped"]) == (12, {"not an image": 1})
-    assert json.loads((tmp_path / "out" / "index.json").read_text())["skipped"] == {"not an image": 1}
+    assert json.loads((tmp_path / "out" / "pack.json").read_text())["skipped"] == {"not an image": 1}
 
 
 def test_holdout_splits_without_overlap(tmp_path):
@@ -158,7 +175,7 @@ def test_interrupted_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch, at, hol
         patch.setattr(packing, "_checked", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pack(_drawings(), tmp_path / "parts", 10, holdout)
-    assert not (tmp_path / "parts" / "index.json").exists()
+    assert not (tmp_path / "parts" / "pack.json").exists()
     with pytest.raises(UsageError, match="another source or options"):
         pack(_drawings(), tmp_path / "parts", 11, holdout)
     assert pack(_drawings(), tmp_path / "parts", 10, holdout) == whole
@@ -309,14 +326,11 @@ def test_a_failure_leaves_no_folder_behind(folder, tmp_path, before):
 
 
 def test_a_full_disk_is_an_error_with_a_path(tmp_path, monkeypatch):
-    import webdataset
-
-    class Full(webdataset.TarWriter):
-        def write(self, sample):
-            raise OSError(28, "No space left on device")
+    def full(*_):
+        raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(webdataset, "TarWriter", Full)
+        patch.setattr(tarfile.TarFile, "addfile", full)
         with pytest.raises(OSError, match="No space left") as error:
             pack(_drawings(), tmp_path / "packs" / "out", 10)
     assert error.value.filename == str(tmp_path / "packs" / "out" / "shard-000000.tar")
@@ -330,6 +344,41 @@ def test_places_without_a_name(folder, tmp_path, monkeypatch):
     assert packing.holdout_of(packing.Path()) == tmp_path / "packs-val"
     pack(class_source(folder, CLASSES, ["a {}."], 0), packing.Path(), holdout=2)
     assert len(Shards(tmp_path / "packs-val")) == 2
+
+
+SOURCE_OF_A_PACKAGE = """
+from clipkit.data.sources import RawSample, Source, encode_png
+from PIL import Image
+
+def squares(count, size, seed):
+    images = [encode_png(Image.new("RGB", (size, size), (0, 0, i))) for i in range(count)]
+    samples = (RawSample(image, (f"square {i}",), None) for i, image in enumerate(images))
+    return Source(samples, lambda: count, repr(("squares", count, size, seed)), [], [])
+"""
+
+
+def test_a_source_of_another_package(tmp_path, monkeypatch, command):
+    (tmp_path / "squares.py").write_text(SOURCE_OF_A_PACKAGE)
+    info = tmp_path / "squares-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: squares\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[clipkit.sources]\nsquares = squares:squares\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("clipkit.commands.packs.SOURCES", Registry("source", SOURCES.own))
+    assert "squares     from squares" in command("pack", "--help")[1]
+    code, out, err = command("pack", "squares", tmp_path / "o", "--count", 3)
+    assert (code, err) == (0, ""), out
+    assert Shards(tmp_path / "o").read(2).captions == ("square 2",)
+    code, _, err = command("pack", "squares", tmp_path / "p", "--variants", 2)
+    assert (code, "--variants has no effect on squares" in err) == (2, True)
+
+
+def test_options_of_each_source_are_options_of_the_command():
+    from clipkit.commands.packs import pack as command
+
+    names = {"source", *(parameter.name for parameter in command.params)}
+    for name in SOURCES:
+        assert set(signature(SOURCES[name]).parameters) <= names, name
 
 
 @pytest.mark.parametrize(
@@ -346,6 +395,9 @@ def test_places_without_a_name(folder, tmp_path, monkeypatch):
         (["images", "o", "--data-dir", "data"], "--data-dir has no effect on a folder or tar"),
         (["images", "o", "--csv", "x.csv", "--classnames", "x.json"], "--classnames has no effect with --csv"),
         (["images", "o", "--csv", "x.csv", "--seed", "1"], "--seed has no effect with --csv"),
+        (["csv:images", "o"], "needs a table of captions; give --csv TABLE"),
+        (["pictograms", "o"], "did you mean 'pictograms:FOLDER'?"),
+        (["drawings:x", "o"], "did you mean 'drawings'?"),
         (["images", "o", "--quality", "90"], "--quality has no effect on images that are kept"),
         (["images", "o", "--quality", "50", "--encode", "png"], "--quality has no effect on PNGs"),
         (["imagse", "o", "--count", "5"], "no folder or tar at imagse"),
@@ -370,7 +422,7 @@ def test_options_that_have_an_effect_are_taken(folder, tmp_path, command):
     (tmp_path / "n.json").write_text(json.dumps({"n01": "goldfish", "n02": ["bullfrog"]}), encoding="utf-8-sig")
     words = ["--templates", tmp_path / "t.txt", "--classnames", tmp_path / "n.json", "--seed", 1]
     code, out, _ = command("pack", folder, tmp_path / "o", *words, "--resize", 4, "--quality", 50)
-    assert (code, out) == (0, f"{tmp_path / 'o'}: 12 samples in 1 shards; skipped: none\n")
+    assert (code, out) == (0, f"{tmp_path / 'o'}: 12 samples in 1 shard; skipped: none\n")
     assert Shards(tmp_path / "o").read(0).captions == ("one goldfish.",) * 4
     assert command("pack", folder, tmp_path / "p", "--templates", "7")[0] == 0
     assert len(Shards(tmp_path / "p").templates) == 7
@@ -379,4 +431,4 @@ def test_options_that_have_an_effect_are_taken(folder, tmp_path, command):
 def test_what_is_skipped_is_said_and_verified(folder, tmp_path, command):
     (folder / "n01" / "x.tiff").write_bytes(b"II*\0")
     assert "skipped: 1 other format" in command("pack", folder, tmp_path / "o")[1]
-    assert "not taken into the index: 1 other format" in command("verify", tmp_path / "o")[1]
+    assert "skipped when it was made: 1 other format" in command("verify", tmp_path / "o")[1]

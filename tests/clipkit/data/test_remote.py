@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import socket
 
 import pytest
@@ -66,7 +67,7 @@ def test_a_pack_behind_a_url_equals_the_folder(packs, server, cache):
 
 def test_only_what_is_read_is_fetched(server, cache):
     Shards(server.url, verify=False, cache=cache).read(150)
-    assert [name for name, _ in server.requests] == ["index.json", NAME]
+    assert [name for name, _ in server.requests] == ["pack.json", NAME]
 
 
 @pytest.mark.parametrize(
@@ -86,6 +87,20 @@ def test_faults_that_pass(packs, server, cache, fault, requests):
     half = (packs / "train" / NAME).stat().st_size // 2
     asked = [start for name, start in server.requests if name == NAME]
     assert asked == [half if r == "rest" else r for r in requests]
+
+
+def test_a_remote_pack_of_version_0_1(packs, cache, tmp_path):
+    folder = shutil.copytree(packs / "heldout", tmp_path / "pack")
+    (folder / "pack.json").rename(folder / "index.json")
+    with serve(folder) as server:
+        assert content(Shards(server.url, cache=cache)) == content(Shards(packs / "heldout"))
+        assert [name for name, _ in server.requests][:2] == ["pack.json", "index.json"]
+
+
+def test_no_pack_behind_a_url(server, cache):
+    server.faults |= {"pack.json": "404", "index.json": "404"}
+    with pytest.raises(ShardError, match=r"pack\.json could not be fetched: the server answered 404"):
+        Shards(server.url, cache=cache)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +166,7 @@ def test_no_server(clock, cache):
     with socket.socket() as nobody:  # who holds the port, and does not listen
         nobody.bind(("127.0.0.1", 0))
         port = nobody.getsockname()[1]
-        with pytest.raises(ShardError, match=rf"127\.0\.0\.1:{port}/pack/index\.json could not be fetched: .*refused"):
+        with pytest.raises(ShardError, match=rf"127\.0\.0\.1:{port}/pack/pack\.json could not be fetched: .*refused"):
             Shards(f"http://127.0.0.1:{port}/pack", cache=cache)
     assert clock.pauses == [0.5, 1.0]
 
@@ -163,7 +178,7 @@ def test_no_pack_there(server, cache):
 
 @pytest.mark.parametrize("source", ["pipe:cat x", "pipe:curl http://x/y.tar"])
 def test_nothing_is_run(source):
-    with pytest.raises(UsageError, match="pipe: runs a program"):
+    with pytest.raises(UsageError, match="pipe: would run a program"):
         Shards(source)
 
 

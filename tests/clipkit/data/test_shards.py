@@ -12,10 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clipkit.data.captions import clean_caption
 from clipkit.data.inspection import verify
+from clipkit.data.manifest import index_folder
 from clipkit.data.remote import Cache
-from clipkit.data.shards import Shards, clean_caption, scan, split_key, write_index
+from clipkit.data.shards import Shards
 from clipkit.data.sources import pictures
+from clipkit.data.tar_scan import scan, split_key
 from clipkit.errors import SampleError, ShardError, UsageError
 
 
@@ -78,15 +81,52 @@ def test_lost_or_damaged_offsets_are_made_again(folder):
 
 def test_shards_from_elsewhere_get_an_index(folder):
     expected = Shards(folder).read(7)
-    for extra in [*folder.glob("*.npy"), folder / "index.json"]:
+    for extra in [*folder.glob("*.npy"), folder / "pack.json"]:
         extra.unlink()
     assert Shards(folder).read(7) == dataclasses.replace(expected, label=None)  # the classes were in the index
 
 
-def test_index_that_is_not_one(folder):
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_pack_of_version_0_1_is_read_from_its_index(folder, read_only, monkeypatch):
+    if read_only:
+        monkeypatch.setattr("clipkit.data.manifest.check_writable", None)
+    expected = Shards(folder)
+    samples = [expected.read(i) for i in range(0, 240, 40)]
+    (folder / "pack.json").rename(folder / "index.json")
+    before = sorted(folder.iterdir())
+    former = Shards(folder)
+    assert (former.index, former.classes) == (expected.index, expected.classes)
+    assert [former.read(i) for i in range(0, 240, 40)] == samples
+    assert len(list(pictures(str(folder)))) == 240
+    assert verify(str(folder)).damaged == {}
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_pack_and_an_index_of_embeddings_may_share_a_folder(folder):
+    about = json.dumps({"source": "x", "weights": "y", "pictures": "z"})
+    for name in ("index.json", "embeddings.json"):
+        (folder / name).write_text(about)
+    assert len(Shards(folder)) == 240
+    (folder / "pack.json").unlink()
+    assert len(Shards(folder)) == 240
+    assert (folder / "index.json").read_text() == about
+
+
+@pytest.mark.parametrize("name", ["index.json", "embeddings.json"])
+def test_an_index_of_embeddings_is_said_to_be_one(tmp_path, name):
+    (tmp_path / name).write_text(json.dumps({"source": "x", "weights": "y", "pictures": "z"}))
+    for open_it in (Shards, lambda folder: next(pictures(str(folder))), lambda folder: verify(str(folder))):
+        with pytest.raises(ShardError) as error:
+            open_it(tmp_path)
+        assert str(error.value) == f"{tmp_path} is an index of embeddings, not a pack; `clipkit search` reads it"
+
+
+@pytest.mark.parametrize("name", ["pack.json", "index.json"])
+def test_index_that_is_not_one(folder, name):
+    (folder / "pack.json").unlink()
     for text, what in (("[]", "holds a list"), ("{}", "lacks 'format'"), ("", "Expecting value"), ("\0", "Expecting")):
-        (folder / "index.json").write_text(text)
-        with pytest.raises(ShardError, match=f"not the index of a pack: .*{what}"):
+        (folder / name).write_text(text)
+        with pytest.raises(ShardError, match=f"not the manifest of a pack: .*{what}"):
             Shards(folder)
 
 
@@ -161,7 +201,7 @@ def test_a_label_is_one_of_the_classes_of_the_index(tmp_path, label):
     record = {"captions": ["a"], "label": label}
     shards = _tar_with(tmp_path, jpg=b"x", json=json.dumps(record).encode())
     assert (shards.read(0).captions, shards.read(0).label) == (("a",), None)
-    write_index(tmp_path, {"classes": [["a"], ["b"], ["c"]]})
+    index_folder(tmp_path, {"classes": [["a"], ["b"], ["c"]]})
     with pytest.raises(SampleError, match=r"bad metadata: label .* of 3 classes"):
         Shards(tmp_path).read(0)
 
@@ -190,7 +230,7 @@ def test_the_json_of_others(tmp_path, text, record, captions):
 def test_a_broken_json_beside_a_caption(tmp_path):
     """Elsewhere nothing depends on it; in a pack with classes the label would be gone."""
     assert _tar_with(tmp_path, jpg=b"x", txt=b"good", json=b"{").read(0).captions == ("good",)
-    write_index(tmp_path, {"classes": [["a"]]})
+    index_folder(tmp_path, {"classes": [["a"]]})
     with pytest.raises(SampleError, match="bad metadata"):
         Shards(tmp_path).read(0)
 
@@ -324,7 +364,7 @@ def locked(tmp_path, monkeypatch):
         if closed & {place, *place.parents}:
             raise UsageError(f"cannot write into {place}: Read-only file system")
 
-    monkeypatch.setattr("clipkit.data.shards.check_writable", check)
+    monkeypatch.setattr("clipkit.data.manifest.check_writable", check)
     return folder, cache, closed
 
 
@@ -343,6 +383,7 @@ def test_the_cached_index_is_used_again_with_its_offsets(locked, capsys, monkeyp
     folder, cache, _ = locked
     Shards(folder, cache=cache)
     capsys.readouterr()
+    monkeypatch.setattr("clipkit.data.manifest.scan", None)
     monkeypatch.setattr("clipkit.data.shards.scan", None)
     again = pickle.loads(pickle.dumps(Shards(folder, cache=cache)))  # as a loader process gets it
     assert again.read(1).captions == ("bytes of 1.txt",)
@@ -356,14 +397,14 @@ def test_an_index_of_an_older_key_rule_on_a_read_only_place(locked, capsys, wher
         closed.clear()
     Shards(folder, cache=cache)
     place = folder if where == "beside" else next((cache.folder / "indexes").iterdir())
-    index = json.loads((place / "index.json").read_text())
+    index = json.loads((place / "pack.json").read_text())
     del index["keys"]
     index["shards"].pop()  # a sample that the older rule lost
-    (place / "index.json").write_text(json.dumps(index))
+    (place / "pack.json").write_text(json.dumps(index))
     closed.add(folder)
     capsys.readouterr()
     assert len(Shards(folder, cache=cache)) == 2
-    assert f"{place / 'index.json'} is of an older version" in capsys.readouterr().err
+    assert f"{place / 'pack.json'} was made by an older version" in capsys.readouterr().err
     assert len(Shards(folder, cache=cache)) == 2
     assert capsys.readouterr().err == ""
 
@@ -408,7 +449,7 @@ def test_a_shard_that_may_not_be_read_is_one_line(folder, monkeypatch):
     monkeypatch.setattr("clipkit.data.shards.os.open", denied)
     with pytest.raises(ShardError, match=r"shard .*shard-000000\.tar cannot be read: Permission denied"):
         whole.read(0)
-    monkeypatch.setattr("clipkit.data.shards.tarfile.open", denied)
+    monkeypatch.setattr("clipkit.data.tar_scan.tarfile.open", denied)
     with pytest.raises(ShardError, match=r"shard .*shard-000000\.tar cannot be read: Permission denied"):
         scan(folder / "shard-000000.tar")
     monkeypatch.setattr("clipkit.data.inspection.sha256", denied)
@@ -420,7 +461,7 @@ def test_shards_that_came_after_the_index(tmp_path):
     _tar_of(tmp_path / "0.tar", "0.jpg", "0.txt")
     Shards(tmp_path)
     _tar_of(tmp_path / "1.tar", "1.jpg", "1.txt")
-    with pytest.raises(ShardError, match=r"does not list 1\.tar, which came later; remove it"):
+    with pytest.raises(ShardError, match=r"does not list 1\.tar, which was added later; remove it"):
         Shards(tmp_path)
 
 
@@ -439,8 +480,8 @@ def test_an_index_of_embeddings_is_no_pack(chain, packs, tmp_path, command):
     ):
         code, _, err = command(*words)
         assert code == 1, words
-        assert "is an embedding index made by `clipkit index`, not a pack" in err
-    with pytest.raises(ShardError, match="is an embedding index"):
+        assert "is an index of embeddings, not a pack; `clipkit search` reads it" in err
+    with pytest.raises(ShardError, match="is an index of embeddings"):
         next(pictures(str(place)))
     assert (place / "index.json").read_text() == before
 
@@ -468,9 +509,9 @@ def test_many_shards_do_not_use_up_the_file_descriptors(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["../shard.tar", "a/b.tar", "shard.zip"])
 def test_an_index_cannot_name_files_elsewhere(folder, name):
-    index = json.loads((folder / "index.json").read_text())
+    index = json.loads((folder / "pack.json").read_text())
     index["shards"][0]["name"] = name
-    (folder / "index.json").write_text(json.dumps(index))
+    (folder / "pack.json").write_text(json.dumps(index))
     with pytest.raises(ShardError, match="names the shard"):
         Shards(folder)
 
@@ -492,20 +533,20 @@ def test_captions_spread_over_the_pack(packs):
 def test_a_hidden_tar_beside_shards_is_no_shard(folder):
     (folder / "._shard-000000.tar").write_bytes(b"\0\5\x16\7" + bytes(100))
     assert len(Shards(folder)) == 240
-    (folder / "index.json").unlink()
+    (folder / "pack.json").unlink()
     assert len(Shards(folder)) == 240
 
 
 def test_an_index_of_an_older_key_rule_is_made_again_but_not_that_of_a_pack(folder, capsys):
-    packed = (folder / "index.json").read_text()
+    packed = (folder / "pack.json").read_text()
     assert len(Shards(folder)) == 240
-    assert (folder / "index.json").read_text() == packed
-    (folder / "index.json").unlink()
-    index = write_index(folder)
+    assert (folder / "pack.json").read_text() == packed
+    (folder / "pack.json").unlink()
+    index = index_folder(folder)
     del index["keys"]
     index["shards"][0]["samples"] -= 1  # as the older rule counted
-    (folder / "index.json").write_text(json.dumps(index))
+    (folder / "pack.json").write_text(json.dumps(index))
     assert len(Shards(folder)) == 240
-    assert "is of an older version, which read keys otherwise; it is made again" in capsys.readouterr().err
+    assert "was made by an older version with another rule for keys; it is made again" in capsys.readouterr().err
     assert len(Shards(folder)) == 240
     assert capsys.readouterr().err == ""

@@ -190,7 +190,7 @@ def test_rendered_and_pictogram_sources_pack_by_command(command, tmp_path):
 def test_a_table_given_as_the_source_is_said_to_be_one(command, tmp_path):
     (tmp_path / "t.csv").write_text("image,caption\n0.jpg,a cat\n")
     code, _, err = command("pack", tmp_path / "t.csv", tmp_path / "p")
-    assert (code, "is a table; give the folder or tar of its pictures" in err) == (2, True)
+    assert (code, "is a table; give the folder or tar of its images" in err) == (2, True)
 
 
 def test_a_further_row_without_a_caption_is_counted(tmp_path):

@@ -130,8 +130,8 @@ def test_logit_scale_starts_at_clips_value_and_is_clamped():
     ("tower", "arguments", "message"),
     [
         ("resnet1B", {}, r"timm has no model 'resnet1B'; did you mean"),
-        ("convnext_atto", {"colour": 3}, r"timm cannot build 'convnext_atto' with \{'colour': 3\}"),
-        ("convnext_atto", {"dims": [8]}, r"timm cannot build"),
+        ("convnext_atto", {"colour": 3}, r"cannot build image tower 'convnext_atto' with \{'colour': 3\}"),
+        ("convnext_atto", {"dims": [8]}, r"cannot build image tower"),
     ],
 )
 def test_wrong_towers_are_one_line(tower, arguments, message):

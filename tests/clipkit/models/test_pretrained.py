@@ -4,7 +4,7 @@ from PIL import Image
 
 import clipkit
 from clipkit.errors import CheckpointError
-from clipkit.models.pretrained import find
+from clipkit.models.source import find
 
 
 def test_load_gives_a_model_ready_to_use(chain):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipkit.errors import CheckpointError, DataError, UsageError
-from clipkit.models.tokenizer import END, START, Tokenizer, clean
+from clipkit.models.tokenizer import END, START, ExternalTokenizer, Tokenizer, clean
 
 CAPTIONS = ["a red rocket", "a drawing of a blue fish on white", "two cats, one dog's house!", "ÉCOLE naïve 北京"]
 
@@ -162,3 +162,24 @@ def test_the_words_that_fit_are_those_whose_tokens_are_kept(trained, words):
     if read.split() != words:  # one word more would not fit
         more = trained(" ".join(words[: len(read.split()) + 1]))[0]
         assert len(more) == trained.context_length
+
+
+def test_a_tokenizer_is_cheap_to_send_to_another_process():
+    import pickle
+
+    tokenizer = Tokenizer.train(["a red car", "a blue house"], 600)
+    before = len(pickle.dumps(tokenizer))
+    ids = tokenizer([f"word{i} a red house" for i in range(3000)])
+    assert len(pickle.dumps(tokenizer)) == before  # without the words that it has seen
+    assert pickle.loads(pickle.dumps(tokenizer))([f"word{i} a red house" for i in range(3000)]).equal(ids)
+
+
+def test_the_words_that_fit_are_those_that_are_not_cut():
+    from tokenizers import Tokenizer as Encoder
+    from tokenizers import models, pre_tokenizers
+
+    encoder = Encoder(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    encoder.pre_tokenizer = pre_tokenizers.Whitespace()
+    external = ExternalTokenizer(encoder, 3)
+    assert external.fitting("a b a") == "a b a"
+    assert external.fitting("a b a b b") == "a b a"

@@ -1,9 +1,13 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from clipkit.errors import RecipeError
 from clipkit.models.clip import CLIPConfig, ImageTower
-from clipkit.models.towers import PooledResNet, SmallResNet
+from clipkit.models.towers import PooledResNet, SmallResNet, residual_blocks
 
 
 @pytest.mark.parametrize("tower", [SmallResNet((8, 16, 24), (1, 2, 1)), PooledResNet((4, 8, 16, 24), (1, 2, 0))])
@@ -51,3 +55,49 @@ def test_channels_and_depths_must_agree():
         ImageTower(CLIPConfig("clipkit_resnet", 32, {"channels": [8, 16], "depths": [1]}))
     with pytest.raises(RecipeError, match="2 channels for 2 depths"):
         ImageTower(CLIPConfig("clipkit_resnet9", 32, {"channels": [8, 16], "depths": [1, 1]}))
+
+
+PACKAGE = """
+from torch import nn
+
+class PatchMean(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 8, stride=8)
+        self.blocks = nn.Sequential(nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1))
+        self.feature_info = [{"module": "blocks", "num_chs": width}]
+
+    def forward(self, x):
+        return self.blocks(self.stem(x)).mean(dim=(2, 3))
+"""
+
+
+def test_a_tower_of_another_package_is_trained_by_a_recipe(packs, tmp_path):
+    """In another process, as a user has it: the package is installed, and the recipe names its tower."""
+    site = tmp_path / "site"
+    info = site / "patchwork-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "patchwork.py").write_text(PACKAGE)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: patchwork\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[clipkit.towers]\nmy-tower = patchwork:PatchMean\n")
+    words = [
+        *("model.image_tower=my-tower", "model.image_kwargs={width=12}", f"data.shards={packs / 'train'}", "data.val="),
+        *("run.steps=2", "run.batch_size=16", "optim.warmup=1", "data.workers=0", f"run.out={tmp_path / 'run'}"),
+        *("finetune.layer_decay=0.5", "finetune.lock=image", "finetune.unlock_blocks=1"),
+    ]
+    code = f"from clipkit.cli import main; main({['pretrain', 'drawings_clip', *words]!r})"
+    path = os.pathsep.join([str(site), *filter(None, sys.path)])
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    load = f"import clipkit; print(type(clipkit.load({str(tmp_path / 'run')!r}, 'cpu').model.image.trunk).__name__)"
+    run = subprocess.run(
+        [sys.executable, "-c", load], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert run.stdout.strip() == "PatchMean", run.stderr
+
+
+def test_a_tower_without_the_names_of_its_blocks_is_refused():
+    with pytest.raises(RecipeError, match="image tower Identity has no feature_info, which names its blocks"):
+        residual_blocks(torch.nn.Identity())

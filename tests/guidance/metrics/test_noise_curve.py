@@ -48,12 +48,12 @@ def test_the_command(chain, packs, tmp_path, capsys, classed):
     pytest.importorskip("matplotlib")
     folder = packs / "heldout"
     if not classed:
-        about = json.loads((folder / "index.json").read_text())
+        about = json.loads((folder / "pack.json").read_text())
         (tmp_path / "pack").mkdir()
         for file in folder.iterdir():
             (tmp_path / "pack" / file.name).symlink_to(file)
-        (tmp_path / "pack" / "index.json").unlink()
-        (tmp_path / "pack" / "index.json").write_text(json.dumps({**about, "classes": []}))
+        (tmp_path / "pack" / "pack.json").unlink()
+        (tmp_path / "pack" / "pack.json").write_text(json.dumps({**about, "classes": []}))
         folder = tmp_path / "pack"
     words = ["noise-curve", "--model", str(chain), "--shards", str(folder), "--n", "20"]
     cli.main([*words, "--out", str(tmp_path / "curve.png"), "--json"], standalone_mode=False)

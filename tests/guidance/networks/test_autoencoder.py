@@ -21,7 +21,7 @@ from clipkit.guidance.networks.autoencoder import (
     from_diffusers,
     frozen_scores,
 )
-from clipkit.guidance.pipeline import Start, Steering, Studio
+from clipkit.guidance.pipeline import GuidanceConfig, Pipeline, Start
 
 SMALL = AutoencoderConfig(16, 8, (1, 2), 1, 3, groups=4)
 
@@ -148,7 +148,7 @@ def test_a_denoiser_of_their_latents_draws(chain, packs, tmp_path):
     words += ["unet.image_size=12", "unet.patch_size=1", "unet.multipliers=[1,2]", "condition.kind=class"]
     denoiser.run("drawings_denoiser", [*words, f"run.out={tmp_path / 'denoiser'}"])
     (tmp_path / "clip").symlink_to(chain / "clip")
-    assert Studio.open(tmp_path, "cpu").draw("red car", n=1, steps=2).images.shape == (1, 3, 24, 24)
+    assert Pipeline.open(tmp_path, "cpu").draw("red car", n=1, steps=2).images.shape == (1, 3, 24, 24)
 
 
 def test_the_kl_term_is_that_of_normal_distributions():
@@ -240,18 +240,20 @@ def test_the_log_tells_both_players(latent):
 
 
 def test_guided_sampling_of_latents(latent, capsys):
-    studio = Studio.open(latent, "cpu")
-    assert (studio.image_size, studio.denoiser.image_size, studio.denoiser.channels) == (24, 12, 4)
-    drawn = studio.draw("a red rocket", n=2, steps=3)
+    pipeline = Pipeline.open(latent, "cpu")
+    assert (pipeline.image_size, pipeline.denoiser.image_size, pipeline.denoiser.channels) == (24, 12, 4)
+    drawn = pipeline.draw("a red rocket", n=2, steps=3)
     assert drawn.images.shape == (2, 3, 24, 24)
     assert drawn.images.abs().max() <= 1
     assert [x.shape for x in drawn.trajectory] == [(2, 3, 24, 24)] * 3
-    assert not torch.equal(drawn.images, studio.draw("a red rocket", n=2, steps=3, scale=0).images)
+    assert not torch.equal(drawn.images, pipeline.draw("a red rocket", n=2, steps=3, scale=0).images)
     picture = torch.rand(1, 3, 24, 24) * 2 - 1
     mask = torch.zeros(1, 1, 24, 24)
     mask[..., 12:] = 1
     start = Start(picture, 0.5, mask)
-    again = studio.draw("a cat", n=2, steps=4, start=start, reference=picture, steering=Steering(picture=picture))
+    again = pipeline.draw(
+        "a cat", n=2, steps=4, start=start, reference=picture, guidance=GuidanceConfig(picture=picture)
+    )
     assert again.images.isfinite().all()
 
 

@@ -13,7 +13,7 @@ from clipkit.guidance.denoiser import Denoiser, DiffusionConfig
 from clipkit.guidance.networks.condition import ClassCondition, Condition, ConditionConfig, TextCondition, words_of
 from clipkit.guidance.networks.dit import DiT, DiTConfig
 from clipkit.guidance.networks.unet import UNet, UNetConfig
-from clipkit.guidance.pipeline import Steering, Studio
+from clipkit.guidance.pipeline import GuidanceConfig, Pipeline
 
 NETWORKS = {
     "unet": UNetConfig(image_size=16, channels=16, multipliers=(1, 2), blocks=1),
@@ -110,19 +110,19 @@ def told(chain, packs, tmp_path_factory):
 
 @pytest.mark.parametrize(("kind", "prompt"), [("text", "a red rocket"), ("class", "red rocket")])
 def test_a_told_denoiser_draws_without_a_guide(told, kind, prompt):
-    studio = Studio.open(told / kind, "cpu")
-    assert studio.guide is None
-    drawn = studio.draw(prompt, n=2, steps=3)
+    pipeline = Pipeline.open(told / kind, "cpu")
+    assert pipeline.guide is None
+    drawn = pipeline.draw(prompt, n=2, steps=3)
     assert drawn.about["cfg_scale"] == 2
     assert drawn.about["scale"] == 0
-    strong = studio.draw(prompt, n=2, steps=3, steering=Steering(cfg_scale=8.0))
+    strong = pipeline.draw(prompt, n=2, steps=3, guidance=GuidanceConfig(cfg_scale=8.0))
     assert not torch.equal(drawn.images, strong.images)
     with pytest.raises(UsageError, match="no noisy_clip run"):
-        studio.draw(prompt, scale=3)
+        pipeline.draw(prompt, scale=3)
 
 
 def test_a_told_denoiser_knows_which_words_it_was_told(told, packs):
-    told_texts, told_classes = (Studio.open(told / kind, "cpu") for kind in ("text", "class"))
+    told_texts, told_classes = (Pipeline.open(told / kind, "cpu") for kind in ("text", "class"))
     assert told_texts.unknown_words(["a red giraffe, please", "a fish"]) == ["giraffe", "please"]
     assert told_classes.unknown_words(["giraffe"]) == []  # another class is refused instead
     pack = Shards(packs / "train")
@@ -131,20 +131,20 @@ def test_a_told_denoiser_knows_which_words_it_was_told(told, packs):
 
 
 def test_cfg_scale_zero_is_the_untold_denoiser_and_one_the_told(told):
-    studio = Studio.open(told / "text", "cpu")
+    pipeline = Pipeline.open(told / "text", "cpu")
     x, lam = torch.randn(2, 3, 24, 24), torch.tensor(0.3)
     prompt = {"a red rocket": 1.0}
-    torch.testing.assert_close(studio.told(prompt, [], 0.0)(x, lam).x0, studio.denoiser(x, lam).x0)
+    torch.testing.assert_close(pipeline.conditional(prompt, [], 0.0)(x, lam).x0, pipeline.denoiser(x, lam).x0)
     torch.testing.assert_close(
-        studio.told(prompt, [], 1.0)(x, lam).x0, studio.denoiser.given("a red rocket")(x, lam).x0
+        pipeline.conditional(prompt, [], 1.0)(x, lam).x0, pipeline.denoiser.conditioned_on("a red rocket")(x, lam).x0
     )
-    away = studio.told(prompt, ["a cat"], 2.0)(x, lam).x0
-    wanted, unwanted = (studio.denoiser.given(text)(x, lam).x0 for text in ("a red rocket", "a cat"))
+    away = pipeline.conditional(prompt, ["a cat"], 2.0)(x, lam).x0
+    wanted, unwanted = (pipeline.denoiser.conditioned_on(text)(x, lam).x0 for text in ("a red rocket", "a cat"))
     torch.testing.assert_close(away, unwanted + 2 * (wanted - unwanted))
 
 
 def test_the_text_tower_rests_and_is_kept(told, chain):
-    tower = Studio.open(told / "text", "cpu").denoiser.conditioner.tower
+    tower = Pipeline.open(told / "text", "cpu").denoiser.conditioner.tower
     for name, tensor in clipkit.load(chain, "cpu").model.text.state_dict().items():
         assert torch.equal(tower.state_dict()[name], tensor)
 
@@ -152,8 +152,8 @@ def test_the_text_tower_rests_and_is_kept(told, chain):
 def test_a_guide_and_descriptions_work_together(told, chain, tmp_path):
     for name, source in (("denoiser", told / "text"), ("clip", chain), ("noisy_clip", chain)):
         (tmp_path / name).symlink_to(source / name)
-    studio = Studio.open(tmp_path, "cpu")
-    alone, both = (studio.draw("a red rocket", n=1, steps=3, scale=scale).images for scale in (0, 5))
+    pipeline = Pipeline.open(tmp_path, "cpu")
+    alone, both = (pipeline.draw("a red rocket", n=1, steps=3, scale=scale).images for scale in (0, 5))
     assert not torch.equal(alone, both)
 
 
@@ -165,10 +165,10 @@ def test_what_does_not_go_together(chain, packs, told):
     with pytest.raises(RecipeError, match=r"condition.dropout is 2"):
         ConditionConfig(drop=2)
     with pytest.raises(UsageError, match="trained without descriptions"):
-        Denoiser(NETWORKS["unet"], DiffusionConfig()).given("a cat")
+        Denoiser(NETWORKS["unet"], DiffusionConfig()).conditioned_on("a cat")
     for cfg_scale in (0.0, 2.0):
         with pytest.raises(UsageError, match="omit the classifier-free scale"):
-            Studio.open(chain, "cpu").draw("a cat", n=1, steps=1, steering=Steering(cfg_scale=cfg_scale))
+            Pipeline.open(chain, "cpu").draw("a cat", n=1, steps=1, guidance=GuidanceConfig(cfg_scale=cfg_scale))
     words = [*TINY, f"data.shards={packs / 'train'}", f"run.out={told / 'x'}", "condition.kind=class"]
     with pytest.raises(RecipeError, match=r"use condition\.kind = text"):
         denoiser.run("drawings_denoiser", [*words, f'data.mix={{"{packs / "heldout"}"=0.2}}'])

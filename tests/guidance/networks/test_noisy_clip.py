@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from clipkit.guidance.networks.noisy_clip import NoisyCLIP, Wish, noised
+from clipkit.guidance.networks.noisy_clip import GuidanceTarget, NoisyCLIP, noised
 from clipkit.models.clip import CLIP, CLIPConfig
 from clipkit.models.towers import residual_blocks
 
@@ -68,5 +68,8 @@ def test_log_prob_is_a_distribution_over_texts():
     model, _ = make("convnext")
     texts = torch.nn.functional.normalize(torch.randn(4, 16), dim=1)
     x, lam = torch.randn(2, 3, 32, 32), torch.zeros(2)
-    each = [model.log_prob([Wish(texts[i : i + 1], torch.cat([texts[:i], texts[i + 1 :]]))])(x, lam) for i in range(4)]
+    each = [
+        model.log_prob([GuidanceTarget(texts[i : i + 1], torch.cat([texts[:i], texts[i + 1 :]]))])(x, lam)
+        for i in range(4)
+    ]
     torch.testing.assert_close(torch.stack(each).exp().sum(0), torch.ones(2))

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from clipkit.commands.arguments import read_class_list, read_class_names, read_lines, read_templates
+from clipkit.commands.arguments import read_class_list, read_class_names, read_templates
 from clipkit.errors import UsageError
 
 
@@ -76,7 +76,7 @@ def test_templates(tmp_path):
 def test_files_that_cannot_be_read(tmp_path):
     for path in (tmp_path, tmp_path / "none.txt"):
         with pytest.raises(UsageError, match=f"cannot read {path}: "):
-            read_lines(path)
+            read_class_list(path)
     (tmp_path / "x").write_bytes(b"caf\xe9")
     with pytest.raises(UsageError, match="is not text in UTF-8"):
-        read_lines(tmp_path / "x")
+        read_class_list(tmp_path / "x")
