@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint faults guidance-study guidance-study-photographs tiny-imagenet weights clean
+.PHONY: demo test lint docs site faults guidance-study guidance-study-photographs tiny-imagenet weights clean
 
 # Tiny ImageNet and the emoji (tiny-imagenet-32/, noto-emoji/), which are not in this repository.
 DATA ?= ../shared/data
@@ -13,7 +13,7 @@ RANKS := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2
 demo: .venv/installed
 	$(BIN)/clipkit demo
 
-test: .venv/installed lint
+test: .venv/installed lint site
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # The fault matrix of docs/reliability.md with its nightly counts, and the benchmarks that are too long for a push: an hour or so.
@@ -61,10 +61,20 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p clipkit
+	$(BIN)/codespell
+
+# The site in build/site, after its generated pages; a dead link or an undocumented public name fails. `python docs/run.py` renews the
+# output that the tutorials and the README show.
+docs: .venv/installed
+	$(BIN)/python docs/generate.py
+	$(MAKE) site
+
+site: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check -q -e ".[test,app,plot,parity,track]"
+	$(BIN)/pip install --disable-pip-version-check -q -e ".[test,docs,app,plot,parity,track]"
 	touch $@
 
 clean:

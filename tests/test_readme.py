@@ -1,4 +1,4 @@
-"""The README's promises: its Python runs, its commands exist, its tree is the tree."""
+"""The README's promises: its Python runs, its commands exist, it is short."""
 
 import re
 import shlex
@@ -56,19 +56,6 @@ def code(example):
     return [line for line in example.splitlines() if line and not line.startswith(("import", "from"))]
 
 
-def test_the_training_example_runs(packs, tmp_path, monkeypatch):
-    """Its recipe cut to two small steps: from here on the words of the example are the words that run."""
-    example = next(e for e in blocks("python") if "train_recipe" in e)
-    (tmp_path / "packs").mkdir()
-    (tmp_path / "packs" / "drawings").symlink_to(packs / "train")
-    monkeypatch.chdir(tmp_path)
-    small = ', "run.steps=2", "run.batch_size=16", "data.val=", "data.workers=0"])'
-    scope = {}
-    exec(example.replace('"run.out=runs/mine/clip"])', '"run.out=runs/mine/clip"' + small), scope)
-    assert scope["loss"].isfinite()
-    assert (tmp_path / "runs" / "mine" / "clip" / "checkpoints").is_dir()
-
-
 def test_the_zero_shot_example_runs(chain, tmp_path, monkeypatch):
     from PIL import Image
 
@@ -83,12 +70,8 @@ def test_the_zero_shot_example_runs(chain, tmp_path, monkeypatch):
     assert abs(sum(scope["probabilities"][0].tolist()) - 1) < 1e-5
 
 
-def test_the_tree_names_every_source_file():
-    (tree,) = blocks("text")
-    named = set(re.findall(r"(\w+\.py)\b", tree))
-    for room in ("clipkit", "train", "zeroshot", "guidance"):
-        files = {p.name for p in (ROOT / room).rglob("*.py") if not p.name.startswith("_")}
-        assert files <= named, f"README's tree lacks {files - named} of {room}/"
+def test_it_is_short():
+    assert len(README.splitlines()) <= 150
 
 
 def test_pictures_exist():

@@ -22,7 +22,7 @@ from clipkit.models.source import find
 from clipkit.zeroshot.similarity import classify
 
 KINDS = ("clip", "denoiser", "noisy_clip")
-FOLDER = Path(str(files("clipkit"))) / "data" / clipkit.DEFAULT_MODEL
+FOLDER = Path(str(files("clipkit"))) / "assets" / clipkit.DEFAULT_MODEL
 DATA = Path(os.environ.get("DATA", Path(__file__).parents[3] / "shared" / "data"))  # as the Makefile has it
 
 
