@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from clipkit.data import manifest
 from clipkit.errors import CheckpointError
 from clipkit.io import read_object, write_atomically
 
 FORMAT = 1
-FILE = "embeddings.json"
+FILE = manifest.EMBEDDINGS
 """Name of an index's description."""
-FORMER_FILE = "index.json"
+FORMER_FILE = manifest.FORMER
 """Its name in version 0.1."""
 FIRST = "part"
 """Series of the parts of an index that was never updated."""
@@ -49,7 +50,7 @@ def description_file(folder: Path) -> Path:
 
 def is_pack(folder: Path) -> bool:
     """Whether a folder that is no index holds a pack, or shards."""
-    return any((folder / name).is_file() for name in ("pack.json", FORMER_FILE)) or any(folder.glob("*.tar"))
+    return manifest.is_pack(folder) or bool(manifest.tar_files(folder))
 
 
 def part_file(folder: Path, series: str, number: int, kind: str) -> Path:

@@ -31,8 +31,9 @@ from clipkit.log import remark
 
 MANIFEST = "pack.json"
 FORMER = "index.json"
-"""Name of the manifest in version 0.1."""
+"""Name of the manifest in version 0.1, and of the description of an index of embeddings (zeroshot/index_files.py)."""
 EMBEDDINGS = "embeddings.json"
+"""Present name of that description."""
 FORMAT = 1
 KEYS = 2
 """Number of the rule that groups members of shards made elsewhere into samples (`tar_scan.split_key`)."""

@@ -468,7 +468,7 @@ def test_shards_that_came_after_the_index(tmp_path):
 def test_an_index_of_embeddings_is_no_pack(chain, packs, tmp_path, command):
     place = tmp_path / "index"
     assert command("index", packs / "heldout", place, "--model", chain)[0] == 0
-    before = (place / "index.json").read_text()
+    before = (place / "embeddings.json").read_text()
     for words in (
         ("verify", place),
         ("inspect", place, "--out", tmp_path / "sheet.png"),
@@ -483,7 +483,7 @@ def test_an_index_of_embeddings_is_no_pack(chain, packs, tmp_path, command):
         assert "is an index of embeddings, not a pack; `clipkit search` reads it" in err
     with pytest.raises(ShardError, match="is an index of embeddings"):
         next(pictures(str(place)))
-    assert (place / "index.json").read_text() == before
+    assert (place / "embeddings.json").read_text() == before
 
 
 def test_directories_in_a_shard_are_nothing_special(tmp_path):
