@@ -268,7 +268,7 @@ def _white(mask: Tensor) -> Tensor:
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def noise_curve(model: str, shards: str, n: int, out: Path | None, device: str, as_json: bool) -> None:
-    """Measure the zero-shot accuracy of a CLIP at each noise level.
+    """Measure a CLIP's accuracy at each noise level.
 
     Top-1 of the noise-aware CLIP, and of the clean CLIP on the same noised pictures.
 

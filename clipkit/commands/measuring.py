@@ -35,7 +35,7 @@ def metrics(
     device: str,
     as_json: bool,
 ) -> None:
-    """Measure the distance between collections of pictures: FID, KID.
+    """Measure distances of collections (FID, KID, ...).
 
     SAMPLES and REFERENCE are folders, tars or packs.
 

@@ -162,8 +162,9 @@ def _read_options(options: dict[str, Any]) -> dict[str, Any]:
 @click.option("--samples", type=click.IntRange(min=0), default=16, show_default=True, help="Decoded samples per shard.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def verify(shards: str, samples: int, as_json: bool) -> None:
-    """Check a pack against its manifest: sizes, checksums and structure of all shards, and that some images decode.
+    """Check a pack against its manifest.
 
+    Checked are the sizes, checksums and structure of all shards, and whether some of their images decode.
     SHARDS is a folder made by `clipkit pack`, or the URL of one. Exit code 1 for a damaged pack.
 
     \b
