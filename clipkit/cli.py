@@ -81,7 +81,7 @@ for command in (
     *(models.models, models.export, models.average, models.release),
     *(evaluation.zeroshot, evaluation.retrieval, evaluation.probe),
     *(pictures.similarity, pictures.classify, pictures.index, pictures.embed, pictures.search),
-    *(drawing.guided_sample, drawing.noise_curve, measuring.metrics, serving.app),
+    *(drawing.guided_sample, drawing.noise_curve, measuring.metrics, measuring.atoms, serving.app),
 ):
     cli.add_command(command)
 

@@ -1,17 +1,19 @@
-"""metrics: FID, KID and other distances between collections of pictures, or PSNR, SSIM, LPIPS of pairs."""
+"""metrics: FID, KID and other distances of collections, PSNR, SSIM, LPIPS of pairs; atoms: facts of prompts checked."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from clipkit import DEFAULT_MODEL
-from clipkit.commands.arguments import MODEL_HELP
+from clipkit.commands.arguments import MODEL_HELP, RegistryChoice
 from clipkit.errors import UsageError
 from clipkit.inputs import print_json
+from clipkit.registry import SAMPLERS
 
 
 @click.command()
@@ -76,3 +78,64 @@ def metrics(
     click.echo(f"features of {extractor.name}, weights {extractor.weights}")
     for name, value in numbers.items():
         click.echo(f"{name:22}{value:.5g}")
+
+
+@click.command()
+@click.option(
+    "--model", default=DEFAULT_MODEL, show_default=True, help="A denoiser's run, or a folder with it and its networks."
+)
+@click.option("--n", type=click.IntRange(min=1), default=200, show_default=True, help="Number of prompts.")
+@click.option(
+    "--split",
+    type=click.Choice(["val", "heldout", "relations"]),
+    default="heldout",
+    show_default=True,
+    help="heldout: objects in colours that scenes for training never have; relations: relations they never have.",
+)
+@click.option("--plain", is_flag=True, help='Only prompts such as "a red rocket": one object in its colour.')
+@click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True, help="Sampler steps.")
+@click.option("--scale", type=float, help="Classifier guidance by the noise-aware CLIP; as for guided-sample.")
+@click.option("--cfg-scale", type=float, help="Classifier-free guidance, for conditional denoisers.  [default: 2]")
+@click.option(
+    "--sampler", type=RegistryChoice(SAMPLERS), default="dpmpp-2m", show_default=True, help="As for guided-sample."
+)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of prompts and noise.")
+@click.option("--out", type=click.Path(path_type=Path), help="Also write a grid of the first pictures (PNG).")
+@click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def atoms(
+    model: str, n: int, split: str, plain: bool, seed: int, out: Path | None, device: str, as_json: bool, **options: Any
+) -> None:
+    """Score prompts fact by fact, without a network.
+
+    Draws one picture for each of N prompts of the world's scenes ("a red rocket left of two blue stars") and checks
+    every fact that the prompt states: object, colour, count, relation, background. The judge knows the renderer's
+    shapes and colours; its accuracy on the renderer's pictures of the same prompts stands beside the model's score.
+
+    \b
+    Example:
+      clipkit atoms --model runs/drawings --plain --n 64 --out atoms.png
+    """
+    from clipkit.data.images import to_image
+    from clipkit.guidance.image_grid import check_places, grid
+    from clipkit.guidance.metrics.atoms import draw, prompts, renders, score
+    from clipkit.guidance.pipeline import Pipeline
+
+    if out is not None:
+        check_places(str(out), None, 2)
+    asked = prompts(n, split, seed, plain)
+    pipeline = Pipeline.open(model, device)
+    images = draw(pipeline, asked, seed=seed, **options)
+    found = score(asked, [to_image(image) for image in images])
+    judge = score(asked, renders(asked, pipeline.image_size))
+    if out is not None:
+        grid(images[:64]).save(out)
+    if as_json:
+        rows = {kind: {**share.as_dict(), "judge": judge[kind].value} for kind, share in found.items()}
+        print_json({"n": n, "split": split, "plain": plain, "seed": seed, "facts": rows})
+        return
+    click.echo(f"{'fact':12s}{'n':>6s}{'shown':>8s}   {'95 % interval':18s}{'judge on renders':>16s}")
+    for kind, share in found.items():
+        low, high = share.interval
+        interval = f"{low:.1%} to {high:.1%}"
+        click.echo(f"{kind:12s}{share.total:6d}{share.value:8.1%}   {interval:18s}{judge[kind].value:16.1%}")

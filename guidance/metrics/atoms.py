@@ -10,11 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from clipkit.errors import UsageError
+from clipkit.guidance.config import DrawRequest, GuidanceConfig
+from clipkit.guidance.pipeline import Pipeline
+from clipkit.log import progress
 from clipkit.world import Caption, Scene, captions, check, render, sample
 
 _Z = 1.959964
@@ -33,6 +39,11 @@ class Share:
         """The share that is right, in [0, 1]; NaN of none."""
         return self.right / self.total if self.total else math.nan
 
+    def as_dict(self) -> dict[str, float]:
+        """Share, counts and interval, for JSON."""
+        low, high = self.interval
+        return {"share": self.value, "right": self.right, "total": self.total, "low": low, "high": high}
+
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval (Wilson 1927); (0, 1) of none."""
@@ -41,7 +52,7 @@ class Share:
         n, p = self.total, self.value
         middle = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
         half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n * n))
-        return max(0.0, middle - half), min(1.0, middle + half)
+        return min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half))
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,19 @@ def prompts(n: int, split: str = "heldout", seed: int = 0, plain: bool = False) 
         pick = 0 if plain else int(np.random.default_rng([seed, index]).integers(len(choices)))
         found.append(Prompt(choices[pick], scene))
     return found
+
+
+def draw(pipeline: Pipeline, asked: Sequence[Prompt], seed: int = 0, **options: Any) -> Tensor:
+    """One picture of each prompt -> [N, 3, S, S] in [-1, 1]; picture i has the seed `seed` + i.
+
+    `options` are `cfg_scale` and fields of `DrawRequest`. Raises UsageError as `Pipeline.draw` does.
+    """
+    guidance = GuidanceConfig(options.pop("cfg_scale", None))
+    images = []
+    for i, prompt in enumerate(progress(asked, len(asked), "prompts")):
+        request = DrawRequest({prompt.caption.text: 1.0}, n=1, seed=seed + i, guidance=guidance, **options)
+        images.append(pipeline.draw(request).images)
+    return torch.cat(images)
 
 
 def renders(asked: Sequence[Prompt], size: int) -> list[Image.Image]:

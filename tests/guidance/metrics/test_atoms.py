@@ -1,5 +1,7 @@
 """Atomic facts: prompts, their score on renders and on other pictures, and intervals."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,3 +65,26 @@ def test_of_nothing_nothing_is_known():
 def test_refusals(call, message):
     with pytest.raises(UsageError, match=message):
         call()
+
+
+def test_the_command(command, chain, tmp_path):
+    words = ["atoms", "--model", chain, "--plain", "--n", "3", "--steps", "2"]
+    code, out, _ = command(*words, "--json", "--out", tmp_path / "atoms.png")
+    facts = json.loads(out)["facts"]
+    assert code == 0
+    assert list(facts) == ["object", "colour", "count", "prompt"]
+    assert {row["total"] for row in facts.values()} == {3}
+    assert {row["judge"] for row in facts.values()} == {1.0}
+    assert all(row["low"] <= row["share"] <= row["high"] for row in facts.values())
+    assert Image.open(tmp_path / "atoms.png").width > 48
+    code, out, _ = command(*words)
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["fact", *facts]
+
+
+def test_the_command_refuses_before_it_draws(command, tmp_path):
+    code, _, err = command("atoms", "--split", "relations", "--plain")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "take another split" in err
+    code, _, err = command("atoms", "--out", tmp_path / "atoms.pdf")
+    assert code == 2
