@@ -76,7 +76,8 @@ def test_the_command(command, chain, tmp_path):
     assert {row["total"] for row in facts.values()} == {3}
     assert {row["judge"] for row in facts.values()} == {1.0}
     assert all(row["low"] <= row["share"] <= row["high"] for row in facts.values())
-    assert Image.open(tmp_path / "atoms.png").width > 48
+    with Image.open(tmp_path / "atoms.png") as sheet:
+        assert sheet.width > 48
     code, out, _ = command(*words)
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()] == ["fact", *facts]
