@@ -37,7 +37,7 @@ def metrics(
     device: str,
     as_json: bool,
 ) -> None:
-    """Measure distances of collections (FID, KID, ...).
+    """Measure distances of collections, such as FID and KID.
 
     SAMPLES and REFERENCE are folders, tars or packs.
 
