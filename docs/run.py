@@ -3,7 +3,7 @@
     python docs/run.py
 
 writes their present output and pictures into the pages, and into README.md where it shows the same commands.
-tests/test_docs.py compares what is shown with what is printed, numbers apart.
+tests/test_docs.py compares what is shown with what is printed, numbers apart. Needs Python 3.11.
 """
 
 from __future__ import annotations
