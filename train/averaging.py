@@ -33,8 +33,8 @@ def average(runs: Sequence[str | Path], out: Path, shares: Sequence[float] = ())
 
     `runs` are names and places that `clipkit.load` takes, published models included. `out` loads as a run does, and
     fine-tuning starts from it; its training cannot be resumed. Statistics of BatchNorms are not averaged: those of the
-    averaged weights are measured, on some 5,000 views of the last run's data (Izmailov et al. 2018, arXiv 1803.05407,
-    section 3.2).
+    averaged weights are measured, on some 5,000 views of the data of the last run whose pack is here (Izmailov et al.
+    2018, arXiv 1803.05407, section 3.2).
 
     Raises UsageError for fewer than two runs, shares that do not match them, BatchNorms where none of the models is a
     run with data, and an `out` that holds files or cannot be written; CheckpointError for models that do not fit each
@@ -43,7 +43,7 @@ def average(runs: Sequence[str | Path], out: Path, shares: Sequence[float] = ())
     weights = _weights(len(runs), shares)
     inputs.check_new(out)
     sources = [open_source(run) for run in runs]
-    last = next((source for source in reversed(sources) if source.checkpoint is not None), sources[-1])
+    last = max(reversed(sources), key=_knows_data)  # the last one of equals
     model = last.build()
     averaged = {
         name: torch.zeros_like(tensor, dtype=torch.float64) if tensor.is_floating_point() else tensor
@@ -58,6 +58,14 @@ def average(runs: Sequence[str | Path], out: Path, shares: Sequence[float] = ())
     with written_whole(out) as aside:
         written = checkpoint.save(aside, state, {"ema": model.state_dict()}, texts, keep_last=1).relative_to(aside)
     return out / written
+
+
+def _knows_data(source: Source) -> int:
+    """2 for a run whose pack is here, 1 for any other run or release, 0 for published weights."""
+    if source.checkpoint is None:
+        return 0
+    shards = str((source.checkpoint.state["recipe"].get("data") or {}).get("shards", ""))
+    return 2 if "://" in shards or Path(shards).is_dir() else 1
 
 
 def _state(last: Source, made_of: list[dict[str, Any]]) -> dict[str, Any]:

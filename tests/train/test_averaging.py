@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -155,12 +156,24 @@ def test_a_run_is_never_written_over(pair):
         average(pair, pair[0])
 
 
+def test_statistics_are_measured_on_a_pack_that_is_here(pair, tmp_path):
+    """A release keeps the name alone of its pack's folder: the run beside it has the data, in any order."""
+    released = tmp_path / "released"
+    release(pair[0], released)
+    given = find(released, "clip").state["recipe"]["data"]["shards"]
+    assert not Path(given).is_dir()
+    for order in ([pair[1], released], [released, pair[1]]):
+        out = tmp_path / str(order.index(released))
+        average(order, out)
+        assert find(out, "clip").state["recipe"]["data"]["shards"] != given
+
+
 def test_data_that_is_gone(packs, pair, tmp_path):
     shutil.copytree(packs / "train", tmp_path / "pack")
     last = tuned(packs, pair[0], tmp_path / "last", f"data.shards={tmp_path / 'pack'}")
     shutil.rmtree(tmp_path / "pack")
     with pytest.raises(ShardError, match="no pack at"):
-        average([pair[0], last], tmp_path / "mean")
+        average([last, last], tmp_path / "mean")
     assert not (tmp_path / "mean").exists()
 
 
