@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from clipkit import checkpoint, inputs
 from clipkit.config import DataConfig, from_dict
 from clipkit.data.loader import Stream
+from clipkit.data.manifest import is_pack
 from clipkit.data.shards import Shards
 from clipkit.errors import CheckpointError, UsageError
 from clipkit.io import written_whole
@@ -65,7 +66,7 @@ def _knows_data(source: Source) -> int:
     if source.checkpoint is None:
         return 0
     shards = str((source.checkpoint.state["recipe"].get("data") or {}).get("shards", ""))
-    return 2 if "://" in shards or Path(shards).is_dir() else 1
+    return 2 if is_pack(shards) else 1
 
 
 def _state(last: Source, made_of: list[dict[str, Any]]) -> dict[str, Any]:

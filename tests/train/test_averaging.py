@@ -2,7 +2,6 @@
 
 import copy
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from clipkit import checkpoint
 from clipkit.config import from_dict
 from clipkit.convert.release import release
 from clipkit.data.loader import Stream
+from clipkit.data.manifest import is_pack
 from clipkit.data.shards import Shards
 from clipkit.errors import CheckpointError, ShardError, UsageError
 from clipkit.models.source import find
@@ -161,7 +161,7 @@ def test_statistics_are_measured_on_a_pack_that_is_here(pair, tmp_path):
     released = tmp_path / "released"
     release(pair[0], released)
     given = find(released, "clip").state["recipe"]["data"]["shards"]
-    assert not Path(given).is_dir()
+    assert not is_pack(given)
     for order in ([pair[1], released], [released, pair[1]]):
         out = tmp_path / str(order.index(released))
         average(order, out)
