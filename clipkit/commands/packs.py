@@ -39,6 +39,7 @@ from clipkit.inputs import check_file, print_json
 )
 @click.option("--size", type=click.IntRange(min=8), default=24, show_default=True, help="Pixels of what is rendered.")
 @click.option("--variants", type=click.IntRange(min=1), default=4, show_default=True, help="Samples of a pictogram.")
+@click.option("--photographs", help="Pack whose pictures pictograms are laid on, instead of plain colours.")
 @click.option(
     "--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True, help="NAME: place."
 )
@@ -59,6 +60,7 @@ def pack(
     count: int,
     size: int,
     variants: int,
+    photographs: str | None,
     data_dir: Path,
     download: bool,
 ) -> None:
@@ -85,6 +87,7 @@ def pack(
     from clipkit.pack import Encoding, holdout_of
     from clipkit.pack import pack as write
     from clipkit.pictograms import pictograms_source
+    from clipkit.shards import Shards
     from clipkit.zeroshot.datasets import as_source, known, open_set
     from clipkit.zeroshot.heads import ensembles
 
@@ -107,7 +110,8 @@ def pack(
     elif source == "scenes":
         data = sources.scenes_source(split, count, size, seed)
     elif pictograms is not None:
-        data = pictograms_source(pictograms, split, size, variants, seed)
+        behind = Shards(photographs) if photographs else None
+        data = pictograms_source(pictograms, split, size, variants, seed, behind)
     elif is_named:
         if split not in ("train", "test"):
             raise UsageError(f"--split is {split!r}; {source} has train and test")
@@ -128,9 +132,9 @@ _RENDERED = ("drawings", "scenes")
 def _refuse_options(source: str, is_pictograms: bool, is_named: bool, has_table: bool) -> None:
     """Refuse options that do nothing for this kind of source."""
     named, written = ["data_dir", "download"], ["classnames", "templates", "table"]
-    drawn = ["count", "size", "variants"]
+    drawn = ["count", "size", "variants", "photographs"]
     if source in _RENDERED:
-        refuse_options([*named, *written, "variants"], f"on {source}")
+        refuse_options([*named, *written, "variants", "photographs"], f"on {source}")
     elif is_pictograms:
         refuse_options([*named, *written, "count"], "on pictograms, which have their own names and captions")
     elif is_named:
