@@ -54,6 +54,7 @@ class _Pack(click.Command):
     "--count", type=click.IntRange(min=1), default=12_000, show_default=True, help="Number of rendered samples."
 )
 @click.option("--size", type=click.IntRange(min=8), default=24, show_default=True, help="Pixels of rendered samples.")
+@click.option("--photographs", help="A pack: pictograms are composited on its images instead of plain colours.")
 @click.option(
     "--variants", type=click.IntRange(min=1), default=4, show_default=True, help="Samples made of each pictogram."
 )
@@ -146,12 +147,14 @@ def _options_of(kind: str, source: str) -> list[str]:
 
 def _read_options(options: dict[str, Any]) -> dict[str, Any]:
     """The options, with class names and templates read from their files."""
+    from clipkit.data.shards import Shards
     from clipkit.data.sources import DEFAULT_TEMPLATES
     from clipkit.zeroshot.heads import ensembles
 
-    classes, templates = options["classes"], options["templates"]
+    classes, templates, photographs = (options[name] for name in ("classes", "templates", "photographs"))
     return {
         **options,
+        "photographs": Shards(photographs) if photographs else None,
         "classes": read_class_names(classes) if classes else None,
         "templates": read_templates(templates, ensembles()) if templates else DEFAULT_TEMPLATES,
     }

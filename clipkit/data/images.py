@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -284,10 +285,17 @@ def _resized(pixels: Tensor, box: tuple[int, int, int, int], size: int) -> Tenso
     return F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
 
 
-def flip_and_jitter(images: Tensor, config: DataConfig, rngs: list[np.random.Generator]) -> Tensor:
-    """uint8 [B, 3, S, S] -> the same shape, each flipped and jittered by its own generator."""
+def flip_and_jitter(
+    images: Tensor, config: DataConfig, rngs: list[np.random.Generator], captions: Sequence[str] = ()
+) -> Tensor:
+    """uint8 [B, 3, S, S] -> the same shape, each flipped and jittered by its own generator.
+
+    An image whose caption says left or right is not flipped.
+    """
     if config.flip and rngs:
         flipped = torch.tensor([rng.random() < 0.5 for rng in rngs])
+        if captions:
+            flipped &= ~torch.tensor([bool(_SIDED.search(caption)) for caption in captions])
         images[flipped] = images[flipped].flip(-1)
     if config.colour_jitter and rngs:
         j = config.colour_jitter
@@ -298,6 +306,9 @@ def flip_and_jitter(images: Tensor, config: DataConfig, rngs: list[np.random.Gen
         sharpness = torch.tensor([rng.uniform(1 - j, 1 + j) for rng in rngs], dtype=torch.float32)
         images = _sharpened(images.float(), sharpness).to(torch.uint8)
     return images
+
+
+_SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
 def _jitter(x: Tensor, factors: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ class _Samples(Dataset["Batch | ShardError"]):
             keys.append(sample.key)
         # [b, S, S, 3] in memory, as the decoder left them -> [b, 3, S, S]
         images = torch.stack(views) if views else torch.empty(0, size, size, 3, dtype=torch.uint8)
-        images = flip_and_jitter(images.permute(0, 3, 1, 2), self.config, rngs)
+        images = flip_and_jitter(images.permute(0, 3, 1, 2), self.config, rngs, captions)
         tokens = {key: tokenizer.encode(captions) for key, tokenizer in self.tokenizers.items()}
         return Batch(images, captions, torch.tensor(groups, dtype=torch.int64), keys, skipped, tokens)
 

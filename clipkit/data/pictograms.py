@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
 from clipkit.data.files import Files
-from clipkit.data.images import FORMATS
+from clipkit.data.images import FORMATS, decode
+from clipkit.data.shards import Shards
 from clipkit.data.sources import RawSample, Source, encode_png
 from clipkit.data.tables import read_table
 from clipkit.errors import DataError, SampleError, UsageError
@@ -48,10 +49,13 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 TEMPLATES = ("a {}", "a drawing of a {}", "a picture of a {}", "{}")
 
 _RECOLOURED, _MIRRORED, _WHITE = 0.35, 0.3, 0.5  # shares of the samples
+_RECOLOURED_ON_PHOTOGRAPHS = 0.1
 _LARGEST = 128
 _HELD_OUT = 8  # one thing in so many keeps one of its styles for testing
 _FIXED = ("symbols", "flags")  # groups that mean something else when mirrored
 _COLOURED = ("animals-nature", "food-drink", "travel-places", "activities", "objects", "smileys-emotion")
+_PHOTOGRAPHED = ("animals-nature", "food-drink", "travel-places", "activities", "objects")
+"""Groups that are composited on photographs."""
 _MAIN = 0.3  # smallest share of the opaque area that a main colour has
 _HUES = 24  # distance in hue, of 256, that belongs to a colour
 
@@ -96,11 +100,14 @@ def held_out(pictogram: Pictogram, styles: frozenset[str]) -> bool:
     )
 
 
-def pictograms_source(source: Path, split: str, size: int, variants: int, seed: int) -> Source:
+def pictograms_source(
+    source: Path, split: str, size: int, variants: int, seed: int, photographs: Shards | None = None
+) -> Source:
     """`variants` samples of each pictogram of a split, "train" or "heldout", as PNG of `size` pixels.
 
-    Classes are the names. Raises DataError for a folder without table or images, UsageError for a split, size or count
-    that there is not.
+    With `photographs`, pictograms of things are composited on crops of them, rotated, shaded and blurred, so that the
+    rendering does not tell what an image shows. Classes are the names. Raises DataError for a folder without table or
+    images, UsageError for a split, size or count that there is not.
     """
     if split not in ("train", "heldout"):
         raise UsageError(f"--split is {split!r}; pictograms have train and heldout")
@@ -114,7 +121,8 @@ def pictograms_source(source: Path, split: str, size: int, variants: int, seed: 
     styles: dict[str, frozenset[str]] = {}
     for one in known.values():
         styles[one.name] = styles.get(one.name, frozenset()) | {one.style}
-    chosen = {k: p for k, p in known.items() if held_out(p, styles[p.name]) == (split == "heldout")}
+    of_split = {k: p for k, p in known.items() if held_out(p, styles[p.name]) == (split == "heldout")}
+    chosen = {k: p for k, p in of_split.items() if photographs is None or p.group in _PHOTOGRAPHED}
     if not chosen:
         raise DataError(f"{table} has no pictogram of the split {split}")
     classes = {name: i for i, name in enumerate(sorted(styles))}
@@ -128,13 +136,16 @@ def pictograms_source(source: Path, split: str, size: int, variants: int, seed: 
             for k in range(variants):
                 rng = np.random.default_rng([seed, zlib.crc32(one.image.encode()), k])
                 try:
-                    yield _sample(one, file.read(), size, rng, classes[one.name])
+                    image = _with_alpha(file.read(), one.image)
+                    yield _sample(one, image, size, rng, classes[one.name], photographs)
                 except SampleError as error:
                     yield error
         yield from (SampleError("image missing", name) for name in sorted(missing) for _ in range(variants))
 
     content = zlib.crc32(table.read_bytes())
-    identity = repr(("pictograms", str(source.resolve()), files.fingerprint, content, split, size, variants, seed))
+    decided_by = (str(source.resolve()), files.fingerprint, content, split, size, variants, seed)
+    over = () if photographs is None else ([entry["sha256"] for entry in photographs.entries],)
+    identity = repr(("pictograms", *decided_by, *over))
     unlisted = {"not in the table": len(set(files.names) - known.keys())}
     return Source(
         samples(),
@@ -146,15 +157,25 @@ def pictograms_source(source: Path, split: str, size: int, variants: int, seed: 
     )
 
 
-def _sample(one: Pictogram, data: bytes, size: int, rng: np.random.Generator, label: int) -> RawSample:
-    """One picture of a pictogram with its captions. Raises SampleError for an image that cannot be read."""
-    image, colour = _with_alpha(data, one.image), ""
-    if one.group in _COLOURED and rng.random() < _RECOLOURED:
+def _sample(
+    one: Pictogram,
+    image: Image.Image,
+    size: int,
+    rng: np.random.Generator,
+    label: int,
+    photographs: Shards | None = None,
+) -> RawSample:
+    """One picture of a pictogram with its captions."""
+    colour = ""
+    share = _RECOLOURED if photographs is None else _RECOLOURED_ON_PHOTOGRAPHS
+    if one.group in _COLOURED and rng.random() < share:
         wanted = list(COLOURS)[int(rng.integers(len(COLOURS)))]
         if (other := recoloured(image, COLOURS[wanted])) is not None:
             image, colour = other, wanted
     if one.group not in _FIXED and rng.random() < _MIRRORED:
         image = ImageOps.mirror(image)
+    if photographs is not None:
+        return RawSample(encode_png(_collage(image, photographs, size, rng)), _captions(one, colour, "", rng), label)
     background = "white" if rng.random() < _WHITE else list(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))]
     side = max(1, round(size * rng.uniform(0.8, 1.0)))
     left, top = (int(rng.integers(size - side + 1)) for _ in range(2))
@@ -162,6 +183,30 @@ def _sample(one: Pictogram, data: bytes, size: int, rng: np.random.Generator, la
     image = image.resize((side, side), Image.Resampling.LANCZOS)
     canvas.paste(image, (left, top), mask=image)
     return RawSample(encode_png(canvas), _captions(one, colour, background, rng), label)
+
+
+def _collage(image: Image.Image, photographs: Shards, size: int, rng: np.random.Generator) -> Image.Image:
+    """An RGBA image on a photograph: turned, stretched, paler, lit from one side, and blurred or grained with it."""
+    image = image.rotate(rng.uniform(-20, 20), Image.Resampling.BICUBIC)
+    side = round(size * rng.uniform(0.6, 1.0))
+    wide, high = (max(4, round(side * min(1.0, rng.uniform(0.75, 1.1)))) for _ in range(2))
+    image = image.resize((wide, high), Image.Resampling.LANCZOS)
+    pixels = np.asarray(image, np.float64).copy()
+    grey = pixels[..., :3].mean(axis=2, keepdims=True)
+    pixels[..., :3] = grey + rng.uniform(0.3, 1.0) * (pixels[..., :3] - grey)
+    pixels[..., :3] *= rng.uniform(0.75, 1.1, 3)
+    (across, down), light = rng.uniform(-0.35, 0.35, 2), rng.uniform(0.7, 1.1)
+    ys, xs = np.mgrid[-1 : 1 : high * 1j, -1 : 1 : wide * 1j]
+    pixels[..., :3] *= (light + across * xs + down * ys)[..., None]
+    image = Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8), "RGBA")
+    behind = decode(photographs.read(int(rng.integers(len(photographs)))).image)
+    part = round(min(behind.size) * rng.uniform(0.4, 1.0))
+    x, y = (int(rng.integers(whole - part + 1)) for whole in behind.size)
+    canvas = behind.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + part, y + part))
+    canvas.paste(image, (int(rng.integers(size - wide + 1)), int(rng.integers(size - high + 1))), mask=image)
+    canvas = canvas.filter(ImageFilter.GaussianBlur(size / 32 * rng.uniform(0, 0.7)))
+    grained = np.asarray(canvas, np.float64) + rng.uniform(0, 8) * rng.standard_normal((size, size, 1))
+    return Image.fromarray(grained.clip(0, 255).round().astype(np.uint8))
 
 
 def _with_alpha(data: bytes, name: str) -> Image.Image:
@@ -173,7 +218,7 @@ def _with_alpha(data: bytes, name: str) -> Image.Image:
 
 
 def _captions(one: Pictogram, colour: str, background: str, rng: np.random.Generator) -> tuple[str, ...]:
-    """All true: the plain one, one with the way of drawing, one with keywords, one with the background."""
+    """All true: the plain one, one with the way of drawing, one with keywords, one with the background if named."""
     thing = f"{colour} {one.name}" if colour else one.name
     thing = thing if one.group in _FIXED else f"{_article(thing)} {thing}"
     way = STYLES.get(one.style, one.style)
@@ -182,7 +227,7 @@ def _captions(one: Pictogram, colour: str, background: str, rng: np.random.Gener
         thing,
         f"{_article(way)} {way} drawing of {thing}",
         ", ".join([thing, *tags]),
-        f"{thing} on a {background} background",
+        f"{thing} on a {background} background" if background else f"a picture of {thing}",
     )
 
 

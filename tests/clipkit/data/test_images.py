@@ -292,6 +292,18 @@ def test_half_are_flipped_and_each_by_its_own_generator():
     assert torch.equal(varied(pixels[7:8], [7], flip=True)[0], together[7])
 
 
+def test_what_is_left_stays_left():
+    pixels = torch.randint(0, 256, (40, 3, 6, 6), dtype=torch.uint8)
+    rngs = [np.random.default_rng(i) for i in range(40)]
+    captions = ["a red rocket left of a star", "A cup on the Right.", "a leftover", "a rocket"] * 10
+    found = images.flip_and_jitter(pixels.clone(), DataConfig("", flip=True), rngs, captions)
+    flipped = [torch.equal(t, p.flip(-1)) for t, p in zip(found, pixels, strict=True)]
+    assert not any(flipped[0::4])
+    assert not any(flipped[1::4])
+    assert any(flipped[2::4])
+    assert any(flipped[3::4])
+
+
 def test_jitter_is_that_of_torchvision():
     from torchvision.transforms.v2 import functional as F
 

@@ -115,3 +115,18 @@ def test_what_is_wrong_is_said(folder, tmp_path):
     (tmp_path / "captions.csv").write_text("image,caption\na.png,a\n")
     with pytest.raises(DataError, match="tags"):
         pictograms_source(tmp_path, "train", 32, 1, 0)
+
+
+def test_photographs_lie_behind_things(folder, tmp_path):
+    from clipkit import sources
+    from clipkit.pack import pack
+    from clipkit.data.shards import Shards
+
+    pack(sources.drawings_source("train", 20, 24, 0), tmp_path / "pack", 10, 0)
+    behind = Shards(str(tmp_path / "pack"))
+    samples = list(pictograms_source(folder, "train", 32, 2, 0, behind).samples)
+    assert {Image.open(io.BytesIO(s.image)).size for s in samples} == {(32, 32)}
+    assert {s.captions[3] for s in samples} == {f"a picture of {s.captions[0]}" for s in samples}
+    assert list(pictograms_source(folder, "train", 32, 2, 0, behind).samples) == samples
+    plain = pictograms_source(folder, "train", 32, 2, 0)
+    assert plain.identity != pictograms_source(folder, "train", 32, 2, 0, behind).identity
