@@ -144,7 +144,7 @@ def dataset_source(source: str | Path, split: str, seed: int, data_dir: Path, do
     Raises UsageError for another split, and as `as_source` does.
     """
     if split not in ("train", "test"):
-        raise UsageError(f"--split is {split!r}; {source} has train and test")
+        raise UsageError(f"split is {split!r}; {source} has train and test")
     return as_source(open_set(str(source), data_dir, download, training=split == "train"), seed)
 
 

@@ -117,7 +117,7 @@ def pack(
         raise UsageError(f"{val} is not empty; choose another folder or remove it")
     total = source.count() if holdout else 0
     if holdout and holdout >= total:
-        raise UsageError(f"--holdout {holdout} leaves nothing of {total} samples")
+        raise UsageError(f"holdout is {holdout}, which leaves nothing of {total} samples")
     journal = _Journal.open(out, plan)
     kept = _Kept(holdout, total, journal)
     with _made(out):

@@ -110,9 +110,9 @@ def pictograms_source(
     images, UsageError for a split, size or count that there is not.
     """
     if split not in ("train", "heldout"):
-        raise UsageError(f"--split is {split!r}; pictograms have train and heldout")
+        raise UsageError(f"split is {split!r}; pictograms have train and heldout")
     if not 8 <= size <= _LARGEST or variants < 1:
-        raise UsageError(f"--size is {size} and --variants {variants}; a size is 8 to {_LARGEST}, variants at least 1")
+        raise UsageError(f"size is {size} and variants is {variants}; a size is 8 to {_LARGEST}, variants at least 1")
     table = source / "captions.csv"
     if not table.is_file():
         raise DataError(f"{source} holds no captions.csv; pictograms are a folder with that table and images")

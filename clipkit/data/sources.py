@@ -190,7 +190,7 @@ def _places(names: Sequence[str]) -> Callable[[str], list[str]]:
 def drawings_source(split: str, count: int, size: int, seed: int) -> Source:
     """`count` procedural drawings of a split, as PNG; classes are the (object, colour) pairs."""
     if count < 1:
-        raise UsageError(f"--count is {count}; it must be at least 1")
+        raise UsageError(f"count is {count}; it must be at least 1")
     classes = [[f"{colour} {object_}"] for object_, colour in drawings.PAIRS]
 
     def samples() -> Iterator[RawSample | SampleError]:

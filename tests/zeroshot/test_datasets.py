@@ -153,7 +153,7 @@ def test_named_sets_are_packed_as_they_are(tmp_path, command):
     ("words", "code", "message"),
     [
         (("fashion-mnist", "out"), 1, "fashion-mnist is not in data; download it, or give the folder"),
-        (("fashion-mnist", "out", "--split", "heldout"), 2, "--split is 'heldout'; fashion-mnist has train and test"),
+        (("fashion-mnist", "out", "--split", "heldout"), 2, "split is 'heldout'; fashion-mnist has train and test"),
         (("eurosat", "out"), 2, "eurosat has no training images that clipkit knows"),
         (
             ("fashion-mnits", "out"),

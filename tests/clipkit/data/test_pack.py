@@ -249,7 +249,7 @@ def test_a_bad_image_does_not_cost_the_holdout_its_size(folder, tmp_path):
 
 
 def test_too_large_a_holdout(tmp_path):
-    with pytest.raises(UsageError, match="--holdout 40 leaves nothing of 40 samples"):
+    with pytest.raises(UsageError, match="holdout is 40, which leaves nothing of 40 samples"):
         pack(_drawings(), tmp_path / "out", holdout=40)
 
 

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from clipkit.data.pack import pack
 from clipkit.data.pictograms import BACKGROUNDS, COLOURS, pictograms_source, plain_name, recoloured
+from clipkit.data.shards import Shards
+from clipkit.data.sources import drawings_source
 from clipkit.errors import DataError, UsageError
 
 NAMES = [f"thing {i}" for i in range(40)]
@@ -110,7 +113,7 @@ def test_names_in_the_words_of_a_caption():
 def test_what_is_wrong_is_said(folder, tmp_path):
     with pytest.raises(UsageError, match="'test'; pictograms have train and heldout"):
         pictograms_source(folder, "test", 32, 1, 0)
-    with pytest.raises(UsageError, match="--size is 200"):
+    with pytest.raises(UsageError, match="size is 200"):
         pictograms_source(folder, "train", 200, 1, 0)
     (tmp_path / "captions.csv").write_text("image,caption\na.png,a\n")
     with pytest.raises(DataError, match="tags"):
@@ -118,11 +121,7 @@ def test_what_is_wrong_is_said(folder, tmp_path):
 
 
 def test_photographs_lie_behind_things(folder, tmp_path):
-    from clipkit import sources
-    from clipkit.pack import pack
-    from clipkit.data.shards import Shards
-
-    pack(sources.drawings_source("train", 20, 24, 0), tmp_path / "pack", 10, 0)
+    pack(drawings_source("train", 20, 24, 0), tmp_path / "pack", 10, 0)
     behind = Shards(str(tmp_path / "pack"))
     samples = list(pictograms_source(folder, "train", 32, 2, 0, behind).samples)
     assert {Image.open(io.BytesIO(s.image)).size for s in samples} == {(32, 32)}
