@@ -245,7 +245,7 @@ def load_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) 
     if not file.is_file() and (SHIPPED / f"{file.stem}.toml").is_file() and file.parent == Path("."):
         file = SHIPPED / f"{file.stem}.toml"
     if not file.is_file():
-        raise RecipeError(f"no recipe at {path}; give a TOML file or a shipped recipe ({', '.join(shipped())})")
+        raise RecipeError(f"no recipe at {path}; {did_you_mean(file.stem, shipped())}")
     try:
         data = tomllib.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # no TOML, no UTF-8, or a number of thousands of digits
@@ -349,7 +349,7 @@ def from_dict(kind: type[R], data: Mapping[str, Any], where: str = "") -> R:
     hints = typing.get_type_hints(kind, include_extras=True)
     for key in data:
         if key not in fields:
-            raise RecipeError(f"unknown recipe key {where}{key}; {did_you_mean(key, fields)}")
+            raise RecipeError(f"unknown recipe key {where}{key}; {did_you_mean(key, fields, where)}")
     values: dict[str, Any] = {}
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

@@ -79,8 +79,8 @@ def shown(argument: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: the closest known name, or all of them when none is close."""
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of an error message: the closest known name after a prefix, or all of them when none is close."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    return f"did you mean {prefix + close[0]!r}?" if close else f"known: {', '.join(known)}"

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from clipkit.config import Recipe, keys_of, to_toml, toml_value
-from clipkit.errors import UsageError
+from clipkit.config import Recipe, keys_of, shipped, to_toml, toml_value
+from clipkit.errors import UsageError, did_you_mean
 from clipkit.registry import TASKS, Registry
 
 
@@ -66,12 +66,14 @@ def recipe_keys(kind: str) -> list[Key]:
 def kind_of(path: str | Path) -> str:
     """The task that a recipe is for, by the end of its name: drawings_noisy_clip.toml -> noisy_clip.
 
-    Raises UsageError when the name ends with no task.
+    Raises UsageError when the name ends with no task, or there is no such file.
     """
     stem = Path(path).name.removesuffix(".toml")
     fitting = [kind for kind in TASKS if stem == kind or stem.endswith(f"_{kind}")]
-    if not fitting:
+    if not fitting and Path(path).is_file():
         raise UsageError(f"the name of {path} ends with no task ({', '.join(TASKS)}); name the task")
+    if not fitting:
+        raise UsageError(f"no recipe at {path}; {did_you_mean(stem, shipped())}")
     return max(fitting, key=len)
 
 

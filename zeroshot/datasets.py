@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,6 +116,9 @@ def _suggestion(name: str) -> str:
             return f"for the folder of this name, give {'shards' if tar_files(place) else 'folder'}:{name}"
         if place.is_file():
             return f"for the file of this name, give {'csv' if place.suffix in ('.csv', '.tsv') else 'tar'}:{name}"
+    kind, colon, rest = name.partition(":")
+    if colon and (close := get_close_matches(kind, KINDS, n=1)):
+        return f"did you mean {close[0] + colon + rest!r}?"
     return f"{did_you_mean(name, DATASETS)} (or KIND:PLACE, KIND one of {', '.join(KINDS)})"
 
 

@@ -58,7 +58,9 @@ def export(model: str, out: Path, form: str, push: str | None) -> None:
     """Write a model for other libraries.
 
     open_clip and transformers read their folders with equal features; onnx and torch write two graphs, from uint8
-    pixels and from token ids to unit vectors. OUT is a new folder, or one with an earlier export in this format.
+    pixels and from token ids to unit vectors. open_clip takes models whose image encoder is timm's or OpenAI's,
+    transformers those with its own ViT; onnx and torch take every model, also clipkit-tiny. OUT is a new folder, or one
+    with an earlier export in this format.
 
     \b
     Example:
@@ -85,8 +87,8 @@ def average(models: tuple[str, ...], out: Path, shares: str) -> None:
     """Average the weights of several CLIPs.
 
     MODELS are two or more, runs or published, that started from the same weights: a fine-tuned CLIP and its original
-    (WiSE-FT), or several fine-tuned ones (a model soup). The average is as fast as each, and often better. OUT is a new
-    folder; --model takes it as it takes a run.
+    (WiSE-FT), or several fine-tuned ones (a model soup). The average is as fast as each, and often better. Shares are
+    divided by their sum. OUT is a new folder; --model takes it as it takes a run.
 
     \b
     Examples:
@@ -99,7 +101,8 @@ def average(models: tuple[str, ...], out: Path, shares: str) -> None:
         wanted = [float(word) for word in shares.split(",")] if shares else []
     except ValueError:
         raise UsageError(f"--shares is {shares!r}; it must be numbers, such as 0.3,0.7") from None
-    click.echo(f"{write(models, out, wanted)}")
+    write(models, out, wanted)
+    click.echo(f"{out}")
 
 
 @click.command()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import click
 
-from clipkit.errors import UsageError
+from clipkit.errors import RecipeError, UsageError
 from clipkit.inputs import print_json
 from clipkit.registry import TASKS, task_entry
 
@@ -21,7 +22,10 @@ def training_command(kind: str) -> click.Command:
     entry = task_entry(kind)
 
     def command(recipe: str, overrides: Sequence[str], dry_run: bool) -> None:
-        TASKS[kind].run(recipe, overrides, dry_run)
+        try:
+            TASKS[kind].run(recipe, overrides, dry_run)
+        except RecipeError as error:
+            raise RecipeError(f"{error}{_other_task(recipe, kind)}") from None
 
     command.__doc__ = (
         f"{entry.help}\n{_RECIPE_HELP}\n\n    \b\n    Example:\n"
@@ -30,6 +34,16 @@ def training_command(kind: str) -> click.Command:
     decorated: Callable[..., None] = click.argument("overrides", nargs=-1)(command)
     decorated = click.option("--dry-run", is_flag=True, help="Print the resolved recipe and stop.")(decorated)
     return click.command(entry.command)(click.argument("recipe")(decorated))
+
+
+def _other_task(recipe: str, kind: str) -> str:
+    """The end of a message about a recipe whose name is that of another task's; empty for any other."""
+    from clipkit.reference import kind_of
+
+    with suppress(UsageError):
+        if (other := kind_of(recipe)) != kind:
+            return f" (by its name, it is a recipe of `clipkit {task_entry(other).command}`)"
+    return ""
 
 
 @click.command()

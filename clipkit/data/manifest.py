@@ -93,7 +93,8 @@ def tars_of(folder: Path) -> list[Path]:
     if not tars:
         if _has_embeddings(folder):
             raise ShardError(_no_pack(folder))
-        raise ShardError(f"no .tar shards in {folder}; make some with `clipkit pack`")
+        what = f"no .tar shards in {folder}" if folder.is_dir() else f"there is no {folder}"
+        raise ShardError(f"{what}; make a pack with `clipkit pack`")
     return tars
 
 

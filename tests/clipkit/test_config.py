@@ -44,7 +44,7 @@ def test_overrides_win_and_have_types():
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("run.stepz=3", r"unknown recipe key run\.stepz; did you mean 'steps'\?"),
+        ("run.stepz=3", r"unknown recipe key run\.stepz; did you mean 'run.steps'\?"),
         ("rum.steps=3", r"unknown recipe key rum; did you mean 'run'\?"),
         ("run.steps=many", r"run\.steps is 'many' \(str\); it must be of type int"),
         ("run.steps=1.5", r"run\.steps is 1\.5 \(float\); it must be of type int"),

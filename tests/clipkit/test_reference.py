@@ -30,12 +30,15 @@ def test_a_key_has_type_default_and_help():
     assert "Epsilon" in keys["model.conventions.text_norm_eps"].help
 
 
-def test_the_task_of_a_recipe_is_the_end_of_its_name():
+def test_the_task_of_a_recipe_is_the_end_of_its_name(tmp_path):
     kinds = [reference.kind_of(f"a/drawings_{kind}.toml") for kind in TASKS.own]
     assert kinds == list(TASKS.own)
     assert reference.kind_of("clip") == "clip"
-    with pytest.raises(UsageError, match=r"the name of mine\.toml ends with no task \(clip, denoiser, "):
-        reference.kind_of("mine.toml")
+    (tmp_path / "mine.toml").touch()
+    with pytest.raises(UsageError, match=r"the name of .*mine\.toml ends with no task \(clip, denoiser, "):
+        reference.kind_of(tmp_path / "mine.toml")
+    with pytest.raises(UsageError, match=r"no recipe at drawing_clp; did you mean 'drawings_clip'\?"):
+        reference.kind_of("drawing_clp")
     with pytest.raises(UsageError, match="unknown task 'clap'; did you mean 'clip'"):
         reference.recipe_keys("clap")
 
