@@ -180,17 +180,6 @@ def test_libraries_reach_training_through_the_registry_alone():
     assert not importing
 
 
-def test_public_names_are_listed_once_and_there():
-    """`__all__`, the lazy imports and those for type checkers are literals, as tools need them."""
-    blocks = [n for n in ast.parse(Path(clipkit.train.__file__).read_text()).body if isinstance(n, ast.If)]
-    typed = next(node for node in blocks if ast.unparse(node.test) == "TYPE_CHECKING").body
-    imported = {alias.name: node.module for node in typed for alias in node.names}
-    assert imported == clipkit.train._HOMES
-    assert clipkit.train.__all__ == sorted(clipkit.train._HOMES)
-    for name in clipkit.train.__all__:
-        assert getattr(clipkit.train, name).__module__.startswith("clipkit.")
-
-
 def test_commands_import_no_torch():
     code = "import sys, clipkit.cli, clipkit.train; print('torch' in sys.modules, 'importlib.metadata' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -163,7 +163,7 @@ def test_what_does_not_go_together(chain, packs, told):
     with pytest.raises(RecipeError, match=r"condition\.clip names the CLIP"):
         ConditionConfig("text")
     with pytest.raises(RecipeError, match=r"condition.dropout is 2"):
-        ConditionConfig(drop=2)
+        ConditionConfig(dropout=2)
     with pytest.raises(UsageError, match="trained without descriptions"):
         Denoiser(NETWORKS["unet"], DiffusionConfig()).conditioned_on("a cat")
     for cfg_scale in (0.0, 2.0):
