@@ -46,7 +46,8 @@ def configuration() -> str:
     lines = [
         NOTE.format("the recipes' dataclasses") + "# Configuration\n",
         "A recipe is a TOML file of typed sections and keys. `section.key=value` words after it override keys and",
-        "`--dry-run` prints the result. Unknown keys, wrong types and values outside their range are refused by name; keys of version 0.1 still work ([Changelog](../changelog.md)).",
+        "`--dry-run` prints the result. Unknown keys, wrong types and values outside their range are refused by name; "
+        "keys of version 0.1 still work ([Changelog](../changelog.md)).",
         "`clipkit recipe --keys` prints these tables in a terminal, `clipkit recipe NAME` a recipe with help.\n",
     ]
     for section, commands in used.items():
