@@ -40,7 +40,7 @@ tiny-imagenet: .venv/installed
 	$(BIN)/clipkit pack $(DATA)/tiny-imagenet-32/train.tar.xz packs/tiny-imagenet --classnames train/recipes/tiny_imagenet_names.json
 	$(BIN)/clipkit pack $(DATA)/tiny-imagenet-32/val.tar.xz packs/tiny-imagenet-val --classnames $(DATA)/tiny-imagenet-32/classes.json
 
-# clipkit-tiny: six and a half hours on 2 CPU cores that compute in bf16, longer on others. Each part goes on where it was stopped.
+# clipkit-tiny: six and a half hours on 2 CPU cores that compute in bf16, longer on others. Each part continues where it was stopped.
 weights: .venv/installed tiny-imagenet
 	$(BIN)/clipkit pack $(DATA)/noto-emoji/images.tar.xz packs/emoji --csv $(DATA)/noto-emoji/captions.csv --holdout 500
 	$(BIN)/clipkit pack drawings packs/drawings --count 20000

@@ -290,3 +290,8 @@ def latest(run: Path, tensors: Collection[str] | None = None) -> Checkpoint | No
     if damage is not None:
         raise damage
     return None
+
+
+def half(tensor: Tensor) -> Tensor:
+    """Matrices and convolutions in half precision; norms, biases and statistics, which are small, keep theirs."""
+    return tensor.half() if tensor.is_floating_point() and tensor.ndim > 1 else tensor

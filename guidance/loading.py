@@ -69,11 +69,19 @@ def _words(found: Checkpoint) -> list[str]:
     return [str(word) for word in json.loads(found.text("words.json", default="[]"))]
 
 
+_EMBEDDING = (".tower.tokens.weight", "clip.text.tokens.weight")
+"""Ends of the names of the token embedding, of a denoiser's text encoder and of a noise-aware CLIP."""
+
+
 def _towers(found: Checkpoint) -> tuple[CLIP, AnyTokenizer]:
-    """A CLIP of the shape that the checkpoint's files describe, its weights not loaded, and its tokenizer."""
+    """A CLIP of the shape that the checkpoint's files describe, its weights not loaded, and its tokenizer.
+
+    A published CLIP may have more rows of token embeddings than its tokenizer has tokens.
+    """
     config = section_of(CLIPConfig, "model", json.loads(found.text("clip.json")))
     tokenizer = tokenizer_of(found, config)
-    return CLIP(config, tokenizer.vocab_size, tokenizer.end_id), tokenizer
+    rows = (len(tensor) for name, tensor in found.stream("ema") if name.endswith(_EMBEDDING))
+    return CLIP(config, next(rows, tokenizer.vocab_size), tokenizer.end_id), tokenizer
 
 
 def load_autoencoder(path: str | Path) -> Autoencoder:

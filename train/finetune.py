@@ -9,14 +9,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from clipkit import checkpoint
 from clipkit.config import require
 from clipkit.errors import CheckpointError, RecipeError
 from clipkit.models.clip import CLIP
 from clipkit.models.source import Source, open_source
+from clipkit.models.tokenizer import AnyTokenizer, Tokenizer
 from clipkit.models.towers import residual_blocks
 
 
@@ -53,7 +56,22 @@ class FinetuneConfig:
 
     def source(self) -> Source | None:
         """The CLIP to start from, if any. Raises CheckpointError when there is none at `init_from`."""
-        return open_source(self.init_from) if self.init_from else None
+        if not self.init_from:
+            return None
+        return _read.pop(self.init_from, None) or open_source(self.init_from)
+
+
+_read: dict[str, Source] = {}
+"""Published weights that the recipe read last starts from, until `FinetuneConfig.source` takes them."""
+
+
+def open_for_recipe(init_from: str) -> Source:
+    """The CLIP that a recipe starts from; published weights are kept for its training, so that they are read once."""
+    _read.clear()
+    source = open_source(init_from)
+    if source.checkpoint is None:
+        _read[init_from] = source
+    return source
 
 
 # The shape of the model, from the source
@@ -80,7 +98,7 @@ def model_section(source: Source, given: Mapping[str, Any], init: str, sigmoid: 
     Raises RecipeError for a key that contradicts the weights.
     """
     parts = ("image", "text") if init == "both" else (init,)
-    if "text" in parts and given.get("merges"):
+    if "text" in parts and given.get("merges") and not _is_of(source.tokenizer, given["merges"]):
         raise RecipeError(
             f"model.merges names a vocabulary, and the text encoder of {source.name} has one; omit model.merges"
         )
@@ -94,6 +112,26 @@ def model_section(source: Source, given: Mapping[str, Any], init: str, sigmoid: 
         return dict(given)  # which is refused with the key's type
     merged = _completed(source, given, shape, "model")
     return {**merged, "conventions": _completed(source, written, conventions, "model.conventions")}
+
+
+def _is_of(tokenizer: AnyTokenizer, merges: Any) -> bool:
+    """Whether a tokenizer is CLIP's, of this file of merges; recipes of 0.1 name it beside the CLIP to start from."""
+    if not isinstance(merges, str) or not Path(merges).is_file():
+        return False
+    return Tokenizer.clip(merges, tokenizer.context_length).to_json() == tokenizer.to_json()
+
+
+def stored_section(out: Any, given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The recipe's [model], `given`, completed with that of the run in the folder `out`; None where no run is.
+
+    A resumed run keeps its shape, also if the keys that its recipe leaves out were once completed otherwise.
+    """
+    found = checkpoint.latest(Path(out), ()) if isinstance(out, str) else None
+    conventions = given.get("conventions", {})
+    if found is None or found.state.get("kind") != "clip" or not isinstance(conventions, Mapping):
+        return None
+    stored = found.state["recipe"]["model"]
+    return {**stored, **given, "conventions": {**stored.get("conventions", {}), **conventions}}
 
 
 def _completed(source: Source, given: Mapping[str, Any], theirs: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from clipkit.errors import CheckpointError, RecipeError
 from clipkit.io import write_atomically
 from clipkit.models.clip import CLIP, CLIPConfig
 from clipkit.models.pretrained import load
-from clipkit.models.source import Source, open_source
+from clipkit.models.source import Source
 from clipkit.models.tokenizer import SMALLEST_VOCABULARY, AnyTokenizer, Tokenizer
 from clipkit.models.towers import residual_blocks
 from clipkit.models.words import split
@@ -52,19 +52,21 @@ class PretrainRecipe(Recipe):
 
     @classmethod
     def complete(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """Take the keys of [model] that are not given from the CLIP that the run starts from.
+        """Take the keys of [model] that are not given from the CLIP that the run starts from, or from the run resumed.
 
         A recipe with [model] can be read before there is that CLIP; training it raises CheckpointError.
         """
-        sections = {name: data.get(name, {}) for name in ("finetune", "model", "loss")}
+        sections = {name: data.get(name, {}) for name in ("run", "finetune", "model", "loss")}
         if not all(isinstance(section, dict) for section in sections.values()):
             return data
         init_from = sections["finetune"].get("init_from", "")
         init = sections["finetune"].get("init", "both")
         if not init_from or not isinstance(init_from, str) or init not in ("both", "image", "text"):
             return data
+        if resumed := finetune.stored_section(sections["run"].get("out"), sections["model"]):
+            return {**data, "model": resumed}
         try:
-            source = open_source(init_from)
+            source = finetune.open_for_recipe(init_from)
         except CheckpointError:
             if sections["model"]:
                 return data

@@ -6,10 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from clipkit import checkpoint, inputs
-from clipkit.checkpoint import Checkpoint
+from clipkit.checkpoint import Checkpoint, half
 from clipkit.errors import CheckpointError, UsageError
 from clipkit.io import written_whole
 from clipkit.registry import TASKS
@@ -70,8 +68,3 @@ def _without_folders(value: Any) -> Any:
 
 def _belongs(file: Path) -> bool:
     return file.suffix == ".json" and file.name not in ("state.json", "manifest.json")
-
-
-def half(tensor: Tensor) -> Tensor:
-    """Matrices and convolutions in half precision; norms, biases and statistics weigh nothing and keep theirs."""
-    return tensor.half() if tensor.is_floating_point() and tensor.ndim > 1 else tensor

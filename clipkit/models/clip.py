@@ -183,6 +183,11 @@ def _projection(kind: str, width: int, embed_dim: int) -> nn.Module:
 def _timm(config: CLIPConfig) -> nn.Module:
     import timm
 
+    name = config.image_tower
+    if (
+        name in TOWERS and name not in TOWERS.own and timm.is_model(name)
+    ):  # it would change the model of old checkpoints
+        raise RecipeError(f"image tower {name!r} ({TOWERS.entry(name).help}) has the name of a timm model; rename it")
     if config.image_tower not in TOWERS and not timm.is_model(config.image_tower):
         known = timm.list_models(f"*{config.image_tower.split('_')[0]}*") or [*TOWERS, *timm.list_models("resnet*")]
         raise RecipeError(f"timm has no model {config.image_tower!r}; {did_you_mean(config.image_tower, known[:12])}")

@@ -12,8 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipkit import DEFAULT_MODEL, distributed
-from clipkit.checkpoint import Checkpoint
-from clipkit.convert.release import half
+from clipkit.checkpoint import Checkpoint, half
 from clipkit.data.images import preprocessing
 from clipkit.errors import CheckpointError
 from clipkit.models.clip import CLIP

@@ -9,7 +9,8 @@ import torch
 from toy_distributions import TINY
 
 from clipkit import checkpoint
-from clipkit.convert.release import half, release
+from clipkit.checkpoint import half
+from clipkit.convert.release import release
 from clipkit.errors import CheckpointError, UsageError
 from clipkit.guidance.components import load_guide_and_clip, load_parts
 from clipkit.guidance.loading import load_autoencoder

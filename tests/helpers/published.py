@@ -41,15 +41,15 @@ CONVENTIONS = Conventions(
 VIT_KWARGS = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "act_layer": "quick_gelu"}
 
 
-def publish(folder: Path, form: str, image_size: int = 24) -> Path:
-    """A folder in the layout `form`, "open_clip" or "transformers"."""
+def publish(folder: Path, form: str, image_size: int = 24, extra_rows: int = 0) -> Path:
+    """A folder in the layout `form`, "open_clip" or "transformers", with token embeddings that no token uses."""
     torch.manual_seed(0)
     tokenizer = Tokenizer.train([f"{a} {b}" for a in WORDS for b in WORDS], 600, 16)
     config = CLIPConfig(
         VIT, image_size, VIT_KWARGS, embed_dim=24, text_width=32, text_layers=2, text_heads=2, context_length=16,
         conventions=CONVENTIONS,
     )  # fmt: skip
-    model = CLIP(config, tokenizer.vocab_size, tokenizer.end_id).eval()
+    model = CLIP(config, tokenizer.vocab_size + extra_rows, tokenizer.end_id).eval()
     export(Pretrained(model, tokenizer, preprocessing(config)), folder, form)
     return folder
 

@@ -1,11 +1,16 @@
+import json
+
 import pytest
 import torch
 
 from clipkit import checkpoint, load
-from clipkit.config import load_recipe
+from clipkit.config import SHIPPED, load_recipe
 from clipkit.data.shards import Shards
 from clipkit.errors import CheckpointError, RecipeError
+from clipkit.io import sha256
 from clipkit.models.clip import CLIP, CLIPConfig
+from clipkit.models.source import open_source
+from clipkit.models.tokenizer import Tokenizer
 from clipkit.train import finetune, optim, pretrain
 from clipkit.train.finetune import FinetuneConfig
 
@@ -163,3 +168,44 @@ def test_fine_tuning_trains(packs, source, tmp_path):
     assert "text.blocks.1.qkv.weight" in moved
     assert "text.blocks.0.qkv.weight" not in moved
     assert "text.tokens.weight" not in moved
+
+
+@pytest.fixture
+def run_of_0_1(packs, source, tmp_path):
+    """A fine-tuning run as 0.1 stored it: model.image_size is the default, 32, and that of its source is 24."""
+    out = tmp_path / "run"
+    pretrain.run("drawings_clip", words(packs, out, f"finetune.init_from={source}", "model.image_size=32"))
+    for state in out.glob("checkpoints/*/state.json"):
+        manifest = json.loads(state.with_name("manifest.json").read_text())
+        stored = json.loads(state.read_text())
+        stored["recipe"]["tune"] = stored["recipe"].pop("finetune")
+        state.write_text(json.dumps(stored))
+        manifest["state.json"] = {"bytes": state.stat().st_size, "sha256": sha256(state)}
+        state.with_name("manifest.json").write_text(json.dumps(manifest))
+    return out
+
+
+def test_a_fine_tuning_run_of_0_1_resumes_with_the_shape_that_it_has(packs, source, run_of_0_1, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    shipped = (SHIPPED / "drawings_clip.toml").read_text()
+    assert "image_size = 24\n" in shipped
+    recipe.write_text(shipped.replace("image_size = 24\n", ""))
+    start = f"tune.init_from={source}"
+    pretrain.run(recipe, words(packs, run_of_0_1, start, "run.steps=3"))
+    found = checkpoint.latest(run_of_0_1)
+    assert (found.step, found.state["recipe"]["model"]["image_size"]) == (3, 32)
+    with pytest.raises(CheckpointError, match=r"another recipe \(model\.image_size: 32 there, 24 here\)"):
+        pretrain.run(recipe, words(packs, run_of_0_1, start, "model.image_size=24"))
+    assert load_recipe(pretrain.PretrainRecipe, recipe, words(packs, tmp_path / "new", start)).model.image_size == 24
+
+
+def test_a_merges_file_is_allowed_where_the_source_has_its_vocabulary(packs, source, tmp_path, monkeypatch):
+    merges = tmp_path / "merges.txt"
+    merges.write_text("")
+    more = [f"finetune.init_from={source}", f"model.merges={merges}"]
+    theirs = open_source(source).tokenizer
+    monkeypatch.setattr(Tokenizer, "clip", lambda *_: theirs)
+    assert build(packs, tmp_path / "a", *more).tokenizer.to_json() == theirs.to_json()
+    monkeypatch.setattr(Tokenizer, "clip", lambda *_: Tokenizer.train(["another"], 520))
+    with pytest.raises(RecipeError, match=r"^model\.merges names a vocabulary"):
+        build(packs, tmp_path / "b", *more)

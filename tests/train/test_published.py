@@ -10,10 +10,11 @@ from toy_distributions import TINY
 
 import clipkit
 from clipkit.config import load_recipe
+from clipkit.convert import unpickling
 from clipkit.data.shards import Shards
 from clipkit.errors import CheckpointError, RecipeError
 from clipkit.models.source import open_source
-from clipkit.train import pretrain
+from clipkit.train import finetune, pretrain
 from clipkit.train.averaging import average
 
 SHORT = ["run.steps=2", "run.batch_size=8", "optim.warmup=1", "data.workers=0", "data.flip=true"]
@@ -91,6 +92,18 @@ def test_one_encoder_with_a_new_one_beside_it(packs, original, tmp_path):
     assert torch.equal(other.model.text.projection.weight, theirs.text.projection.weight)
     assert other.recipe.model.conventions.image_std != CONVENTIONS.image_std
     assert other.recipe.model.conventions.text_activation == "quick_gelu"
+
+
+def test_published_weights_are_read_once(packs, original, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        unpickling, "read", lambda path, read_file=unpickling.read: read.append(path) or read_file(path)
+    )
+    task(packs, tmp_path, f"finetune.init_from={original}")
+    assert len(read) == 1
+    assert not finetune._read  # nor are they held through the training
+    task(packs, tmp_path, f"finetune.init_from={original}")
+    assert len(read) == 2  # another run reads the file that is there then
 
 
 def test_the_packaged_model_is_a_source_too(packs, tmp_path):
@@ -183,3 +196,18 @@ def test_a_denoiser_is_conditioned_on_captions_by_a_published_text_encoder(packs
     with torch.no_grad():
         states, _ = start.model.text.sequence(start.tokenizer(captions))
         assert torch.equal(conditioner(captions).tokens, states)
+
+
+def test_denoisers_and_guides_of_a_clip_with_more_embedding_rows_than_tokens(packs, tmp_path):
+    """As OpenAI's and SigLIP's may be: the rows are those of the stored weights."""
+    from clipkit.guidance.loading import load_denoiser, load_guide
+    from clipkit.train import denoiser, noisy_clip
+
+    wide = publish(tmp_path / "wide", "open_clip", extra_rows=3)
+    data = [*TINY, f"data.shards={packs / 'train'}", "data.val="]
+    condition = ["condition.kind=text", f"condition.clip={wide}"]
+    denoiser.run("drawings_denoiser", [*data, f"run.out={tmp_path / 'denoiser'}", *condition])
+    noisy_clip.run("drawings_noisy_clip", [*data, f"run.out={tmp_path / 'noisy_clip'}", f"model.clip={wide}"])
+    expected = clipkit.load(wide, "cpu").model.text.tokens.weight
+    assert torch.equal(load_denoiser(tmp_path / "denoiser").conditioner.tower.tokens.weight, expected)
+    assert load_guide(tmp_path / "noisy_clip").model.clip.text.tokens.weight.shape == expected.shape

@@ -8,6 +8,7 @@ import torch
 from clipkit.errors import RecipeError
 from clipkit.models.clip import CLIPConfig, ImageTower
 from clipkit.models.towers import PooledResNet, SmallResNet, residual_blocks
+from clipkit.registry import TOWERS, Entry
 
 
 @pytest.mark.parametrize("tower", [SmallResNet((8, 16, 24), (1, 2, 1)), PooledResNet((4, 8, 16, 24), (1, 2, 0))])
@@ -96,6 +97,13 @@ def test_a_tower_of_another_package_is_trained_by_a_recipe(packs, tmp_path):
         [sys.executable, "-c", load], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
     )
     assert run.stdout.strip() == "PatchMean", run.stderr
+
+
+def test_a_tower_of_another_package_does_not_replace_a_model_of_timm(monkeypatch):
+    foreign = {"resnet18": Entry("torch.nn:Identity", "from patchwork")}
+    monkeypatch.setitem(vars(TOWERS), "entries", {**TOWERS.entries, **foreign})
+    with pytest.raises(RecipeError, match=r"'resnet18' \(from patchwork\) has the name of a timm model; rename it"):
+        ImageTower(CLIPConfig("resnet18"))
 
 
 def test_a_tower_without_the_names_of_its_blocks_is_refused():

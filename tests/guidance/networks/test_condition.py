@@ -1,4 +1,4 @@
-"""Denoisers that are told what they draw: by class, by caption, or not."""
+"""Denoisers conditioned on classes or on captions, and unconditional ones."""
 
 import json
 
@@ -91,11 +91,11 @@ def test_texts_are_read_as_the_tower_reads_them(chain):
 
 
 @pytest.fixture(scope="module")
-def told(chain, packs, tmp_path_factory):
-    """Runs of four steps of denoisers that are told captions and classes."""
+def conditioned(chain, packs, tmp_path_factory):
+    """Runs of four steps of denoisers conditioned on captions and on classes."""
     from clipkit.train import denoiser
 
-    root = tmp_path_factory.mktemp("told")
+    root = tmp_path_factory.mktemp("conditioned")
     for kind, more in (("text", [f"condition.clip={chain / 'clip'}"]), ("class", ["condition.width=16"])):
         words = [
             *TINY,
@@ -109,8 +109,8 @@ def told(chain, packs, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("kind", "prompt"), [("text", "a red rocket"), ("class", "red rocket")])
-def test_a_told_denoiser_draws_without_a_guide(told, kind, prompt):
-    pipeline = Pipeline.open(told / kind, "cpu")
+def test_a_conditioned_denoiser_draws_without_a_guide(conditioned, kind, prompt):
+    pipeline = Pipeline.open(conditioned / kind, "cpu")
     assert pipeline.guide is None
     drawn = pipeline.draw(prompt, n=2, steps=3)
     assert drawn.about["cfg_scale"] == 2
@@ -121,17 +121,17 @@ def test_a_told_denoiser_draws_without_a_guide(told, kind, prompt):
         pipeline.draw(prompt, scale=3)
 
 
-def test_a_told_denoiser_knows_which_words_it_was_told(told, packs):
-    told_texts, told_classes = (Pipeline.open(told / kind, "cpu") for kind in ("text", "class"))
-    assert told_texts.unknown_words(["a red giraffe, please", "a fish"]) == ["giraffe", "please"]
-    assert told_classes.unknown_words(["giraffe"]) == []  # another class is refused instead
+def test_a_conditioned_denoiser_knows_the_words_of_its_training(conditioned, packs):
+    texts, classes = (Pipeline.open(conditioned / kind, "cpu") for kind in ("text", "class"))
+    assert texts.unknown_words(["a red giraffe, please", "a fish"]) == ["giraffe", "please"]
+    assert classes.unknown_words(["giraffe"]) == []  # another class is refused instead
     pack = Shards(packs / "train")
     assert {"rocket", "red", "background"} <= set(words_of([pack]))
     assert words_of([pack], limit=len(pack) - 1) == []  # of some of them nothing is known
 
 
-def test_cfg_scale_zero_is_the_untold_denoiser_and_one_the_told(told):
-    pipeline = Pipeline.open(told / "text", "cpu")
+def test_cfg_scale_zero_is_the_unconditional_denoiser_and_one_the_conditional(conditioned):
+    pipeline = Pipeline.open(conditioned / "text", "cpu")
     x, lam = torch.randn(2, 3, 24, 24), torch.tensor(0.3)
     prompt = {"a red rocket": 1.0}
     torch.testing.assert_close(pipeline.conditional(prompt, [], 0.0)(x, lam).x0, pipeline.denoiser(x, lam).x0)
@@ -143,34 +143,40 @@ def test_cfg_scale_zero_is_the_untold_denoiser_and_one_the_told(told):
     torch.testing.assert_close(away, unwanted + 2 * (wanted - unwanted))
 
 
-def test_the_text_tower_rests_and_is_kept(told, chain):
-    tower = Pipeline.open(told / "text", "cpu").denoiser.conditioner.tower
+def test_the_text_tower_rests_and_is_kept(conditioned, chain):
+    tower = Pipeline.open(conditioned / "text", "cpu").denoiser.conditioner.tower
     for name, tensor in clipkit.load(chain, "cpu").model.text.state_dict().items():
         assert torch.equal(tower.state_dict()[name], tensor)
 
 
-def test_a_guide_and_descriptions_work_together(told, chain, tmp_path):
-    for name, source in (("denoiser", told / "text"), ("clip", chain), ("noisy_clip", chain)):
+def test_a_guide_and_descriptions_work_together(conditioned, chain, tmp_path):
+    for name, source in (("denoiser", conditioned / "text"), ("clip", chain), ("noisy_clip", chain)):
         (tmp_path / name).symlink_to(source / name)
     pipeline = Pipeline.open(tmp_path, "cpu")
     alone, both = (pipeline.draw("a red rocket", n=1, steps=3, scale=scale).images for scale in (0, 5))
     assert not torch.equal(alone, both)
 
 
-def test_what_does_not_go_together(chain, packs, told):
+def test_what_does_not_go_together(chain, packs, conditioned):
     from clipkit.train import denoiser
 
     with pytest.raises(RecipeError, match=r"condition\.clip names the CLIP"):
         ConditionConfig("text")
+<<<<<<< HEAD
     with pytest.raises(RecipeError, match=r"condition.dropout is 2"):
+=======
+    with pytest.raises(RecipeError, match=r"condition\.dropout is 2"):
+>>>>>>> mendmodel
         ConditionConfig(dropout=2)
     with pytest.raises(UsageError, match="trained without descriptions"):
         Denoiser(NETWORKS["unet"], DiffusionConfig()).conditioned_on("a cat")
     for cfg_scale in (0.0, 2.0):
         with pytest.raises(UsageError, match="omit the classifier-free scale"):
             Pipeline.open(chain, "cpu").draw("a cat", n=1, steps=1, guidance=GuidanceConfig(cfg_scale=cfg_scale))
-    words = [*TINY, f"data.shards={packs / 'train'}", f"run.out={told / 'x'}", "condition.kind=class"]
+    words = [*TINY, f"data.shards={packs / 'train'}", f"run.out={conditioned / 'x'}", "condition.kind=class"]
     with pytest.raises(RecipeError, match=r"use condition\.kind = text"):
         denoiser.run("drawings_denoiser", [*words, f'data.mix={{"{packs / "heldout"}"=0.2}}'])
-    recipe = json.loads((told / "text" / "denoiser" / "checkpoints" / "step-00000004" / "state.json").read_text())
+    recipe = json.loads(
+        (conditioned / "text" / "denoiser" / "checkpoints" / "step-00000004" / "state.json").read_text()
+    )
     assert recipe["recipe"]["condition"]["kind"] == "text"
