@@ -162,11 +162,7 @@ def test_what_does_not_go_together(chain, packs, conditioned):
 
     with pytest.raises(RecipeError, match=r"condition\.clip names the CLIP"):
         ConditionConfig("text")
-<<<<<<< HEAD
-    with pytest.raises(RecipeError, match=r"condition.dropout is 2"):
-=======
     with pytest.raises(RecipeError, match=r"condition\.dropout is 2"):
->>>>>>> mendmodel
         ConditionConfig(dropout=2)
     with pytest.raises(UsageError, match="trained without descriptions"):
         Denoiser(NETWORKS["unet"], DiffusionConfig()).conditioned_on("a cat")
