@@ -6,12 +6,13 @@ import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clipkit.errors import UsageError, shown
+from clipkit.guidance.choices import Objective, Shift
 from clipkit.guidance.guiders import Guider, guidance_interval
 from clipkit.guidance.samplers import Sampler
 from clipkit.guidance.schedule import Spacing
@@ -71,10 +72,10 @@ class GuidanceConfig:
 
     cfg_scale: float | None = None
     """Scale of classifier-free guidance, for conditional denoisers. Default: 2; 1 beside other guiders."""
-    objective: Literal["softmax", "dot"] | None = None
+    objective: Objective | None = None
     """Objective of the noise-aware CLIP: log p of the prompt among negative captions (default), or 100 times the cosine
     similarity (GLIDE)."""
-    shift: Literal["score", "mean"] | None = None
+    shift: Shift | None = None
     """Target of its gradient: the score (default), or each step's mean, as in ADM and GLIDE."""
     interval: tuple[float, float] | None = None
     """Interval of lambda (log SNR) in which it guides (Kynkaanniemi et al. 2024)."""
