@@ -35,6 +35,17 @@ if TYPE_CHECKING:
     from clipkit.zeroshot.datasets import OpenDataset
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def declares(**attributes: Any) -> Callable[[F], F]:
+    """Decorator: attributes by which a sampler or a guider's factory says what it does, set on the function."""
+
+    def mark(function: F) -> F:
+        vars(function).update(attributes)
+        return function
+
+    return mark
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from clipkit.errors import UsageError
+from clipkit.errors import UsageError, shown
+from clipkit.guidance.choices import Objective, Shift
 from clipkit.guidance.guiders import Guider, guidance_interval
 from clipkit.guidance.samplers import Sampler
-from clipkit.registry import SAMPLERS, SPACINGS
+from clipkit.guidance.schedule import Spacing
+from clipkit.registry import GUIDERS, SAMPLERS, SPACINGS, Registry
 
 DEFAULT_SCALE = 10.0
 """Of the noise-aware CLIP, for unconditional denoisers."""
@@ -70,10 +72,10 @@ class GuidanceConfig:
 
     cfg_scale: float | None = None
     """Scale of classifier-free guidance, for conditional denoisers. Default: 2; 1 beside other guiders."""
-    objective: Literal["softmax", "dot"] | None = None
+    objective: Objective | None = None
     """Objective of the noise-aware CLIP: log p of the prompt among negative captions (default), or 100 times the cosine
     similarity (GLIDE)."""
-    shift: Literal["score", "mean"] | None = None
+    shift: Shift | None = None
     """Target of its gradient: the score (default), or each step's mean, as in ADM and GLIDE."""
     interval: tuple[float, float] | None = None
     """Interval of lambda (log SNR) in which it guides (Kynkaanniemi et al. 2024)."""
@@ -114,7 +116,7 @@ class DrawRequest:
     """A drawing, for `Pipeline.draw`, the command line and the app.
 
     Raises UsageError for an empty prompt, weights without effect or not finite, n or steps below 1, a seed out of
-    range, and an unknown sampler or spacing.
+    range, an unknown sampler or spacing, and a value of another type in their place, in `negative` or in `guiders`.
     """
 
     prompts: Mapping[str, float]
@@ -127,8 +129,8 @@ class DrawRequest:
     """Sampler steps; with `start`, its strength's share of them is taken, rounded up."""
     sampler: str | Sampler = "dpmpp-2m"
     """A name of clipkit.registry.SAMPLERS, or a sampler."""
-    spacing: str = ""
-    """A name of clipkit.registry.SPACINGS. Default: "karras"; "linspace" for ddim and ddpm."""
+    spacing: str | Spacing = ""
+    """A name of clipkit.registry.SPACINGS, or a spacing. Default: the sampler's (its attribute `spacing`)."""
     seed: int = 0
     """Picture i is a function of (seed, i), whatever n is."""
     scale: float | None = None
@@ -144,15 +146,18 @@ class DrawRequest:
     """A picture [1, 3, S, S] in [-1, 1] whose coarse shape is kept (ILVR)."""
 
     def __post_init__(self) -> None:
+        for name in ("negative", "guiders"):
+            check_list(name, getattr(self, name))
         check_prompts(self.prompts, self.negative)
         if self.n < 1 or self.steps < 1:
             raise UsageError(f"n is {self.n} and steps is {self.steps}; both must be at least 1")
         if not 0 <= self.seed < SEEDS:
             raise UsageError(f"seed is {self.seed}; it must be from 0 to {SEEDS - 1}")
-        if isinstance(self.sampler, str):
-            SAMPLERS.entry(self.sampler)
-        if self.spacing:
-            SPACINGS.entry(self.spacing)
+        check_named(SAMPLERS, self.sampler)
+        if self.spacing != "":
+            check_named(SPACINGS, self.spacing)
+        for guider in self.guiders:
+            check_named(GUIDERS, guider.partition(":")[0] if isinstance(guider, str) else guider)
 
     @classmethod
     def of(cls, prompt: str | Mapping[str, float] | DrawRequest, **fields: Any) -> DrawRequest:
@@ -168,9 +173,27 @@ class DrawRequest:
     @property
     def sampler_name(self) -> str:
         """The sampler's name, or that of the function, also inside a functools.partial."""
-        if isinstance(self.sampler, str):
-            return self.sampler
-        return str(getattr(getattr(self.sampler, "func", self.sampler), "__name__", type(self.sampler).__name__))
+        return _name(self.sampler)
+
+    @property
+    def spacing_name(self) -> str:
+        """The spacing's name, or that of the function; "" is the default."""
+        return _name(self.spacing)
+
+    @property
+    def default_spacing(self) -> str:
+        """The spacing that the sampler declares, "karras" if none."""
+        return str(self._declared("spacing", "karras"))
+
+    @property
+    def renoises(self) -> bool:
+        """Whether the sampler declares that it adds the noise `Prediction.renoise`."""
+        return bool(self._declared("renoises", False))
+
+    def _declared(self, name: str, default: Any) -> Any:
+        """The sampler's attribute, also inside a functools.partial."""
+        sampler = SAMPLERS[self.sampler] if isinstance(self.sampler, str) else self.sampler
+        return getattr(getattr(sampler, "func", sampler), name, default)
 
     @property
     def strength(self) -> float:
@@ -196,7 +219,7 @@ class DrawRequest:
         return replace(
             self,
             scale=scale if self.scale is None else self.scale,
-            spacing=self.spacing or ("linspace" if self.sampler_name in ("ddim", "ddpm") else "karras"),
+            spacing=self.spacing or self.default_spacing,
             guidance=guidance,
         )
 
@@ -204,6 +227,27 @@ class DrawRequest:
 def default_scales(is_conditional: bool) -> tuple[float, float]:
     """Default scales of the noise-aware CLIP and of classifier-free guidance."""
     return (0.0, DEFAULT_CFG_SCALE) if is_conditional else (DEFAULT_SCALE, 1.0)
+
+
+def _name(given: Any) -> str:
+    """A name as it is, or that of a function, also inside a functools.partial, or of an object's class."""
+    if isinstance(given, str):
+        return given
+    return str(getattr(getattr(given, "func", given), "__name__", type(given).__name__))
+
+
+def check_list(name: str, given: Any) -> None:
+    """Raises UsageError unless `given` is a list or another sequence, and no text."""
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise UsageError(f"{name} is {shown(repr(given))}; it must be a list, such as [{shown(repr(given))}]")
+
+
+def check_named(registry: Registry[Any], given: Any) -> None:
+    """Raises UsageError unless `given` is a name in the registry or a function."""
+    if isinstance(given, str):
+        registry.entry(given)
+    elif not callable(given):
+        raise UsageError(f"{registry.noun} is {shown(repr(given))}; it must be a name or a function")
 
 
 def check_prompts(prompts: Mapping[str, float], negative: Sequence[str]) -> None:
@@ -220,22 +264,27 @@ def check_prompts(prompts: Mapping[str, float], negative: Sequence[str]) -> None
         )
 
 
-def check_effect(prompts: Mapping[str, float], negative: Sequence[str], scale: float, cfg_scale: float | None) -> None:
+def check_effect(request: DrawRequest, is_conditional: bool, reads: Collection[str]) -> None:
     """Raises UsageError where several prompts or negative prompts have no effect, or negative prompts would be drawn.
 
-    `cfg_scale` is None for unconditional denoisers. A single prompt may be without effect: it is what unguided pictures
-    are scored with.
+    `reads` are the fields of the request that its guiders declare. Several prompts are accepted with any guider; a
+    single prompt may be without effect: unguided pictures are scored with it.
     """
-    if len(prompts) > 1 and scale == 0 and not cfg_scale:
+    scale = request.scale or 0.0
+    cfg_scale = request.guidance.cfg_scale if is_conditional else None
+    count = len(request.prompts)
+    if count > 1 and scale == 0 and not cfg_scale and not request.guiders:
         where = "the noise-aware scale 0" if cfg_scale is None else "the classifier-free and the noise-aware scale 0"
-        raise UsageError(f"{len(prompts)} prompts have no effect at {where}; give a scale above 0, or one prompt")
-    if not negative:
+        raise UsageError(f"{count} prompts have no effect at {where}; give a scale above 0, or one prompt")
+    if not request.negative:
         return
     if scale < 0:
         raise UsageError(f"a negative prompt would be drawn at the noise-aware scale {scale:g}; give one above 0")
-    if scale == 0 and cfg_scale is None:
+    if scale > 0 or "negative" in reads:
+        return
+    if cfg_scale is None:
         raise UsageError("a negative prompt has no effect at the noise-aware scale 0; give a scale above 0")
-    if scale == 0 and cfg_scale is not None and cfg_scale <= 1:
+    if cfg_scale <= 1:
         raise UsageError(
             f"a negative prompt has no effect at the classifier-free scale {cfg_scale:g} and the noise-aware scale 0; "
             "give a classifier-free scale above 1 or a noise-aware scale above 0"

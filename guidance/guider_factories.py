@@ -18,7 +18,7 @@ from clipkit.guidance.guiders import Guider, GuiderFactory, classifier_free, con
 from clipkit.guidance.loading import load_denoiser
 from clipkit.guidance.targets import text_targets
 from clipkit.models.pretrained import fingerprint
-from clipkit.registry import GUIDERS
+from clipkit.registry import GUIDERS, declares
 
 if TYPE_CHECKING:
     from clipkit.guidance.config import DrawRequest
@@ -41,17 +41,33 @@ class GuiderContext:
 def make_guider(text: str, context: GuiderContext) -> Guider:
     """The guider of "NAME" or "NAME:key=value,...".
 
-    Raises UsageError for an unknown name or key, a value of another type, and a missing one.
+    Raises UsageError for an unknown name or key, a value of another type, a missing one, and a factory that returns no
+    guider.
     """
     name, _, values = text.partition(":")
     factory = GUIDERS[name]
-    return factory(context, **_parameters(name, factory, values))
+    guider = factory(context, **_parameters(name, factory, values))
+    if not callable(guider):
+        raise UsageError(f"the factory of guider {name!r} returned {shown(repr(guider))}; it must return a guider")
+    return guider
+
+
+def reads(guiders: Sequence[str | Guider]) -> frozenset[str]:
+    """Fields of the request that guiders declare by their attribute `reads`, on the factory of a named one.
+
+    Raises UsageError for an unknown name.
+    """
+    declaring = [GUIDERS[g.partition(":")[0]] if isinstance(g, str) else g for g in guiders]
+    return frozenset(field for g in declaring for field in getattr(g, "reads", ()))
 
 
 def _parameters(name: str, factory: GuiderFactory, text: str) -> dict[str, Any]:
-    """ "key=value,..." -> keyword arguments, with the types of the factory's signature."""
-    signature = inspect.signature(factory, eval_str=True)
-    known = {key: p for key, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY}
+    """ "key=value,..." -> keyword arguments, with the types of the factory's signature.
+
+    The parameters that a keyword can give, after the context, are the keys.
+    """
+    after_context = list(inspect.signature(factory).parameters.items())[1:]
+    known = {key: p for key, p in after_context if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     found: dict[str, Any] = {}
     for pair in filter(None, text.split(",")):
         key, equals, value = (word.strip() for word in pair.partition("="))
@@ -70,11 +86,12 @@ def _parameters(name: str, factory: GuiderFactory, text: str) -> dict[str, Any]:
 
 
 def _value(what: str, kind: Any, text: str) -> Any:
-    """The text as a str, int, float or bool."""
+    """The text as a str, int, float or bool. `kind` is the type or its name (PEP 563)."""
+    kind = getattr(kind, "__name__", kind)
+    if kind not in _READERS:
+        raise UsageError(f"{what} cannot be given as a text; use the guider from Python")
     try:
         return _READERS[kind](text)
-    except KeyError:
-        raise UsageError(f"{what} cannot be given as a text; use the guider from Python") from None
     except ValueError:
         raise UsageError(f"{what} is {shown(text)!r}; it must be {_NAMES[kind]}") from None
 
@@ -91,8 +108,8 @@ def _flag(text: str) -> bool:
     return text == "true"
 
 
-_READERS: Mapping[Any, Callable[[str], Any]] = {str: str, int: int, float: _number, bool: _flag}
-_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false"}
+_READERS: Mapping[Any, Callable[[str], Any]] = {"str": str, "int": int, "float": _number, "bool": _flag}
+_NAMES = {"int": "a whole number", "float": "a finite number", "bool": "true or false"}
 
 
 def autoguidance(context: GuiderContext, *, guide: str, scale: float = 2.0) -> Guider:
@@ -100,13 +117,13 @@ def autoguidance(context: GuiderContext, *, guide: str, scale: float = 2.0) -> G
 
     `guide` is the weaker denoiser's run: a smaller network, or one trained for fewer steps, on the same data. If it is
     conditional, it gets the same prompts. Raises CheckpointError for a run that cannot be read, and UsageError for one
-    of another shape, for scale 1, and for negative prompts that nothing else uses.
+    of another shape, for the denoiser itself, and for a scale that is not above 1.
     """
-    pipeline, request = context.pipeline, context.request
-    if scale == 1:
-        raise UsageError("autoguidance has no effect at scale 1; give a scale above 1")
-    if request.negative and not request.scale and request.guidance.cfg_scale in (None, 0, 1):
-        raise UsageError("autoguidance has no use for a negative prompt; omit it, or give a classifier-free scale")
+    pipeline = context.pipeline
+    if not guide:
+        raise UsageError("autoguidance: guide is empty; give the run of a weaker denoiser")
+    if not 1 < scale < math.inf:
+        raise UsageError(f"the scale of autoguidance is {scale:g}; it must be above 1 and finite")
     weak, strong = load_denoiser(guide).to(pipeline.device), pipeline.denoiser
     shapes = [(d.channels, d.image_size, d.latent_channels > 0) for d in (weak, strong)]
     if shapes[0] != shapes[1]:
@@ -114,21 +131,25 @@ def autoguidance(context: GuiderContext, *, guide: str, scale: float = 2.0) -> G
         raise UsageError(
             f"the weaker denoiser {guide} draws {kinds[0]}, this one {kinds[1]}; train it on the same data"
         )
-    context.weights["autoguidance"] = fingerprint(weak)
-    return classifier_free(conditioned(weak, request.prompts), scale)
+    weights = fingerprint(weak)
+    if weights == pipeline.fingerprints["denoiser"]:
+        raise UsageError(f"autoguidance has no effect: {guide} is the denoiser itself; give a weaker one")
+    context.weights[f"autoguidance:guide={guide}"] = weights
+    return classifier_free(conditioned(weak, context.request.prompts), scale)
 
 
+@declares(reads={"negative"})
 def cfg_plus_plus(context: GuiderContext, *, scale: float = 0.6) -> Guider:
     """CFG++ (Chung et al. 2024, arXiv 2406.08070, algorithm 2): interpolate x0, renoise with the unconditional noise.
 
-    A negative prompt takes the place of the empty one. Raises UsageError for an unconditional denoiser, another sampler
-    than ddim, another scale than in (0, 1], and a classifier-free scale beside it.
+    A negative prompt takes the place of the empty one. Raises UsageError for an unconditional denoiser, a sampler that
+    does not declare `renoises`, another scale than in (0, 1], and a classifier-free scale beside it.
     """
     pipeline, request = context.pipeline, context.request
     if pipeline.denoiser.conditioner is None:
         raise UsageError("cfg++ needs a conditional denoiser, and this one was trained without descriptions")
-    if request.sampler_name != "ddim":
-        raise UsageError(f"cfg++ changes how ddim renoises, and the sampler is {request.sampler_name}; use ddim")
+    if not request.renoises:
+        raise UsageError(f"cfg++ needs a sampler that renoises, and {request.sampler_name} does not; use ddim")
     if not 0 < scale <= 1:
         raise UsageError(f"the scale of cfg++ is {scale:g}; it must be above 0 and at most 1")
     if request.guidance.cfg_scale != 1:
@@ -136,6 +157,7 @@ def cfg_plus_plus(context: GuiderContext, *, scale: float = 0.6) -> Guider:
     return classifier_free(pipeline.unconditional(request.negative), scale, renoise=True)
 
 
+@declares(reads={"negative"})
 def universal(context: GuiderContext, *, scale: float = 10.0, cutouts: int = 0) -> Guider:
     """Universal guidance (Bansal et al. 2023, arXiv 2302.07121, equation 6): the clean CLIP's gradient through x0.
 

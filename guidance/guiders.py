@@ -8,9 +8,11 @@ clipkit.registry.GUIDERS or by an entry point of the group "clipkit.guiders":
     def factory(context: GuiderContext, *, scale: float = 1.0) -> Guider: ...
 
 The context (clipkit/guidance/guider_factories.py) holds the pipeline, the request (prompts, negative prompts, seed,
-scales) and the lambdas of the steps. The keyword parameters are the keys on the command line; each is annotated as str,
-int, float or bool, and one without a default is required. A factory raises UsageError for a value that it cannot use,
-and for a request on which it would have no effect.
+scales) and the lambdas of the steps. The parameters after it that a keyword can give are the keys on the command line;
+each is annotated as str, int, float or bool, and one without a default is required. A factory raises UsageError for a
+value that it cannot use, and for a request on which it would have no effect. One that uses negative prompts declares it
+by the attribute `reads = {"negative"}` (`clipkit.registry.declares`); without it, and without other guidance that uses
+them, they are refused. A guider that is an object may have this attribute too.
 
 The score shift of classifier guidance: with g = grad_x log p(c | x_t), x0' = x0 + w (s^2 / a) g, which is
 eps' = eps - w s g (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4.2, algorithm 2). With exact p(c | x_t) and w = 1

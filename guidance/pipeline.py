@@ -23,7 +23,7 @@ from clipkit.guidance.config import GuidanceConfig as GuidanceConfig
 from clipkit.guidance.config import Start as Start
 from clipkit.guidance.config import check_effect, default_scales
 from clipkit.guidance.denoiser import Denoise, Denoiser, clipped
-from clipkit.guidance.guider_factories import GuiderContext, make_guider
+from clipkit.guidance.guider_factories import GuiderContext, make_guider, reads
 from clipkit.guidance.guiders import (
     Guider,
     classifier_free,
@@ -39,7 +39,7 @@ from clipkit.guidance.networks.autoencoder import Autoencoder
 from clipkit.guidance.networks.condition import TextCondition
 from clipkit.guidance.networks.noisy_clip import GuidanceTarget
 from clipkit.guidance.samplers import first_noise, generators
-from clipkit.guidance.schedule import add_noise, log_snr, spaced, until
+from clipkit.guidance.schedule import Spacing, add_noise, log_snr, spaced, until
 from clipkit.guidance.targets import text_targets
 from clipkit.log import progress
 from clipkit.models.clip import CLIP
@@ -148,8 +148,7 @@ class Pipeline:
         scale, cfg_scale = request.scale or 0.0, request.guidance.cfg_scale
         request.guidance.check(scale, lambdas.tolist())
         denoise = self.conditional(request.prompts, request.negative, cfg_scale)
-        if not request.guiders:
-            check_effect(request.prompts, request.negative, scale, cfg_scale if self.is_conditional else None)
+        check_effect(request, self.is_conditional, reads(request.guiders))
         if scale:
             denoise = self.noise_aware(request, lambdas)(denoise)
         context = GuiderContext(self, request, lambdas, {} if weights is None else weights)
@@ -232,7 +231,7 @@ class Pipeline:
         prompts, texts = request.prompts, [*request.prompts, *request.negative]
         about: dict[str, Any] = {"prompt": dict(prompts) if len(prompts) > 1 else next(iter(prompts))}
         about |= {"negative": list(request.negative), "seed": request.seed, "n": request.n, "steps": request.steps}
-        about |= {"steps_taken": steps_taken, "sampler": request.sampler_name, "spacing": request.spacing}
+        about |= {"steps_taken": steps_taken, "sampler": request.sampler_name, "spacing": request.spacing_name}
         about |= {"scale": request.scale}
         about |= {"cfg_scale": request.guidance.cfg_scale} if self.is_conditional else {}
         about |= request.guidance.about if request.scale else {}
@@ -272,7 +271,7 @@ class Pipeline:
                 found[text] = read[-1] if read else ""
         return found
 
-    def _lambdas(self, steps: int, spacing: str, strength: float) -> Tensor:
+    def _lambdas(self, steps: int, spacing: str | Spacing, strength: float) -> Tensor:
         """Lambdas of the steps, noisiest first and without repeats, which clamping to the denoiser's range makes."""
         low, high = self.denoiser.lambda_range()
         table = log_snr(self.denoiser.diffusion.schedule).clamp(low, high)

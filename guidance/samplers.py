@@ -7,6 +7,9 @@ The last step goes to the clean image. Repeated levels count once. `watch` is ca
 network function evaluations. Names are registered in clipkit.registry.SAMPLERS, or by entry points of the group
 "clipkit.samplers".
 
+A sampler may declare by attributes (`clipkit.registry.declares`): `spacing`, the name of its default spacing ("karras"
+without), and `renoises = True` if each step adds the noise `Prediction.renoise` where there is one, which CFG++ needs.
+
 Other names of these samplers: Euler (Karras et al. 2022), and Euler for a rectified flow, are DDIM; Euler ancestral is
 DDIM with eta = 1, and so is DDPM with the posterior's variance.
 """
@@ -23,6 +26,7 @@ import torch
 from torch import Tensor
 
 from clipkit.guidance.denoiser import Denoise, Prediction
+from clipkit.registry import declares
 
 Watch = Callable[[Tensor], None]
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -132,6 +136,7 @@ def _sampler(make_step: Callable[[Denoise, Tensor, _Noise], _Step]) -> Sampler:
 # DDIM (Song et al. 2020, arXiv 2010.02502).
 
 
+@declares(spacing="linspace", renoises=True)
 def ddim(
     denoise: Denoise,
     x: Tensor,
@@ -156,6 +161,7 @@ def ddim(
 # DDPM (Ho et al. 2020, arXiv 2006.11239).
 
 
+@declares(spacing="linspace")
 @_sampler
 def ddpm(denoise: Denoise, lambdas: Tensor, noise: _Noise) -> _Step:
     """DDPM: ancestral sampling from q(x_s | x_t, x0) (equations 6 and 7), for any spacing; 1 NFE a step.

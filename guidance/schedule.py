@@ -154,12 +154,13 @@ def karras(low: float, high: float, steps: int, rho: float = 7.0) -> Tensor:
     return -2 * rho * torch.log(first + ramp * (last - first))
 
 
-def spaced(table: Tensor, steps: int, how: str = "linspace") -> Tensor:
-    """`steps` lambdas of a schedule's table [T], decreasing, by the spacing's name in clipkit.registry.SPACINGS.
+def spaced(table: Tensor, steps: int, how: str | Spacing = "linspace") -> Tensor:
+    """`steps` lambdas of a schedule's table [T], decreasing, by a spacing or its name in clipkit.registry.SPACINGS.
 
     Raises UsageError for an unknown name.
     """
-    return SPACINGS[how](table, steps)
+    spacing = SPACINGS[how] if isinstance(how, str) else how
+    return spacing(table, steps)
 
 
 def karras_spacing(table: Tensor, steps: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 MODEL_HELP = "A run's folder, weights trained elsewhere, or a published name (see clipkit models)."
 
 
-class RegistryChoice(click.Choice[str]):
-    """An option whose values are the names of a registry, which is read when they are needed."""
+class LazyChoice(click.Choice[str]):
+    """An option whose values are imported when they are needed."""
 
-    def __init__(self, registry: Registry[Any]) -> None:
-        self.registry, self.case_sensitive = registry, True
+    def __init__(self, names: Callable[[], Iterable[str]]) -> None:
+        self.names, self.case_sensitive = names, True
 
     @property
     def choices(self) -> tuple[str, ...]:  # type: ignore[override]
         """Every name."""
-        return tuple(self.registry)
+        return tuple(self.names())
 
 
 class RegistryCommand(click.Command):

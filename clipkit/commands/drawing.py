@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from clipkit import DEFAULT_MODEL
-from clipkit.commands.arguments import RegistryChoice, RegistryCommand
+from clipkit.commands.arguments import LazyChoice, RegistryCommand
 from clipkit.errors import DataError, UsageError
+from clipkit.guidance.choices import Objective, Shift
 from clipkit.inputs import print_json
 from clipkit.registry import GUIDERS, SAMPLERS, SPACINGS
 
@@ -35,12 +36,12 @@ if TYPE_CHECKING:
 )
 @click.option("--cfg-scale", type=float, help="Classifier-free guidance, for conditional denoisers.  [default: 2]")
 @click.option(
-    "--sampler", type=RegistryChoice(SAMPLERS), default="dpmpp-2m", show_default=True, help="Sampler; see below."
+    "--sampler", type=LazyChoice(SAMPLERS.keys), default="dpmpp-2m", show_default=True, help="Sampler; see below."
 )
 @click.option(
     "--spacing",
-    type=RegistryChoice(SPACINGS),
-    help="Spacing of the steps on the noise schedule; see below.  [default: karras; ddim, ddpm: linspace]",
+    type=LazyChoice(SPACINGS.keys),
+    help="Spacing of the steps on the noise schedule; see below.  [default: the one that the sampler declares]",
 )
 @click.option(
     "--guider",
@@ -52,13 +53,13 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--objective",
-    type=click.Choice(["softmax", "dot"]),
+    type=click.Choice(get_args(Objective)),
     help="Objective of the noise-aware CLIP: log p of the prompt among other captions, or cosine similarity.  "
     "[default: softmax]",
 )
 @click.option(
     "--shift",
-    type=click.Choice(["score", "mean"]),
+    type=click.Choice(get_args(Shift)),
     help="Target of its gradient: the score, or the mean of each step (ADM, GLIDE).  [default: score]",
 )
 @click.option("--interval", type=(float, float), help="Log SNR from, to: the noise-aware CLIP guides only there.")

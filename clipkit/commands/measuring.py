@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from clipkit import DEFAULT_MODEL
-from clipkit.commands.arguments import MODEL_HELP, RegistryChoice
+from clipkit.commands.arguments import MODEL_HELP, LazyChoice
 from clipkit.errors import UsageError
 from clipkit.inputs import print_json
 from clipkit.registry import SAMPLERS
@@ -80,6 +80,12 @@ def metrics(
         click.echo(f"{name:22}{value:.5g}")
 
 
+def _splits() -> tuple[str, ...]:
+    from clipkit.world.scene import SPLITS
+
+    return SPLITS
+
+
 @click.command()
 @click.option(
     "--model", default=DEFAULT_MODEL, show_default=True, help="A denoiser's run, or a folder with it and its networks."
@@ -87,7 +93,7 @@ def metrics(
 @click.option("--n", type=click.IntRange(min=1), default=200, show_default=True, help="Number of prompts.")
 @click.option(
     "--split",
-    type=click.Choice(["val", "heldout", "relations"]),
+    type=LazyChoice(_splits),
     default="heldout",
     show_default=True,
     help="heldout: objects in colours that scenes for training never have; relations: relations they never have.",
@@ -97,7 +103,7 @@ def metrics(
 @click.option("--scale", type=float, help="Classifier guidance by the noise-aware CLIP; as for guided-sample.")
 @click.option("--cfg-scale", type=float, help="Classifier-free guidance, for conditional denoisers.  [default: 2]")
 @click.option(
-    "--sampler", type=RegistryChoice(SAMPLERS), default="dpmpp-2m", show_default=True, help="As for guided-sample."
+    "--sampler", type=LazyChoice(SAMPLERS.keys), default="dpmpp-2m", show_default=True, help="As for guided-sample."
 )
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of prompts and noise.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write a grid of the first pictures (PNG).")

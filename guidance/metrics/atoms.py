@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -18,10 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from clipkit.errors import UsageError
-from clipkit.guidance.config import DrawRequest, GuidanceConfig
+from clipkit.guidance.config import SEEDS, DrawRequest, GuidanceConfig
 from clipkit.guidance.pipeline import Pipeline
 from clipkit.log import progress
 from clipkit.world import Caption, Scene, captions, check, render, sample
+from clipkit.world.scene import Kind
 
 _Z = 1.959964
 """The normal quantile of a two-sided 95 % interval."""
@@ -67,10 +68,12 @@ def prompts(n: int, split: str = "heldout", seed: int = 0, plain: bool = False) 
     """`n` prompts, each a caption of a scene of a split of the world: a function of (split, seed, index).
 
     Every caption of a scene has the same chance; with `plain` it is of one object, in its colour, and states nothing
-    else, for models that learned no more. Raises UsageError for n below 1 and an unknown split.
+    else, for models that learned no more. Raises UsageError for n below 1, an unknown split, and a seed that leaves
+    `draw` too few.
     """
     if n < 1:
         raise UsageError(f"{n} prompts were asked for; ask for at least one")
+    _check_seeds(seed, n)
     if plain and split == "relations":
         raise UsageError("plain prompts name one object, and the relations split is of two; take another split")
     found: list[Prompt] = []
@@ -91,12 +94,19 @@ def draw(pipeline: Pipeline, asked: Sequence[Prompt], seed: int = 0, **options: 
 
     `options` are `cfg_scale` and fields of `DrawRequest`. Raises UsageError as `Pipeline.draw` does.
     """
+    _check_seeds(seed, len(asked))
     guidance = GuidanceConfig(options.pop("cfg_scale", None))
     images = []
     for i, prompt in enumerate(progress(asked, len(asked), "prompts")):
         request = DrawRequest({prompt.caption.text: 1.0}, n=1, seed=seed + i, guidance=guidance, **options)
         images.append(pipeline.draw(request).images)
     return torch.cat(images)
+
+
+def _check_seeds(seed: int, n: int) -> None:
+    """Raises UsageError unless `seed` to `seed` + n - 1 are seeds."""
+    if not 0 <= seed <= SEEDS - n:
+        raise UsageError(f"seed is {seed}; for {n} prompts, each with the next seed, it must be from 0 to {SEEDS - n}")
 
 
 def renders(asked: Sequence[Prompt], size: int) -> list[Image.Image]:
@@ -122,5 +132,4 @@ def score(asked: Sequence[Prompt], pictures: Sequence[Image.Image]) -> dict[str,
             total[fact.kind] = total.get(fact.kind, 0) + 1
         right["prompt"] = right.get("prompt", 0) + all(holds.values())
         total["prompt"] = total.get("prompt", 0) + 1
-    order = ("object", "colour", "count", "relation", "size", "place", "background", "style", "prompt")
-    return {kind: Share(right[kind], total[kind]) for kind in order if kind in total}
+    return {kind: Share(right[kind], total[kind]) for kind in (*get_args(Kind), "prompt") if kind in total}

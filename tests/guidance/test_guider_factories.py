@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ from clipkit.guidance.denoiser import clipped, from_x0
 from clipkit.guidance.guider_factories import GuiderContext, clean_log_prob, make_guider
 from clipkit.guidance.guiders import classifier_free, inpaint, score_shift
 from clipkit.guidance.pipeline import Pipeline
-from clipkit.guidance.schedule import alpha, karras, sigma
-from clipkit.registry import GUIDERS, SAMPLERS
+from clipkit.guidance.schedule import alpha, karras, sigma, trailing
+from clipkit.registry import GUIDERS, SAMPLERS, Entry, declares
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def untrained(chain):
 
 
 def context(pipeline, **fields):
-    request = DrawRequest.of("a cat", guiders=["x"], **fields).completed(pipeline.is_conditional)
+    request = DrawRequest.of("a cat", guiders=["universal"], **fields).completed(pipeline.is_conditional)
     return GuiderContext(pipeline, request, karras(-9.0, 9.0, 3))
 
 
@@ -72,8 +73,12 @@ def test_a_guider_says_where_it_is_from(name):
         ("universal:cutouts=-1", "cutouts is -1; it must be at least 0"),
         ("universal:scale=0", "no effect at scale 0"),
         ("autoguidance", "guider 'autoguidance' needs guide; write autoguidance:guide=..."),
-        ("autoguidance:guide=clipkit-tiny,scale=1", "no effect at scale 1"),
-        ("cfg++", "changes how ddim renoises, and the sampler is dpmpp-2m"),
+        ("autoguidance:guide=", "guide is empty; give the run of a weaker denoiser"),
+        ("autoguidance:guide=clipkit-tiny,scale=1", "scale of autoguidance is 1; it must be above 1"),
+        ("autoguidance:guide=clipkit-tiny,scale=0", "scale of autoguidance is 0; it must be above 1"),
+        ("autoguidance:guide=clipkit-tiny,scale=-2", "scale of autoguidance is -2; it must be above 1"),
+        ("autoguidance:guide=clipkit-tiny", "no effect: clipkit-tiny is the denoiser itself"),
+        ("cfg++", r"cfg\+\+ needs a sampler that renoises, and dpmpp-2m does not; use ddim"),
     ],
 )
 def test_a_guider_that_cannot_be_made_is_refused(tiny, text, message):
@@ -82,14 +87,113 @@ def test_a_guider_that_cannot_be_made_is_refused(tiny, text, message):
 
 
 def test_requests_on_which_a_guider_has_no_effect_are_refused(tiny, untrained, chain):
-    with pytest.raises(UsageError, match="no use for a negative prompt"):
-        make_guider("autoguidance:guide=clipkit-tiny", context(tiny, negative=["a dog"]))
     with pytest.raises(UsageError, match=r"scale of cfg\+\+ is 1\.5"):
         make_guider("cfg++:scale=1.5", context(tiny, sampler="ddim"))
     with pytest.raises(UsageError, match="omit the classifier-free scale"):
         make_guider("cfg++", context(tiny, sampler="ddim", guidance=GuidanceConfig(2.0)))
     with pytest.raises(UsageError, match="trained without descriptions"):
         make_guider("cfg++", context(untrained, sampler="ddim"))
+
+
+def test_a_negative_prompt_needs_a_guider_that_reads_it(tiny, chain):
+    """A named guider, or an object, declares `reads`; no other reads negative prompts."""
+
+    def plain(denoise):
+        return denoise
+
+    def reading(denoise):
+        return denoise
+
+    reading.reads = {"negative"}
+    fields = {"n": 1, "steps": 2, "negative": ["a blue rocket"]}
+    for guider in (plain, f"autoguidance:guide={chain}"):
+        with pytest.raises(UsageError, match="a negative prompt has no effect at the classifier-free scale 1 and"):
+            tiny.draw("a red rocket", guiders=[guider], **fields)
+        tiny.draw("a red rocket", guiders=[guider], guidance=GuidanceConfig(2.0), **fields)
+        tiny.draw("a red rocket", guiders=[guider, "universal"], **fields)
+    with pytest.raises(UsageError, match="would be drawn at the noise-aware scale -5"):
+        tiny.draw("a red rocket", guiders=["universal"], scale=-5.0, **fields)
+    tiny.draw("a red rocket", guiders=[reading], **fields)
+    avoided = tiny.draw("a red rocket", guiders=["cfg++"], sampler="ddim", **fields).images
+    without = tiny.draw("a red rocket", guiders=["cfg++"], sampler="ddim", n=1, steps=2).images
+    assert not torch.equal(avoided, without)
+
+
+LATER = """from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from clipkit.guidance.guider_factories import GuiderContext
+
+
+def factory(context: GuiderContext, by: float, *, times: int = 1, flag: bool = False, word: str = "", other: list = ()):
+    return lambda denoise: (by, times, flag, word)
+
+
+def nothing(context: GuiderContext):
+    return None
+"""
+
+
+def test_annotations_that_are_not_evaluated_are_read(tiny, tmp_path, monkeypatch):
+    (tmp_path / "annotated_later.py").write_text(LATER)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("factory", "nothing"):
+        monkeypatch.setitem(GUIDERS.entries, name, Entry(f"annotated_later:{name}", "from a test"))
+    made = make_guider("factory:by=0.5,times=3,flag=true,word=a b", context(tiny))
+    assert made(None) == (0.5, 3, True, "a b")
+    for text, message in (
+        ("factory", "guider 'factory' needs by"),
+        ("factory:context=1", "has no parameter 'context'"),
+        ("factory:by=1,times=1.5", "times is '1.5'; it must be a whole number"),
+        ("factory:by=1,other=1", "other cannot be given as a text"),
+        ("nothing", "^the factory of guider 'nothing' returned None; it must return a guider$"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            make_guider(text, context(tiny))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sampler": 7}, "sampler is 7; it must be a name or a function"),
+        ({"spacing": 7}, "spacing is 7; it must be a name or a function"),
+        ({"guiders": "universal"}, r"guiders is 'universal'; it must be a list, such as \['universal'\]"),
+        ({"guiders": abs}, r"guiders is <built-in function abs>; it must be a list"),
+        ({"guiders": [7]}, "guider is 7; it must be a name or a function"),
+        ({"guiders": ["univrsal"]}, "unknown guider 'univrsal'; did you mean"),
+        ({"negative": "a dog"}, r"negative is 'a dog'; it must be a list"),
+    ],
+)
+def test_a_request_refuses_values_of_another_type(fields, message):
+    with pytest.raises(UsageError, match=message) as refused:
+        DrawRequest.of("a cat", **fields)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_spacing_may_be_an_object(tiny):
+    named = tiny.draw("a cat", n=1, steps=3, spacing="trailing")
+    given = tiny.draw("a cat", n=1, steps=3, spacing=trailing)
+    assert torch.equal(named.images, given.images)
+    assert given.about["spacing"] == "trailing"
+
+
+def test_a_sampler_declares_its_spacing_and_whether_it_renoises(tiny):
+    """Also another package's, and one inside a functools.partial."""
+
+    @declares(spacing="leading", renoises=True)
+    def ours(denoise, x, lambdas, generator=None, watch=None):
+        return samplers.ddim(denoise, x, lambdas, generator, watch)
+
+    expected = {name: ("linspace" if name in ("ddim", "ddpm") else "karras", name == "ddim") for name in SAMPLERS.own}
+    requests = {name: DrawRequest.of("a cat", sampler=name) for name in SAMPLERS.own}
+    assert {name: (r.completed(True).spacing, r.renoises) for name, r in requests.items()} == expected
+    assert DrawRequest.of("a cat", sampler=partial(samplers.ddim, eta=0.5)).completed(True).spacing == "linspace"
+    drawn = tiny.draw("a cat", n=1, steps=3, sampler=ours, guiders=["cfg++"])
+    assert drawn.about["spacing"] == "leading"
+    named = tiny.draw("a cat", n=1, steps=3, sampler="ddim", spacing="leading", guiders=["cfg++"])
+    assert torch.equal(drawn.images, named.images)
 
 
 def test_autoguidance_extrapolates_from_the_weaker_denoiser(tiny, chain):
@@ -99,7 +203,7 @@ def test_autoguidance_extrapolates_from_the_weaker_denoiser(tiny, chain):
     strong, weak = tiny.conditional({"a cat": 1.0}, [], 1.0), Pipeline.open(chain, "cpu").denoiser
     found = make_guider(f"autoguidance:guide={chain},scale=1.7", made)(strong)(x, lam).x0
     torch.testing.assert_close(found, weak(x, lam).x0 + 1.7 * (strong(x, lam).x0 - weak(x, lam).x0))
-    assert made.weights.keys() == {"autoguidance"}
+    assert made.weights.keys() == {f"autoguidance:guide={chain}"}
 
 
 def test_autoguidance_needs_a_denoiser_of_the_same_shape(tiny, latent):

@@ -1,6 +1,7 @@
 """Atomic facts: prompts, their score on renders and on other pictures, and intervals."""
 
 import json
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,9 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from clipkit.errors import UsageError
-from clipkit.guidance.metrics.atoms import Share, prompts, renders, score
+from clipkit.guidance.metrics.atoms import Prompt, Share, draw, prompts, renders, score
+from clipkit.world import Caption, Fact
+from clipkit.world.scene import SPLITS, Kind
 
 
 def test_prompts_are_a_function_of_their_seed():
@@ -33,6 +36,16 @@ def test_the_judge_passes_the_renderer_and_fails_other_pictures():
     assert shifted["prompt"].right <= 1
     empty = score(asked, [Image.new("RGB", (64, 64), "white")] * len(asked))
     assert empty["object"].right == empty["relation"].right == empty["count"].right == 0
+
+
+def test_every_kind_of_fact_is_scored():
+    """In the order of the world's kinds, the whole prompts last."""
+    kinds = [*get_args(Kind)]
+    facts = tuple(Fact(kind, (), "any") for kind in reversed(kinds))
+    asked = [Prompt(Caption("a text", facts), prompts(1)[0].scene)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clipkit.guidance.metrics.atoms.check", lambda picture, facts: dict.fromkeys(facts, True))
+        assert list(score(asked, renders(asked, 24))) == [*kinds, "prompt"]
 
 
 def test_relations_are_of_the_split():
@@ -59,6 +72,8 @@ def test_of_nothing_nothing_is_known():
         (lambda: prompts(0), "0 prompts were asked for"),
         (lambda: prompts(3, "test"), "unknown split 'test'"),
         (lambda: prompts(3, "relations", plain=True), "plain prompts name one object"),
+        (lambda: prompts(2, seed=2**32 - 1), "^seed is 4294967295; for 2 prompts, .* from 0 to 4294967294$"),
+        (lambda: draw(None, prompts(2), seed=2**32 - 1), "^seed is 4294967295; for 2 prompts"),
         (lambda: score(prompts(2), []), "0 pictures were given for 2 prompts"),
     ],
 )
@@ -83,7 +98,16 @@ def test_the_command(command, chain, tmp_path):
     assert [line.split()[0] for line in out.splitlines()] == ["fact", *facts]
 
 
+def test_the_command_takes_every_split_of_the_world():
+    from clipkit.commands.measuring import atoms
+
+    assert next(p for p in atoms.params if p.name == "split").type.choices == SPLITS
+
+
 def test_the_command_refuses_before_it_draws(command, tmp_path):
+    code, _, err = command("atoms", "--model", "no-such-run", "--seed", 2**32 - 1, "--n", 2)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "seed is 4294967295; for 2 prompts" in err
     code, _, err = command("atoms", "--split", "relations", "--plain")
     assert (code, err.count("\n")) == (2, 1)
     assert "take another split" in err
