@@ -17,7 +17,6 @@ from click.exceptions import Abort
 from clipkit._version import __version__
 from clipkit.commands import drawing, evaluation, measuring, models, packs, pictures, serving, training
 from clipkit.errors import ClipkitError, UsageError
-from clipkit.log import remark
 from clipkit.registry import TASKS, task_entry
 
 
@@ -29,6 +28,8 @@ class _Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All names. A line on stderr names the tasks of other packages whose command would be one of clipkit's."""
+        from clipkit.log import remark
+
         tasks = self._foreign_tasks()
         for command in sorted(tasks.keys() & self.commands.keys()):
             entry = TASKS.entry(tasks[command])

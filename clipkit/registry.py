@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from clipkit.errors import UsageError, did_you_mean
-from clipkit.log import remark
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -122,6 +121,8 @@ class Registry(Mapping[str, T], Generic[T]):
         """Say once which entries of these names are ignored."""
         for name, line in self._ignored:
             if name in names:
+                from clipkit.log import remark
+
                 remark(line)
         self._ignored = [(name, line) for name, line in self._ignored if name not in names]
 

@@ -9,7 +9,6 @@ import click
 
 from clipkit.errors import UsageError
 from clipkit.inputs import print_json
-from clipkit.log import remark
 from clipkit.registry import TASKS, task_entry
 
 _RECIPE_HELP = """
@@ -67,6 +66,8 @@ def recipe(name: str, overrides: tuple[str, ...], keys: bool, task: str | None) 
 
 def _can_be_imported(kind: str) -> bool:
     """Whether a task can be imported. If not, say why on stderr."""
+    from clipkit.log import remark
+
     try:
         return bool(TASKS[kind])
     except UsageError as error:
