@@ -27,8 +27,14 @@ class _Commands(click.Group):
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """All names."""
-        return sorted({*self.commands, *self._foreign_tasks()})
+        """All names. A line on stderr names the tasks of other packages whose command would be one of clipkit's."""
+        from clipkit.log import remark
+
+        tasks = self._foreign_tasks()
+        for command in sorted(tasks.keys() & self.commands.keys()):
+            entry = TASKS.entry(tasks[command])
+            remark(f"clipkit: task {tasks[command]!r} ({entry.help}) has no command: clipkit has one of that name")
+        return sorted({*self.commands, *tasks})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of this name, if any."""
@@ -38,12 +44,8 @@ class _Commands(click.Group):
         return None if kind is None else training.training_command(kind)
 
     def _foreign_tasks(self) -> dict[str, str]:
-        """Command -> kind of the tasks that other packages register. Raises UsageError for the name of a command."""
-        found = {task_entry(kind).command: kind for kind in TASKS if kind not in TASKS.own}
-        for command in found.keys() & self.commands.keys():
-            kind = found[command]
-            raise UsageError(f"task {kind!r} ({TASKS.entry(kind).help}) has the name of a command; rename it")
-        return found
+        """Command -> kind of the tasks that other packages register."""
+        return {task_entry(kind).command: kind for kind in TASKS if kind not in TASKS.own}
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the command; when it is interrupted, say whether the same command resumes."""

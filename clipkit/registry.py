@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -61,18 +62,45 @@ class Entry:
         return getattr(import_module(module), attribute)
 
 
+@dataclass(frozen=True)
+class ForeignEntry(Entry):
+    """An entry of another package. Several packages may use one name; then none of them is imported."""
+
+    points: tuple[EntryPoint, ...]
+
+    @classmethod
+    def of(cls, points: Sequence[EntryPoint]) -> ForeignEntry:
+        """The entry of entry points with one name."""
+        packages = " and ".join(map(_package, points))
+        return cls(points[0].value, f"from {packages}", tuple(points))
+
+    def load(self) -> Any:
+        """Import the object. Raises whatever the import raises."""
+        return self.points[0].load()
+
+
 class Registry(Mapping[str, T], Generic[T]):
     """A table of one kind of thing: clipkit's own, then those that installed packages register by entry points.
+
+    A package can break none of clipkit's entries: a name of clipkit's remains clipkit's, and so does one that cannot be
+    given on the command line. A line on stderr says so when the table is listed or the name is used.
 
     Args:
         noun: what an entry is, for messages, such as "sampler"; its plural is the entry points' group:
             "clipkit.samplers".
         own: clipkit's entries.
+        methods: the methods that an object of another package must have; without any it must be callable.
+        reserved: names that no package can use.
     """
 
-    def __init__(self, noun: str, own: Mapping[str, Entry]) -> None:
+    def __init__(
+        self, noun: str, own: Mapping[str, Entry], methods: Sequence[str] = (), reserved: Sequence[str] = ()
+    ) -> None:
         self.noun = noun
         self.own = dict(own)
+        self.methods = methods
+        self.reserved = reserved
+        self._ignored: list[tuple[str, str]] = []
 
     @property
     def group(self) -> str:
@@ -82,39 +110,74 @@ class Registry(Mapping[str, T], Generic[T]):
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
-        """Every name with its entry. Raises UsageError when two packages use one name."""
-        found, owners = dict(self.own), dict.fromkeys(self.own, "clipkit")
+        """Every name with its entry."""
+        foreign: dict[str, list[EntryPoint]] = {}
         for point in _entry_points(self.group):
-            package = _package(point)
-            if point.name in found:
-                raise UsageError(
-                    f"{self.noun} {point.name!r} is registered by {owners[point.name]} and by {package}; uninstall one"
-                )
-            found[point.name], owners[point.name] = Entry(point.value, f"from {package}"), package
-        return found
+            if problem := self._unusable(point.name):
+                line = f"clipkit: {self.noun} {point.name!r} of package {_package(point)} is ignored: {problem}"
+                self._ignored.append((point.name, line))
+            else:
+                foreign.setdefault(point.name, []).append(point)
+        return {**self.own, **{name: ForeignEntry.of(points) for name, points in foreign.items()}}
+
+    def _unusable(self, name: str) -> str:
+        """Why no package can use this name; empty if one can."""
+        if name in self.own:
+            return "clipkit has that name"
+        if name in self.reserved:
+            return f"{name}:PLACE has another meaning"
+        return "" if name and not re.search(r"[\s:]", name) else "a name is not empty, without ':' and white space"
+
+    def _report_ignored(self, names: Collection[str]) -> None:
+        """Say once which entries of these names are ignored."""
+        for name, line in self._ignored:
+            if name in names:
+                from clipkit.log import remark
+
+                remark(line)
+        self._ignored = [(name, line) for name, line in self._ignored if name not in names]
 
     def __getitem__(self, name: str) -> T:
-        """The object of this name. Raises UsageError for an unknown one, and when its package cannot be imported."""
+        """The object of this name.
+
+        Raises UsageError for an unknown name, one that two packages use, and an object of another package that cannot
+        be imported or is of the wrong kind.
+        """
         entry = self.entry(name)
+        found: T = entry.load() if not isinstance(entry, ForeignEntry) else self._load(name, entry)
+        return found
+
+    def _load(self, name: str, entry: ForeignEntry) -> Any:
+        if len(entry.points) > 1:
+            packages = " and by ".join(map(_package, entry.points))
+            raise UsageError(f"{self.noun} {name!r} is registered by {packages}; uninstall one")
+        what = f"{self.noun} {name!r} ({entry.help})"
         try:
-            found: T = entry.load()
-        except (ImportError, AttributeError) as error:
-            if name in self.own:
-                raise
-            raise UsageError(f"{self.noun} {name!r} ({entry.help}) cannot be imported: {error}") from None
+            found = entry.load()
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UsageError(f"{what} cannot be imported: {reason}") from error
+        lacking = [method for method in self.methods if not callable(getattr(found, method, None))]
+        if lacking:
+            raise UsageError(f"{what} is of type {type(found).__name__}, which has no {lacking[0]}; it must have one")
+        if not self.methods and not callable(found):
+            raise UsageError(f"{what} is of type {type(found).__name__}; it must be callable")
         return found
 
     def entry(self, name: str) -> Entry:
         """The entry of this name, not imported. Raises UsageError for an unknown one."""
         if name not in self.entries:
             raise UsageError(f"unknown {self.noun} {name!r}; {did_you_mean(name, self.entries)}")
+        self._report_ignored([name])
         return self.entries[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self.entries
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
+        names = iter(self.entries)
+        self._report_ignored([name for name, _ in self._ignored])
+        return names
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -175,6 +238,7 @@ TASKS: Registry[TaskSpec[Any]] = Registry(
             "emoji_autoencoder.toml",
         ),
     },
+    methods=("run", "recipe", "load"),
 )
 """Kind of a run, as its checkpoints record it -> how it is trained and loaded. Entry points: clipkit.tasks."""
 
@@ -229,7 +293,9 @@ def _described_datasets() -> dict[str, Entry]:
     }
 
 
-DATASETS: Registry[OpenDataset] = Registry("dataset", _described_datasets())
+DATASETS: Registry[OpenDataset] = Registry(
+    "dataset", _described_datasets(), reserved=("folder", "tar", "csv", "shards", "wds")
+)
 """Labelled images by name, for zero-shot evaluation, linear probes and packs."""
 
 

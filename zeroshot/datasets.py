@@ -31,7 +31,7 @@ from clipkit.data.tar_scan import is_hidden, split_key
 from clipkit.errors import DataError, SampleError, UsageError, did_you_mean, shown
 from clipkit.registry import DATASETS
 
-KINDS = ("folder", "tar", "csv", "shards", "wds")
+KINDS = DATASETS.reserved
 """Kinds of KIND:PLACE."""
 
 

@@ -31,6 +31,10 @@ class LazyChoice(click.Choice[str]):
         """Every name."""
         return tuple(self.names())
 
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """A name, as it is; an error lists all of them."""
+        return str(value) if value in self.registry else super().convert(value, param, ctx)
+
 
 class RegistryCommand(click.Command):
     """A command whose help ends with the entries of registries."""

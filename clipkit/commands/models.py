@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from clipkit import DEFAULT_MODEL
-from clipkit.commands.arguments import MODEL_HELP
+from clipkit.commands.arguments import MODEL_HELP, RegistryChoice, RegistryCommand
 from clipkit.errors import UsageError
 from clipkit.inputs import print_json
 from clipkit.registry import EXPORT_FORMATS
@@ -42,16 +42,16 @@ def models(pattern: str, as_json: bool) -> None:
         click.echo(f"{name:{width}}  {repository}")
 
 
-@click.command()
+@click.command(cls=RegistryCommand, registries=[EXPORT_FORMATS])
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help=MODEL_HELP)
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--format",
     "form",
-    type=click.Choice(list(EXPORT_FORMATS)),
+    type=RegistryChoice(EXPORT_FORMATS),
     default="open_clip",
     show_default=True,
-    help="; ".join(f"{name}: {EXPORT_FORMATS.entry(name).help}" for name in EXPORT_FORMATS) + ".",
+    help="Format; see below.",
 )
 @click.option("--push", help="Also upload OUT as this hub repository, organisation/name, with a model card.")
 def export(model: str, out: Path, form: str, push: str | None) -> None:

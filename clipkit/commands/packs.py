@@ -9,22 +9,13 @@ from typing import Any
 
 import click
 
-from clipkit.commands.arguments import read_class_names, read_templates, refuse_options
+from clipkit.commands.arguments import RegistryCommand, read_class_names, read_templates, refuse_options
 from clipkit.errors import UsageError, did_you_mean
 from clipkit.inputs import check_file, plural, print_json
 from clipkit.registry import DATASETS, SOURCES
 
 
-class _Pack(click.Command):
-    """Lists the sources in its help."""
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The table of sources."""
-        with formatter.section("Sources"):
-            formatter.write_dl([(name, entry.help) for name, entry in SOURCES.entries.items()])
-
-
-@click.command(cls=_Pack)
+@click.command(cls=RegistryCommand, registries=[SOURCES])
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
@@ -124,7 +115,8 @@ def _kind_of(source: str, has_table: bool) -> tuple[str, str | Path]:
         return ("csv" if has_table else "folder"), Path(source)
     if source in DATASETS:
         return "dataset", source
-    names = [*(f"{name}:FOLDER" if "source" in _parameters(name) else name for name in SOURCES), *DATASETS]
+    of_places = [name for name in SOURCES.own if "source" in _parameters(name)]
+    names = [*(f"{name}:FOLDER" if name in of_places else name for name in SOURCES), *DATASETS]
     raise UsageError(f"no folder or tar at {source}, nor a data set; {did_you_mean(source, names)}")
 
 

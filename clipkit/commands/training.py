@@ -70,12 +70,23 @@ def recipe(name: str, overrides: tuple[str, ...], keys: bool, task: str | None) 
     if keys and name:
         raise UsageError(f"--keys lists the keys of all recipes; omit it, or {name}")
     if keys:
-        _print_keys([task] if task else list(TASKS))
+        _print_keys([task] if task else [kind for kind in TASKS if _can_be_imported(kind)])
     elif not name:
         click.echo("\n".join(shipped()))
     else:
         kind = task or reference.kind_of(name)
         click.echo(reference.annotated_toml(load_recipe(TASKS[kind].recipe, name, overrides), kind), nl=False)
+
+
+def _can_be_imported(kind: str) -> bool:
+    """Whether a task can be imported. If not, say why on stderr."""
+    from clipkit.log import remark
+
+    try:
+        return bool(TASKS[kind])
+    except UsageError as error:
+        remark(f"clipkit: {error}")
+        return False
 
 
 def _print_keys(kinds: Sequence[str]) -> None:

@@ -99,7 +99,7 @@ def layout(source: Path, names: Iterable[str], known: Collection[str] = ()) -> L
         if words and len(inner) > len(outer) and all(len(f) > depth + 1 for f in folders):
             raise DataError(
                 f"{source} has folders in folders ({deepest}): the class may be {first!r} or {second!r}; name the "
-                "class folders with --classnames names.json (folder -> name), or give a folder that has them at its top"
+                "class folders in a table of class names (folder -> name), or give a folder that has them at its top"
             )
         remark(f"clipkit: {source}: images in deeper folders ({deepest}) have the class of the first, {first!r}")
     return Layout.of(in_order(outer), depth)

@@ -1,7 +1,9 @@
 """The house: what is importable from where, what importing costs, and which names are free."""
 
+import ast
 import importlib
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
@@ -125,13 +127,33 @@ def test_type_checkers_find_what_a_user_imports(installed, how, tmp_path):
     assert "type[Task]" in errors[0]
 
 
-@pytest.mark.parametrize(
-    "path", [p for room in ("clipkit", *ROOMS) for p in sorted((ROOT / room).glob("*.py"))], ids=lambda p: p.stem
-)
+FILES = sorted(path for room in ("clipkit", *ROOMS) for path in (ROOT / room).rglob("*.py"))
+"""The package's modules. Links to the rooms are not followed."""
+
+
+def module_of(path):
+    words = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(words if words[0] == "clipkit" else ("clipkit", *words)).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_every_module_imports_and_says_what_it_is(path):
-    room = path.parent.name
-    name = f"clipkit.{path.stem}" if room == "clipkit" else f"clipkit.{room}.{path.stem}"
     if path.stem in ("__main__", "_version"):
         return
-    module = importlib.import_module(name.removesuffix(".__init__"))
-    assert module.__doc__
+    assert importlib.import_module(module_of(path)).__doc__
+
+
+def test_library_errors_name_no_flags():
+    """Flags of other programs stand in backquotes."""
+    flag = re.compile(r"(^|\s)--\w")
+    found = [
+        f"{module_of(path)}: {text.value}"
+        for path in FILES
+        if not {"commands", "cli", "server"} & {path.stem, path.parent.name}
+        for statement in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(statement, ast.Raise)
+        for text in ast.walk(statement)
+        if isinstance(text, ast.Constant) and isinstance(text.value, str)
+        if flag.search(re.sub(r"`(?!clipkit)[^`]*`", "", text.value))
+    ]
+    assert not found

@@ -96,7 +96,7 @@ NESTED = ["animals/cat/0.jpg", "animals/dog/0.jpg", "vehicles/bus/0.jpg"]
 
 def test_an_outer_and_an_inner_folder_that_may_both_be_the_class():
     with pytest.raises(
-        DataError, match="the class may be 'animals' or 'cat'; name the class folders with --classnames"
+        DataError, match="the class may be 'animals' or 'cat'; name the class folders in a table of class names"
     ):
         layout(SOURCE, NESTED)
     for known in (["cat", "dog", "bus"], ["animals", "vehicles"]):
