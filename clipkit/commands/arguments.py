@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ MODEL_HELP = "A run's folder, weights trained elsewhere, or a published name (se
 class LazyChoice(click.Choice[str]):
     """An option whose values are imported when they are needed."""
 
-    def __init__(self, names: Callable[[], Iterable[str]]) -> None:
+    def __init__(self, names: Callable[[], Collection[str]]) -> None:
         self.names, self.case_sensitive = names, True
 
     @property
@@ -33,7 +33,7 @@ class LazyChoice(click.Choice[str]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """A name, as it is; an error lists all of them."""
-        return str(value) if value in self.registry else super().convert(value, param, ctx)
+        return str(value) if value in self.names() else super().convert(value, param, ctx)
 
 
 class RegistryCommand(click.Command):

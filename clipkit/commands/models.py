@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from clipkit import DEFAULT_MODEL
-from clipkit.commands.arguments import MODEL_HELP, RegistryChoice, RegistryCommand
+from clipkit.commands.arguments import MODEL_HELP, LazyChoice, RegistryCommand
 from clipkit.errors import UsageError
 from clipkit.inputs import print_json
 from clipkit.registry import EXPORT_FORMATS
@@ -48,7 +48,7 @@ def models(pattern: str, as_json: bool) -> None:
 @click.option(
     "--format",
     "form",
-    type=RegistryChoice(EXPORT_FORMATS),
+    type=LazyChoice(EXPORT_FORMATS.keys),
     default="open_clip",
     show_default=True,
     help="Format; see below.",
