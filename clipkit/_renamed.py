@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from functools import partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -60,6 +61,43 @@ MODULES = {
 """Former module -> present module."""
 
 NAMES: dict[str, dict[str, str]] = {
+    "clipkit.convert.export": {"FORMATS": "clipkit.registry:EXPORT_FORMATS"},
+    "clipkit.convert.processors": {
+        "CLIP_VOCABULARY": "clipkit.convert.tokenizer_files:CLIP_VOCABULARY",
+        "TokenizerFiles": "clipkit.convert.tokenizer_files:TokenizerFiles",
+        "padding": "clipkit.convert.tokenizer_files:padding",
+        "read_tokenizer": "clipkit.convert.tokenizer_files:read_tokenizer",
+        "siglip_cleaning": "clipkit.convert.tokenizer_files:siglip_cleaning",
+        "write_tokenizer": "clipkit.convert.tokenizer_files:write_tokenizer",
+    },
+    "clipkit.convert.release": {"KINDS": "clipkit.registry:TASKS"},
+    "clipkit.convert.weights": {
+        "RESNETS": "clipkit.convert.open_clip:RESNETS",
+        "SIGLIP": "clipkit.convert.transformers:SIGLIP",
+        "VIT": "clipkit.convert.open_clip:VIT",
+    },
+    "clipkit.data.shards": {
+        "FORMAT": "clipkit.data.manifest:FORMAT",
+        "KEYS": "clipkit.data.manifest:KEYS",
+        "MAX_CAPTION": "clipkit.data.captions:MAX_CAPTION",
+        "PICKLES": "clipkit.data.tar_scan:PICKLES",
+        "Scan": "clipkit.data.tar_scan:Scan",
+        "StrictTarInfo": "clipkit.data.tar_scan:StrictTarInfo",
+        "check_count": "clipkit.data.manifest:check_count",
+        "check_end": "clipkit.data.tar_scan:check_end",
+        "clean_caption": "clipkit.data.captions:clean_caption",
+        "find_index": "clipkit.data.manifest:find_manifest",
+        "index_shard": "clipkit.data.manifest:index_shard",
+        "is_hidden": "clipkit.data.tar_scan:is_hidden",
+        "load_index": "clipkit.data.manifest:load_manifest",
+        "scan": "clipkit.data.tar_scan:scan",
+        "split_key": "clipkit.data.tar_scan:split_key",
+        "tar_files": "clipkit.data.manifest:tar_files",
+        "tars_of": "clipkit.data.manifest:tars_of",
+        "unlisted": "clipkit.data.manifest:unlisted",
+        "write_index": "clipkit.data.manifest:index_folder",
+    },
+    "clipkit.distributed": {"meet": "all_reduce_max"},
     "clipkit.guidance.config": {"Steering": "GuidanceConfig"},
     "clipkit.guidance.guiders": {
         "between": "guidance_interval",
@@ -68,11 +106,38 @@ NAMES: dict[str, dict[str, str]] = {
         "mixed": "compose",
     },
     "clipkit.guidance.networks.noisy_clip": {"Wish": "GuidanceTarget"},
-    "clipkit.guidance.pipeline": {"Steering": "GuidanceConfig", "Studio": "Pipeline"},
-    "clipkit.train.finetune": {"TuneConfig": "FinetuneConfig", "hold_still": "eval_locked"},
+    "clipkit.guidance.pipeline": {
+        "SPACINGS": "clipkit.registry:SPACINGS",
+        "Steering": "GuidanceConfig",
+        "Studio": "Pipeline",
+        "alternatives": "clipkit.guidance.targets:alternatives",
+    },
+    "clipkit.log": {
+        "only_known": "clipkit.io:only_known",
+        "read_object": "clipkit.io:read_object",
+        "sha256": "clipkit.io:sha256",
+        "write_atomically": "clipkit.io:write_atomically",
+        "written_whole": "clipkit.io:written_whole",
+    },
+    "clipkit.models.pretrained": {
+        "find": "clipkit.models.source:find",
+        "folder_of": "clipkit.models.source:folder_of",
+        "is_foreign": "clipkit.models.source:is_external",
+    },
     "clipkit.models.tokenizer": {"ForeignTokenizer": "ExternalTokenizer"},
+    "clipkit.models.towers": {"OURS": "clipkit.registry:TOWERS"},
+    "clipkit.train.finetune": {"TuneConfig": "FinetuneConfig", "hold_still": "eval_locked"},
+    "clipkit.train.optim": {"Muon": "AdamWMuon"},
+    "clipkit.train.step": {"Features": "clipkit.train.task:Features"},
+    "clipkit.zeroshot.datasets": {"known": "clipkit.zeroshot.named:described"},
 }
-"""Present module -> former name -> present name."""
+"""Present module -> former name -> present name, "module:name" where that is in another module than the rest."""
+
+
+def _present(module: str, name: str) -> Any:
+    """The object that a name of version 0.1 stands for in a present module."""
+    home, _, attribute = NAMES.get(module, {}).get(name, name).rpartition(":")
+    return getattr(importlib.import_module(home or module), attribute)
 
 
 def former_name(module: str, name: str) -> Any:
@@ -80,8 +145,8 @@ def former_name(module: str, name: str) -> Any:
     present = NAMES.get(module, {}).get(name)
     if present is None:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    warnings.warn(f"{module}.{name} is now {present}", DeprecationWarning, stacklevel=3)
-    return getattr(importlib.import_module(module), present)
+    warnings.warn(f"{module}.{name} is now {present.replace(':', '.')}", DeprecationWarning, stacklevel=3)
+    return _present(module, name)
 
 
 class _Former:
@@ -96,12 +161,8 @@ class _Former:
     def exec_module(self, module: ModuleType) -> None:
         """Forward attributes to the present module."""
         warnings.warn(f"{module.__name__} is now {self.present}", DeprecationWarning, stacklevel=2)
-        present, names = importlib.import_module(self.present), NAMES.get(self.present, {})
-
-        def attribute(name: str) -> Any:
-            return getattr(present, names.get(name, name))
-
-        module.__dict__["__getattr__"] = attribute
+        importlib.import_module(self.present)
+        module.__dict__["__getattr__"] = partial(_present, self.present)
 
 
 class Finder:

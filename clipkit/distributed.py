@@ -21,7 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from clipkit._renamed import former_name
 from clipkit.errors import RankError, UsageError
+
+
+def __getattr__(name: str) -> Any:  # PEP 562: names of version 0.1
+    return former_name(__name__, name)
 
 
 def active() -> bool:

@@ -160,7 +160,7 @@ def changelog() -> str:
     """The changelog; the tables of its version 0.2 are those of the former names that still work, until 0.3."""
     page = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     above, mark, rest = page.partition("### Renamed recipe keys\n")
-    names = [(module, *pair) for module in sorted(NAMES) for pair in NAMES[module].items()]
+    names = [(module, old, new.replace(":", ".")) for module in sorted(NAMES) for old, new in NAMES[module].items()]
     tables = (
         (f"{mark}\nA former key works, with one message.\n\n| former | present |", sorted(RENAMED.items())),
         ("### Renamed names\n\n| module | former | present |", names),

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from clipkit._renamed import former_name
 from clipkit.config import OptimConfig
 from clipkit.errors import UsageError
 from clipkit.train.parallel import local
+
+
+def __getattr__(name: str) -> Any:  # PEP 562: names of version 0.1
+    return former_name(__name__, name)
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig, scales: Mapping[str, float] | None = None) -> AdamWMuon:

@@ -14,9 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from clipkit import distributed
+from clipkit._renamed import former_name
 from clipkit.data.loader import Batch
 from clipkit.train.batchnorm import keep_running_stats
 from clipkit.train.task import Task
+
+
+def __getattr__(name: str) -> Any:  # PEP 562: names of version 0.1
+    return former_name(__name__, name)
 
 
 def backward(

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from clipkit._renamed import former_name
 from clipkit.data.classes import Names, are_consecutive, checked_templates, class_name, fit_names, in_order, say_alike
 from clipkit.data.files import File, Files, members
 from clipkit.data.images import SUFFIXES, decode
@@ -33,6 +34,10 @@ from clipkit.registry import DATASETS
 
 KINDS = DATASETS.reserved
 """Kinds of KIND:PLACE."""
+
+
+def __getattr__(name: str) -> Any:  # PEP 562: names of version 0.1
+    return former_name(__name__, name)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES = ("clipkit", "clipkit.train", "clipkit.zeroshot", "clipkit.guidance")
+PACKAGES = ("clipkit", "clipkit.train", "clipkit.zeroshot", "clipkit.guidance", "clipkit.guidance.metrics")
 
 
 def imported_for_types(package):
