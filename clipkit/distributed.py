@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache, reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from clipkit._renamed import former_name
 from clipkit.errors import RankError, UsageError
+
+T = TypeVar("T")
 
 
 def __getattr__(name: str) -> Any:  # PEP 562: names of version 0.1
@@ -157,6 +159,26 @@ def sum_counts(counts: Mapping[str, int]) -> Counter[str]:
     if not active():
         return Counter(counts)
     return sum(map(Counter, gather_json(counts)), Counter[str]())
+
+
+def rank_zero_first(work: Callable[[], T]) -> T:
+    """Call `work` on rank 0, and then on the others, which find the files that rank 0 has fetched.
+
+    If it fails on rank 0, the others raise UsageError with the same message.
+    """
+    found: list[T] = []
+    failure = ""
+    try:
+        if rank() == 0:
+            found.append(work())
+    except Exception as error:
+        failure = str(error) or type(error).__name__
+        raise
+    finally:
+        failure = gather_json(failure)[0]
+    if failure:
+        raise UsageError(failure)
+    return found[0] if found else work()
 
 
 def barrier() -> None:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from clipkit.zeroshot.datasets import ImageSet
     from clipkit.zeroshot.evaluation import Result
 
+_DOWNLOAD_MINUTES = 240
+"""Time that the other ranks wait for rank 0 to download data sets."""
+
 _PLACES = "NAME, or folder:, tar:, csv:, shards:, wds:PLACE"
 
 
@@ -90,9 +93,11 @@ def zeroshot(
       clipkit zeroshot --model runs/clip --dataset folder:photos --report report
       clipkit zeroshot --model ViT-B-32/laion2b_s34b_b79k --dataset cifar10 --json
     """
+    from clipkit import distributed
     from clipkit.inputs import check_writable
     from clipkit.zeroshot import heads
     from clipkit.zeroshot.evaluation import Prompts
+    from clipkit.zeroshot.report import write_report
 
     if not any(name in DATASETS for name in datasets):
         refuse_options(["data_dir", "download"], "on data sets that are given by their place")
@@ -102,18 +107,24 @@ def zeroshot(
         templates=read_templates(templates, heads.ensembles()) if templates else None,
         descriptions=read_class_names(descriptions) if descriptions else None,
     )
-    sets = _opened(datasets, classnames, data_dir, download)
     options = {"batch_size": batch_size, "workers": workers, "cache": heads.CACHE / "heads"}
-    _evaluate(models, sets, prompts, device, report, as_json, options)
+    with distributed.process_group(distributed.choose_device(device), _DOWNLOAD_MINUTES if download else 10):
+        sets = distributed.rank_zero_first(lambda: _opened(datasets, classnames, data_dir, download))
+        results = _evaluate(models, sets, prompts, device, as_json, options)
+        first = not distributed.rank()
+    if report is not None and first:
+        click.echo(f"{write_report(results, report)}", err=True)
 
 
 def _opened(datasets: Sequence[str], classnames: Path | None, data_dir: Path, download: bool) -> list[ImageSet]:
-    """Data sets, with other class names if a file of them is given."""
+    """Data sets, which rank 0 downloads, with other class names if a file of them is given."""
+    from clipkit import distributed
     from clipkit.zeroshot.datasets import open_set
 
     names = read_class_list(classnames) if classnames else None
     folders = names if isinstance(names, dict) else ()
-    sets = [open_set(name, data_dir, download, folders=folders) for name in datasets]
+    fetch = download and not distributed.rank()
+    sets = [open_set(name, data_dir, fetch, folders=folders) for name in datasets]
     return sets if names is None else [images.renamed(names, str(classnames)) for images in sets]
 
 
@@ -122,25 +133,21 @@ def _evaluate(
     sets: Sequence[ImageSet],
     prompts: Any,
     device: str,
-    report: Path | None,
     as_json: bool,
     options: dict[str, Any],
-) -> None:
-    """Evaluate each model on each data set, print the scores on rank 0, and write the report."""
+) -> list[Result]:
+    """Evaluate each model on each data set, and print the scores on rank 0."""
     from clipkit import distributed
     from clipkit.zeroshot.evaluation import evaluate_each
-    from clipkit.zeroshot.report import write_report
 
     results: list[Result] = []
-    with distributed.process_group(distributed.choose_device(device)):
-        try:
-            for result in evaluate_each(models, sets, prompts, device, **options):
-                results.append(result)
-        finally:  # an error on one data set must not lose the scores of those before it
-            if results and not distributed.rank():
-                _show(results, len(models) * len(sets), as_json)
-    if report is not None and not distributed.rank():
-        click.echo(f"{write_report(results, report)}", err=True)
+    try:
+        for result in evaluate_each(models, sets, prompts, device, **options):
+            results.append(result)
+    finally:  # an error on one data set must not lose the scores of those before it
+        if results and not distributed.rank():
+            _show(results, len(models) * len(sets), as_json)
+    return results
 
 
 def _show(results: Sequence[Result], expected: int, as_json: bool) -> None:
@@ -240,9 +247,11 @@ def probe(
     from clipkit.zeroshot.probe import check_same_classes, features
     from clipkit.zeroshot.probe import probe as fit
 
-    sets = [open_set(train, Path("data"), training=True), open_set(test, Path("data"))]
-    check_same_classes(*sets)
     with distributed.process_group(distributed.choose_device(device)):
+        sets = distributed.rank_zero_first(
+            lambda: [open_set(train, Path("data"), training=True), open_set(test, Path("data"))]
+        )
+        check_same_classes(*sets)
         clip = load(model, device)
         (x, y, skipped_train), (u, v, skipped_test) = (
             features(clip.model, images, batch_size, workers, CACHE / "features") for images in sets

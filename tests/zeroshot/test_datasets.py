@@ -11,19 +11,23 @@ import struct
 import sys
 import tarfile
 import threading
+import time
 from collections import Counter
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from external_models import write_fashion_mnist
 from PIL import Image
+from ranks import on_ranks
 
 from clipkit.data.images import decode
 from clipkit.data.pack import pack
 from clipkit.data.shards import Shards
 from clipkit.data.sources import class_source
-from clipkit.errors import DataError, SampleError, UsageError
-from clipkit.registry import DATASETS
+from clipkit.errors import ClipkitError, DataError, SampleError, UsageError
+from clipkit.registry import DATASETS, Entry
 from clipkit.zeroshot.datasets import ImageSet, as_source, open_set
 from clipkit.zeroshot.named import described
 
@@ -411,6 +415,7 @@ def other_package(tmp_path, monkeypatch):
 
 BIRDS = """
 from PIL import Image
+from ranks import on_ranks
 from clipkit.zeroshot.datasets import ImageSet
 
 def birds(data_dir, download=False, training=False):
@@ -432,6 +437,42 @@ def test_a_data_set_of_another_package(command, chain, tmp_path):
     assert re.search(r"birds +from feathers", out)
     with pytest.raises(UsageError, match="did you mean 'birds'"):
         open_set("bird", tmp_path)
+
+
+def opened_on_this_rank(folder):
+    """Which rank was asked to download, in the order of the opening."""
+    from clipkit import distributed
+    from clipkit.commands import evaluation
+
+    def open_once(data_dir, download=False, training=False):
+        if download:
+            time.sleep(0.3)
+            (data_dir / f"by-{distributed.rank()}").touch()
+        return sorted(path.name for path in data_dir.iterdir())
+
+    vars(DATASETS)["entries"] = {"birds": Entry("", "")}
+    with mock.patch.object(Entry, "load", return_value=open_once):
+        return distributed.rank_zero_first(lambda: evaluation._opened(["birds"], None, Path(folder), True))
+
+
+def test_rank_0_downloads_before_the_others_open(tmp_path):
+    assert on_ranks(2, opened_on_this_rank, str(tmp_path)) == [[["by-0"]], [["by-0"]]]
+
+
+def failure_on_this_rank():
+    from clipkit import distributed
+
+    def work():
+        raise DataError(f"failed on {distributed.rank()}")
+
+    try:
+        distributed.rank_zero_first(work)
+    except ClipkitError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_a_failure_of_rank_0_ends_the_others_with_its_message():
+    assert on_ranks(2, failure_on_this_rank) == ["DataError: failed on 0", "UsageError: failed on 0"]
 
 
 def test_every_name_opens_a_data_set_of_its_own():
