@@ -209,6 +209,13 @@ def test_former_modules_are_imported_with_a_warning(former, tmp_path):
     assert f"DeprecationWarning: {former} is now {done.stdout.strip()}" in done.stderr
 
 
+def forget(former):
+    """Undo the import of a former module: other tests see the warning, and the name of its package that it hides."""
+    del sys.modules[former]
+    package, _, name = former.rpartition(".")
+    vars(sys.modules[package]).pop(name, None)
+
+
 def test_former_names_are_the_present_objects():
     for former, present in MODULES.items():
         with pytest.warns(DeprecationWarning, match=f"^{former} is now {present}$"):
@@ -216,7 +223,7 @@ def test_former_names_are_the_present_objects():
         for old, new in NAMES.get(present, {}).items():
             home, _, name = new.rpartition(":")
             assert getattr(module, old) is getattr(sys.modules[home or present], name)
-        del sys.modules[former]
+        forget(former)
 
 
 GONE = {
@@ -242,5 +249,5 @@ def test_every_public_name_of_version_0_1_is_importable():
         lost = [name for name in names.split() if not hasattr(found, name)]
         missing |= {module: " ".join(lost)} if lost else {}
         if found.__name__ in MODULES:
-            del sys.modules[module]  # so that importing it warns in other tests
+            forget(module)
     assert missing == GONE
