@@ -162,7 +162,7 @@ def test_annotations_that_are_not_evaluated_are_read(tiny, tmp_path, monkeypatch
         ({"guiders": "universal"}, r"guiders is 'universal'; it must be a list, such as \['universal'\]"),
         ({"guiders": abs}, r"guiders is <built-in function abs>; it must be a list"),
         ({"guiders": [7]}, "guider is 7; it must be a name or a function"),
-        ({"guiders": ["univrsal"]}, "unknown guider 'univrsal'; did you mean"),
+        ({"guiders": ["universall"]}, "unknown guider 'universall'; did you mean"),
         ({"negative": "a dog"}, r"negative is 'a dog'; it must be a list"),
     ],
 )
