@@ -8,6 +8,7 @@ from inspect import signature
 import pytest
 from PIL import Image
 
+from clipkit.cli import cli
 from clipkit.data import pack as packing
 from clipkit.data.images import format_of
 from clipkit.data.pack import Encoding, pack
@@ -370,7 +371,9 @@ def test_a_source_of_another_package(tmp_path, monkeypatch, command):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: squares\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[clipkit.sources]\nsquares = squares:squares\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("clipkit.commands.packs.SOURCES", Registry("source", SOURCES.own))
+    fresh = Registry("source", SOURCES.own)  # entry points are read once
+    monkeypatch.setattr("clipkit.commands.packs.SOURCES", fresh)
+    monkeypatch.setattr(cli.commands["pack"], "registries", [fresh])
     assert "squares     from squares" in command("pack", "--help")[1]
     code, out, err = command("pack", "squares", tmp_path / "o", "--count", 3)
     assert (code, err) == (0, ""), out
