@@ -105,6 +105,7 @@ NAMES: dict[str, dict[str, str]] = {
         "like": "ilvr",
         "mixed": "compose",
     },
+    "clipkit.guidance.networks.condition": {"words_of": "clipkit.models.words:words_of"},
     "clipkit.guidance.networks.noisy_clip": {"Wish": "GuidanceTarget"},
     "clipkit.guidance.pipeline": {
         "SPACINGS": "clipkit.registry:SPACINGS",

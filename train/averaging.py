@@ -8,6 +8,7 @@ models that started from different random weights is useless.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +57,9 @@ def average(runs: Sequence[str | Path], out: Path, shares: Sequence[float] = ())
     _measure_statistics(model, last)
     state = _state(last, [{"run": str(run), "share": weight} for run, weight in zip(runs, weights, strict=True)])
     texts = {"tokenizer.json": last.tokenizer.to_json()}
+    if all(source.words for source in sources):  # all words that any of the models was trained on
+        words = sorted({word for source in sources for word in source.words})
+        texts["words.json"] = json.dumps(words, ensure_ascii=False)
     with written_whole(out) as aside:
         written = checkpoint.save(aside, state, {"ema": model.state_dict()}, texts, keep_last=1).relative_to(aside)
     return out / written

@@ -38,12 +38,12 @@ from clipkit.guidance.networks.condition import (
     ConditionConfig,
     Conditioner,
     TextCondition,
-    words_of,
 )
 from clipkit.guidance.networks.dit import DiTConfig
 from clipkit.guidance.networks.unet import UNetConfig
 from clipkit.guidance.schedule import add_noise, later_log_snr, sample_log_snr
 from clipkit.models.pretrained import TRAINED_WITH, identity, load
+from clipkit.models.words import words_of
 from clipkit.train.launch import TaskSpec
 from clipkit.train.task import Features, Task
 

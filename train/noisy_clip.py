@@ -24,10 +24,10 @@ from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError
 from clipkit.guidance.loading import load_autoencoder, load_guide
 from clipkit.guidance.metrics.noise_curve import accuracy_at, noise_aware
-from clipkit.guidance.networks.condition import words_of
 from clipkit.guidance.networks.noisy_clip import NoisyCLIP, NoisyCLIPConfig, for_latents, noised
 from clipkit.guidance.schedule import sample_log_snr
 from clipkit.models.pretrained import TRAINED_WITH, identity, load
+from clipkit.models.words import words_of
 from clipkit.train.finetune import resized
 from clipkit.train.launch import TaskSpec
 from clipkit.train.losses import LossConfig, info_nce

@@ -29,16 +29,13 @@ from clipkit.models.pretrained import load
 from clipkit.models.source import Source
 from clipkit.models.tokenizer import SMALLEST_VOCABULARY, AnyTokenizer, Tokenizer
 from clipkit.models.towers import residual_blocks
-from clipkit.models.words import split
+from clipkit.models.words import CAPTIONS, words_of
 from clipkit.train import finetune
 from clipkit.train.distil import DistilConfig, Teachers, squared_distance
 from clipkit.train.finetune import FinetuneConfig
 from clipkit.train.launch import TaskSpec
 from clipkit.train.losses import LossConfig, contrastive_loss
 from clipkit.train.task import Features, Task
-
-_CAPTIONS = 500_000
-"""Most samples whose captions a vocabulary is trained on."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +97,7 @@ class Pretraining(Task):
         self.image_size = recipe.model.image_size
         source = recipe.finetune.source()
         self.tokenizer = make_tokenizer(recipe, shards, source)
+        _record_words(recipe, shards, source)
         with_text = source is not None and recipe.finetune.init != "image"
         vocabulary = source.vocabulary if source is not None and with_text else self.tokenizer.vocab_size
         self.model: CLIP = CLIP(recipe.model, vocabulary, self.tokenizer.end_id)
@@ -193,8 +191,7 @@ class Pretraining(Task):
 def make_tokenizer(recipe: PretrainRecipe, shards: Shards, source: Source | None = None) -> AnyTokenizer:
     """The tokenizer of the text encoder to start from, CLIP's if the recipe names its merges file, or a new one.
 
-    A new one is trained on captions of all packs, once, on rank 0, and kept in the run's folder; so are their words, if
-    no caption is omitted.
+    A new one is trained on captions of all packs, once, on rank 0, and kept in the run's folder.
     """
     config = recipe.model
     if source is not None and recipe.finetune.init != "image":
@@ -211,17 +208,29 @@ def make_tokenizer(recipe: PretrainRecipe, shards: Shards, source: Source | None
         )
     if distributed.rank() == 0 and not kept:
         packs = packs_of(shards, recipe.data)
-        captions = sorted({c for pack in packs for c in pack.captions(_CAPTIONS)})
+        captions = sorted({c for pack in packs for c in pack.captions(CAPTIONS)})
         path.parent.mkdir(parents=True, exist_ok=True)
-        noted = path.with_name("words.json")
-        if any(pack.store.remote or len(pack) > _CAPTIONS for pack in packs):
-            noted.unlink(missing_ok=True)
-        else:
-            words = sorted({word for caption in captions for word in split(caption)})
-            write_atomically(noted, json.dumps(words, ensure_ascii=False))
         write_atomically(path, Tokenizer.train(captions, config.vocab_size).to_json())
     distributed.barrier()
     return Tokenizer.from_json(path.read_text(encoding="utf-8"), config.context_length)
+
+
+def _record_words(recipe: PretrainRecipe, shards: Shards, source: Source | None) -> None:
+    """Write the words of all captions that the text encoder is trained on into the folder of a new run, on rank 0.
+
+    None are recorded where some are not known: of a text encoder that was trained elsewhere, or of too many captions.
+    """
+    out = Path(recipe.run.out)
+    if distributed.rank() != 0 or (out / "checkpoints").is_dir():
+        return
+    words = words_of(packs_of(shards, recipe.data))
+    if source is not None and recipe.finetune.init != "image":
+        words = sorted({*source.words, *words}) if source.words and words else []
+    out.mkdir(parents=True, exist_ok=True)
+    if words:
+        write_atomically(out / "words.json", json.dumps(words, ensure_ascii=False))
+    else:
+        (out / "words.json").unlink(missing_ok=True)  # of a run that did not start
 
 
 SPEC = TaskSpec(PretrainRecipe, Pretraining, load)

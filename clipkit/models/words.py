@@ -5,7 +5,13 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from clipkit.data.shards import Shards
+
+CAPTIONS = 500_000
+"""Most samples of packs whose captions are read for a vocabulary."""
 EMPTY = frozenset(["a", "an", "the", "one", "of", "in", "on", "with", "photo", "picture", "image", "drawing"])
 """Words that do not describe the content of a picture."""
 _WORD_OR_SYMBOLS = re.compile(r"\w+|[^\w\s\x00-\x7f]+")
@@ -16,6 +22,13 @@ def split(text: str) -> list[str]:
     found = _WORD_OR_SYMBOLS.findall(unicodedata.normalize("NFC", text).lower())
     # Quotation marks, dashes and combining marks are no words.
     return [word for word in found if word.isascii() or any(unicodedata.category(c)[0] in "LNS" for c in word)]
+
+
+def words_of(packs: Sequence[Shards], limit: int = CAPTIONS) -> list[str]:
+    """The words of the packs' captions, sorted; none for more than `limit` samples, or remote packs."""
+    if sum(map(len, packs)) > limit or any(pack.store.remote for pack in packs):
+        return []
+    return sorted({word for pack in packs for caption in pack.captions(limit) for word in split(caption)})
 
 
 def unknown(texts: Iterable[str], known: Sequence[str]) -> list[str]:

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from clipkit.config import require
-from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError, UsageError, did_you_mean
 from clipkit.models.clip import CLIP
 from clipkit.models.tokenizer import AnyTokenizer
-from clipkit.models.words import split
 
 
 @dataclass(frozen=True)
@@ -123,10 +121,3 @@ class TextCondition(nn.Module):
 
 
 Conditioner = ClassCondition | TextCondition
-
-
-def words_of(packs: Sequence[Shards], limit: int = 500_000) -> list[str]:
-    """The vocabulary of the packs' captions, sorted; none for more than `limit` samples, or remote packs."""
-    if sum(map(len, packs)) > limit or any(pack.store.remote for pack in packs):
-        return []
-    return sorted({word for pack in packs for caption in pack.captions(limit) for word in split(caption)})

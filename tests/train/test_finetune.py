@@ -2,17 +2,22 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from clipkit import checkpoint, load
 from clipkit.config import SHIPPED, load_recipe
+from clipkit.data.pack import pack
 from clipkit.data.shards import Shards
+from clipkit.data.sources import RawSample, Source, encode_png
 from clipkit.errors import CheckpointError, RecipeError
 from clipkit.io import sha256
 from clipkit.models.clip import CLIP, CLIPConfig
 from clipkit.models.source import open_source
 from clipkit.models.tokenizer import Tokenizer
 from clipkit.train import finetune, optim, pretrain
+from clipkit.train.averaging import average
 from clipkit.train.finetune import FinetuneConfig
+from clipkit.zeroshot.similarity import unknown_words
 
 VIT = {"patch_size": 8, "depth": 3, "embed_dim": 32, "num_heads": 2}
 CNN = {"channels": [8, 8], "depths": [1, 1]}
@@ -168,6 +173,20 @@ def test_fine_tuning_trains(packs, source, tmp_path):
     assert "text.blocks.1.qkv.weight" in moved
     assert "text.blocks.0.qkv.weight" not in moved
     assert "text.tokens.weight" not in moved
+
+
+def test_words_of_both_trainings_are_recorded(packs, source, tmp_path):
+    """A fine-tuned CLIP names the unknown words of a prompt, and so does its average with the CLIP it started from."""
+    captions = ["a zebra", "two walruses"]
+    samples = [RawSample(encode_png(Image.new("RGB", (24, 24))), (caption,), None) for caption in captions]
+    pack(Source(iter(samples), lambda: 2, "animals", [], []), tmp_path / "pack")
+    start = [f"finetune.init_from={source}", f"data.shards={tmp_path / 'pack'}", "run.batch_size=2", "run.steps=1"]
+    pretrain.run("drawings_clip", words(packs, tmp_path / "run", *start))
+    average([source, tmp_path / "run"], tmp_path / "mean")
+    before, after, mean = (set(load(run).words) for run in (source, tmp_path / "run", tmp_path / "mean"))
+    assert before
+    assert after == mean == before | {"a", "zebra", "two", "walruses"}
+    assert unknown_words(load(tmp_path / "run"), ["a zebra and a giraffe"]) == ["and", "giraffe"]
 
 
 @pytest.fixture

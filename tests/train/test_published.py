@@ -75,6 +75,7 @@ def test_shape_switches_tokenizer_and_weights_are_those_of_the_source(packs, ori
     assert made.tokenizer.to_json() == source.tokenizer.to_json()
     assert all(torch.equal(t, source.build().state_dict()[n]) for n, t in made.model.state_dict().items())
     assert not any(p.requires_grad for p in made.model.image.parameters())
+    assert "words.json" not in made.extra_files()  # of the words of its first training nothing is known
 
 
 def test_one_encoder_with_a_new_one_beside_it(packs, original, tmp_path):
@@ -86,6 +87,7 @@ def test_one_encoder_with_a_new_one_beside_it(packs, original, tmp_path):
     assert shape.conventions.text_activation == "gelu"
     assert made.tokenizer.to_json() != open_source(original).tokenizer.to_json()
     assert torch.equal(made.model.image.projection.weight, theirs.image.projection.weight)
+    assert "rocket" in json.loads(made.extra_files()["words.json"])
     tower = ["model.image_tower=clipkit_resnet", "model.image_kwargs={channels=[8, 8], depths=[1, 1]}"]
     words = [f"finetune.init_from={original}", "finetune.init=text", "finetune.lock=text", *tower]
     other = task(packs, tmp_path / "b", *words)

@@ -8,7 +8,7 @@ from PIL import Image
 import clipkit
 from clipkit.cli import cli
 from clipkit.errors import DataError, UsageError
-from clipkit.guidance.networks.condition import words_of
+from clipkit.models.words import words_of
 from clipkit.zeroshot import similarity
 
 

@@ -10,10 +10,11 @@ import clipkit
 from clipkit.data.shards import Shards
 from clipkit.errors import RecipeError, UsageError
 from clipkit.guidance.denoiser import Denoiser, DiffusionConfig
-from clipkit.guidance.networks.condition import ClassCondition, Condition, ConditionConfig, TextCondition, words_of
+from clipkit.guidance.networks.condition import ClassCondition, Condition, ConditionConfig, TextCondition
 from clipkit.guidance.networks.dit import DiT, DiTConfig
 from clipkit.guidance.networks.unet import UNet, UNetConfig
 from clipkit.guidance.pipeline import GuidanceConfig, Pipeline
+from clipkit.models.words import words_of
 
 NETWORKS = {
     "unet": UNetConfig(image_size=16, channels=16, multipliers=(1, 2), blocks=1),
