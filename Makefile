@@ -18,7 +18,7 @@ test: .venv/installed lint site
 
 # The fault matrix of docs/reliability.md with its nightly counts, and the benchmarks that are too long for a push: an hour or so.
 faults: .venv/installed
-	$(BIN)/python -m pytest tests/faults tests/clipkit/test_remote.py tests/test_benchmarks.py --nightly
+	$(BIN)/python -m pytest tests/faults tests/clipkit/data/test_remote.py tests/test_benchmarks.py --nightly
 
 # Every kind of guidance over scales and steps: on the demo's runs, and where DATA has tiny-imagenet-32/ on photographs too, for
 # which a CLIP, a judge, a denoiser and a noise-aware CLIP are trained first (four hours on 2 CPU cores).

@@ -9,11 +9,13 @@ import ast
 import dataclasses
 import inspect
 import json
+import re
 import textwrap
 import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -75,6 +77,13 @@ def kind_of(path: str | Path) -> str:
     if not fitting:
         raise UsageError(f"no recipe at {path}; {did_you_mean(stem, shipped())}")
     return max(fitting, key=len)
+
+
+def summary(path: Path) -> str:
+    """A recipe in one clause: the start of the comment at its top, up to a stop, colon or semicolon."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
+    return re.split(r"[:;]|\.(?!\w)", comment)[0].strip()
 
 
 def annotated_toml(recipe: Recipe, kind: str) -> str:

@@ -132,3 +132,10 @@ def test_every_shown_command_parses(line):
     name, *words = shlex.split(line)[1:]
     with cli.commands[name].make_context(name, words, Context(cli)) as context:
         assert context.params
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "Makefile"], ids=lambda p: p.stem)
+def test_files_that_are_named_exist(page):
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"(?<![\w/.-])((?:clipkit|train|zeroshot|guidance|tests|benchmarks|docs)/[\w/-]+\.\w+)", text)
+    assert not [name for name in named if not (ROOT / name).exists()]

@@ -139,6 +139,11 @@ def _begin(out: Path, about: dict[str, Any]) -> tuple[str, dict[str, str]]:
     found = read_object(description_file(out))
     for k in about:
         same = found.get(k) == about[k] or (k == "source" and _same_place(str(found.get(k)), about[k]))
+        if not same and k == "weights":
+            raise UsageError(
+                f"{out} holds features of {found.get('model')} (weights {found.get('weights')}), not of "
+                f"{about['model']} ({about['weights']}); give the model that it is of, or another folder"
+            )
         if not same and k not in ("model", "pictures", "count"):
             raise UsageError(
                 f"{out} holds another index: {k} is {found.get(k)!r}, not {about[k]!r}; give another folder"

@@ -56,14 +56,14 @@ def recipe(name: str, overrides: tuple[str, ...], keys: bool, task: str | None) 
 
     NAME is a TOML file or the name of a shipped recipe; OVERRIDES are section.key=value words. Every key is printed,
     also those that the file leaves at their defaults: the output is a recipe too. Without NAME, the shipped recipes are
-    listed.
+    listed, each with a summary.
 
     \b
     Example:
       clipkit recipe drawings_clip.toml run.steps=500
     """
     from clipkit import reference
-    from clipkit.config import load_recipe, shipped
+    from clipkit.config import SHIPPED, load_recipe, shipped
 
     if task and not (keys or name):
         raise UsageError("--task is for a recipe or for --keys; give one of them, or omit it")
@@ -72,7 +72,8 @@ def recipe(name: str, overrides: tuple[str, ...], keys: bool, task: str | None) 
     if keys:
         _print_keys([task] if task else [kind for kind in TASKS if _can_be_imported(kind)])
     elif not name:
-        click.echo("\n".join(shipped()))
+        for shipped_name in shipped():
+            click.echo(f"{shipped_name:28s}{reference.summary(SHIPPED / f'{shipped_name}.toml')}")
     else:
         kind = task or reference.kind_of(name)
         click.echo(reference.annotated_toml(load_recipe(TASKS[kind].recipe, name, overrides), kind), nl=False)

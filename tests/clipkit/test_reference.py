@@ -62,7 +62,9 @@ def test_the_command(command, tmp_path):
     assert command("recipe", tmp_path / "mine.toml", "--task", "denoiser")[1] == out
     code, _, err = command("recipe", tmp_path / "mine.toml")
     assert (code, err.count("\n")) == (2, 1)
-    assert command("recipe")[1].split() == sorted(path.stem for path in SHIPPED.glob("*.toml"))
+    listed = dict(line.split(maxsplit=1) for line in command("recipe")[1].splitlines())
+    assert list(listed) == sorted(path.stem for path in SHIPPED.glob("*.toml"))
+    assert listed["drawings_noisy_classifier"].startswith("A noise-aware classifier of the drawings' (object")
 
 
 def test_the_command_lists_all_keys(command):

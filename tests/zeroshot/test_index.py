@@ -387,6 +387,8 @@ def test_names_that_are_not_utf8(clip, chain, tmp_path):
 
 def test_what_makes_no_sense_is_one_line(clip, chain, photographs, packs, tmp_path):
     found = built(clip, chain, photographs, tmp_path / "index", part_size=4)
+    with pytest.raises(UsageError, match=r"holds features of .* \(weights \w+\), not of clipkit-tiny \(\w+\)"):
+        built(clipkit.load("clipkit-tiny", "cpu"), "clipkit-tiny", photographs, tmp_path / "index", part_size=4)
     with pytest.raises(UsageError, match="holds another index: source is"):
         built(clip, chain, packs / "heldout", tmp_path / "index", part_size=4)
     with pytest.raises(UsageError, match="has no captions to embed"):
